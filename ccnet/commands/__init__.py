@@ -1,0 +1,1 @@
+"""One module per subcommand of `ccnet`: `register(subparsers)` and `run(arguments, overrides)`."""

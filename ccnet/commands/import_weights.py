@@ -1,0 +1,14 @@
+"""`ccnet import-weights` (not written yet)."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def register(subparsers: Any) -> None:
+    subparsers.add_parser("import-weights", help="not written yet")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    raise NotImplementedError

@@ -1,0 +1,263 @@
+"""Every setting of the project, as frozen keyword-only dataclasses, with the presets of the paper.
+
+Any field can be overridden from the command line as `--section.field value`; unknown keys are an error that lists
+the known ones. Settings that a deployed network needs (time base, layout, post-processing) are defined in
+`runtime.spec` and only gathered here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+from runtime.errors import ConfigError
+from runtime.spec import FeatureLayout, ModelSpec, PostProcessing, TimeBase, check_length, convert, section_from_json
+
+MtgcOrder = Literal["c2f_f2c", "f2c_c2f"]
+IouLoss = Literal["giou", "diou"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network (reference section 3). Defaults are the paper's UnAV-100 model."""
+
+    length: int = 224
+    """T: number of time steps."""
+    visual_dim: int = 2048
+    """Visual feature width (I3D RGB 1024 + optical flow 1024)."""
+    audio_dim: int = 128
+    """Audio feature width (VGGish)."""
+    dim: int = 512
+    """D: width of the embeddings and of CMCC."""
+    heads: int = 4
+    """Attention heads in embedding, CMCC and C2F blocks."""
+    levels: int = 6
+    """Pyramid levels (temporal scales)."""
+    self_layers: int = 2
+    """Self-attention Blocks per modality after the embedding."""
+    num_classes: int = 100
+    head_dim: int = 512
+    """Width of the hidden layers of the class and offset heads."""
+    tdm_dim: int = 128
+    """H: hidden width per class in the temporal dependency module."""
+    cmi: bool = True
+    """Cross-modal interaction (Table 3). Off: each modality's Block attends to itself."""
+    tcg: bool = True
+    """Temporal consistency gate (Table 3). Off: no gating."""
+    c2f: bool = True
+    """Coarse-to-fine collaboration (Table 2)."""
+    f2c: bool = True
+    """Fine-to-coarse collaboration (Table 2)."""
+    mtgc_order: MtgcOrder = "c2f_f2c"
+    """Order of the two directions (Table 4)."""
+    tdm_channel_branch: bool = True
+    """The TDM channel branch of the released weights; the paper's text has none."""
+    drop_path: float = 0.1
+    """Stochastic-depth rate in training."""
+
+    def __post_init__(self) -> None:
+        check_length(self.length, self.levels)
+        for name in ("visual_dim", "audio_dim", "dim", "heads", "num_classes", "head_dim", "tdm_dim"):
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
+        _require(self.self_layers >= 0, "model.self_layers", self.self_layers, "an integer >= 0")
+        _require(self.dim % self.heads == 0, "model.dim", self.dim, f"a multiple of model.heads ({self.heads})")
+        _require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "a number in [0, 1)")
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> ModelConfig:
+        """Inverse of `to_json`. Raises ConfigError for unknown or mistyped keys."""
+        return section_from_json(cls, data, where="model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Training objective (reference section 6)."""
+
+    iou: IouLoss = "giou"
+    """Offset loss: generalised IoU (the paper) or centre-distance IoU (the released code)."""
+    offset_weight: float = 1.0
+    """Weight of the offset loss."""
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    normalizer: float = 250.0
+    """Initial value of the running number of positive points."""
+    normalizer_momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.focal_alpha <= 1, "loss.focal_alpha", self.focal_alpha, "a number in [0, 1]")
+        _require(self.normalizer > 0, "loss.normalizer", self.normalizer, "a number above 0")
+        good = 0 <= self.normalizer_momentum < 1
+        _require(good, "loss.normalizer_momentum", self.normalizer_momentum, "a number in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimisation (reference section 6)."""
+
+    batch_size: int = 16
+    epochs: int = 40
+    """Epochs after warm-up."""
+    warmup_epochs: int = 5
+    learning_rate: float = 1e-4
+    min_learning_rate: float = 1e-8
+    weight_decay: float = 1e-4
+    """Not applied to norms, biases and scales."""
+    clip_norm: float = 1.0
+    """Largest gradient norm."""
+    ema: float = 0.999
+    """Decay of the averaged weights, which are the ones evaluated and exported."""
+    crop_min: float = 0.9
+    """Shortest random temporal crop, as a share of the length."""
+    crop_max: float = 1.0
+    crop_keep: float = 0.5
+    """An event stays in a crop when at least this share of it remains."""
+    seed: int = 0
+    workers: int = 1
+    """Data loading processes; 0 loads in the training process."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast precision on a GPU; a CPU trains in fp32 or bf16."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    validate_every: int = 1
+    """Epochs between validations."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "validate_every"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer >= 1")
+        _require(self.warmup_epochs >= 0, "train.warmup_epochs", self.warmup_epochs, "an integer >= 0")
+        _require(self.workers >= 0, "train.workers", self.workers, "an integer >= 0")
+        _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "a number above 0")
+        _require(0 <= self.ema < 1, "train.ema", self.ema, "a number in [0, 1)")
+        _require(
+            0 < self.crop_min <= self.crop_max <= 1, "train.crop_min", self.crop_min, "0 < crop_min <= crop_max <= 1"
+        )
+        _require(0 < self.crop_keep <= 1, "train.crop_keep", self.crop_keep, "a number in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All sections. `--section.field value` overrides any field."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    time_base: TimeBase = field(default_factory=TimeBase)
+    layout: FeatureLayout = field(default_factory=FeatureLayout)
+    post: PostProcessing = field(default_factory=PostProcessing)
+
+    def spec(self, labels: tuple[str, ...]) -> ModelSpec:
+        """What a network of this configuration, trained on `labels`, consumes and produces."""
+        if len(labels) != self.model.num_classes:
+            raise ConfigError(f"labels: got {len(labels)}, expected model.num_classes = {self.model.num_classes}")
+        return ModelSpec(
+            length=self.model.length,
+            levels=self.model.levels,
+            visual_dim=self.model.visual_dim,
+            audio_dim=self.model.audio_dim,
+            labels=labels,
+            time_base=self.time_base,
+            layout=self.layout,
+            post=self.post,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(self))))
+
+    @classmethod
+    def from_json(cls, data: Any) -> Config:
+        """Inverse of `to_json`. Raises ConfigError for unknown or mistyped keys."""
+        return section_from_json(cls, data, where="config")
+
+
+PRESETS: Mapping[str, Config] = {
+    "unav100": Config(),
+    "unav100_onepeace": Config(
+        model=ModelConfig(length=256, visual_dim=1536, audio_dim=1536),
+        time_base=TimeBase(fps=16.0, stride_frames=4.0, window_frames=16.0),
+        layout=FeatureLayout(visual=("_onepeace_video",), audio=("_onepeace_audio",)),
+    ),
+    "demo": Config(
+        model=ModelConfig(
+            length=224,
+            visual_dim=48,
+            audio_dim=16,
+            dim=32,
+            heads=4,
+            num_classes=8,
+            head_dim=32,
+            tdm_dim=16,
+            self_layers=1,
+        ),
+        train=TrainConfig(epochs=12, warmup_epochs=1, learning_rate=2e-3, ema=0.98),
+    ),
+}
+
+
+def preset(name: str) -> Config:
+    """A preset by name. Raises ConfigError listing the known ones."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset: got {name!r}, expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def with_overrides(config: Config, overrides: Mapping[str, str]) -> Config:
+    """Apply `{"section.field": "text"}`. Raises ConfigError for an unknown key or a value of the wrong type."""
+    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    changes: dict[str, dict[str, Any]] = {}
+    for key, text in overrides.items():
+        section, _, name = key.partition(".")
+        known = [f.name for f in dataclasses.fields(sections[section])] if section in sections else []
+        if name not in known:
+            raise ConfigError(f"unknown configuration key '{key}'; {_known_keys(section, sections, known)}")
+        hint = get_type_hints(type(sections[section]))[name]
+        changes.setdefault(section, {})[name] = _parse(text, hint, where=key)
+    updated = {name: dataclasses.replace(sections[name], **values) for name, values in changes.items()}
+    return dataclasses.replace(config, **updated)
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, str]:
+    """`["--model.length", "96", "--train.epochs=3"]` -> `{"model.length": "96", "train.epochs": "3"}`."""
+    overrides: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        item = rest.pop(0)
+        key, equals, value = item.removeprefix("--").partition("=")
+        if not item.startswith("--") or "." not in key:
+            raise ConfigError(f"unknown argument '{item}'; settings are given as --section.field value")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"{item}: a value is missing; settings are given as --section.field value")
+            value = rest.pop(0)
+        overrides[key] = value
+    return overrides
+
+
+def _known_keys(section: str, sections: Mapping[str, Any], known: list[str]) -> str:
+    if known:
+        return "known keys: " + ", ".join(f"{section}.{name}" for name in known)
+    return "known sections: " + ", ".join(sections)
+
+
+def _parse(text: str, hint: Any, *, where: str) -> Any:
+    """Command line text as the annotated type; the type check itself is `runtime.spec.convert`."""
+    if get_origin(hint) is tuple:
+        return convert(text.split(","), hint, where=where)
+    if hint is str or get_origin(hint) is Literal and all(isinstance(a, str) for a in get_args(hint)):
+        return convert(text, hint, where=where)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        lowered = text.lower()
+        value = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}.get(lowered, text)
+    return convert(value, hint, where=where)
+
+
+def _require(condition: bool, key: str, got: Any, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}: got {got!r}, expected {expected}")

@@ -1,0 +1,187 @@
+"""The deployable folder: a manifest, the model files it lists, and the ways to run them that were proven.
+
+`bundle.json` is the manifest. Its *artifacts* are files (an ONNX graph with its external data, an engine); its
+*rungs* are ways to run an artifact (backend + precision + length), each with the verdict of the parity gate and,
+where measured, its speed. Everything is verified by size and SHA-256 before an engine library sees it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from runtime.errors import BundleError, ConfigError
+from runtime.files import sha256_file
+from runtime.spec import ModelSpec, section_from_json
+
+SCHEMA = 1
+MANIFEST = "bundle.json"
+PARITY = "parity.json"
+
+Flavour = Literal["onnx", "tensorrt", "tensorrt-rtx"]
+Gate = Literal["passed", "not-run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """One file of the bundle."""
+
+    name: str
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A graph or an engine: `files[0]` is the one to open, the others (external weights) lie beside it."""
+
+    name: str
+    """Unique in the bundle, for example `onnx-fp32` or `tensorrt-rtx-fp16`."""
+    flavour: Flavour
+    files: tuple[str, ...]
+    precision: str
+    """Precision of the weights and arithmetic that the file itself states."""
+    length: int
+    """T of this file; shorter than `spec.length` for the cut variants."""
+    max_batch: int
+    opset: int | None = None
+    library: str | None = None
+    """What built an engine, for example `tensorrt_rtx`."""
+    library_version: str | None = None
+    gpu_name: str | None = None
+    """GPU the engine was built on; None for a portable or ahead-of-time build."""
+    compute_capabilities: tuple[str, ...] = ()
+    """What the engine was built for, for example `8.9`; empty for ONNX."""
+    profile: tuple[int, ...] | None = None
+    """Optimization profile of the batch axis: (min, opt, max)."""
+    onnx_sha256: str | None = None
+    """The graph an engine was built from."""
+    build: dict[str, Any] = field(default_factory=dict)
+    """Facts about the build: seconds, layers, kernels, fused attentions, scratch bytes, delivered precisions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """A way to run an artifact, and what is known about it."""
+
+    name: str
+    """Unique in the bundle, for example `onnxruntime-fp32` or `openvino-bf16`."""
+    backend: str
+    """Backend name, see `runtime.backends.base`."""
+    precision: str
+    artifact: str
+    """Name of the artifact it runs."""
+    gate: Gate
+    """`passed`: proven against the eager model; `not-run`: built, but never run where it was built."""
+    accuracy: dict[str, Any] = field(default_factory=dict)
+    """Summary of the gate: differences per tensor, matched events, mAP difference."""
+    speed: dict[str, Any] = field(default_factory=dict)
+    """Milliseconds per video and the machine they were measured on; empty when not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Content of `bundle.json`."""
+
+    schema: int
+    spec: ModelSpec
+    model: dict[str, Any]
+    """The `ModelConfig` the network was built with, as JSON."""
+    checkpoint_sha256: str
+    versions: dict[str, str]
+    """Versions of the toolkit and of the libraries that made the bundle."""
+    created: str
+    """UTC, ISO 8601."""
+    files: tuple[FileRecord, ...]
+    artifacts: tuple[Artifact, ...]
+    rungs: tuple[Rung, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return data
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose manifest has been read. `verify` checks the files."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.manifest.spec
+
+    def artifact(self, name: str) -> Artifact:
+        for artifact in self.manifest.artifacts:
+            if artifact.name == name:
+                return artifact
+        known = ", ".join(a.name for a in self.manifest.artifacts)
+        raise BundleError(f"{self.folder}: no artifact '{name}'; it has: {known}")
+
+    def path(self, artifact: Artifact) -> Path:
+        return self.folder / artifact.files[0]
+
+    def verify(self, artifact: Artifact | None = None) -> None:
+        """Check size and SHA-256 of one artifact's files, or of all files.
+
+        Raises BundleError naming the file, what was found and what the manifest expects.
+        """
+        records = {record.name: record for record in self.manifest.files}
+        names = tuple(records) if artifact is None else artifact.files
+        for name in names:
+            if name not in records:
+                raise BundleError(f"{self.folder / MANIFEST}: '{name}' has no file record")
+            _verify_file(self.folder, records[name])
+
+
+def read_bundle(folder: str | Path) -> Bundle:
+    """Read and check the manifest of a bundle. Raises BundleError for anything that is not a whole bundle."""
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such bundle folder; 'ccnet export CHECKPOINT --out {folder}' makes one")
+    if not path.is_file():
+        raise BundleError(f"{folder}: has no {MANIFEST}, so it is no bundle, or one whose copy was not finished")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{path}: not valid JSON ({error}); copy the bundle again") from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise BundleError(f"{path}: got schema {schema!r}, this version reads {SCHEMA}; export the bundle again")
+    try:
+        manifest = section_from_json(Manifest, data, where=MANIFEST)
+    except ConfigError as error:
+        raise BundleError(f"{folder}: {error}") from error
+    _check_names(folder, manifest)
+    return Bundle(folder, manifest)
+
+
+def _check_names(folder: Path, manifest: Manifest) -> None:
+    artifacts = {artifact.name for artifact in manifest.artifacts}
+    for rung in manifest.rungs:
+        if rung.artifact not in artifacts:
+            raise BundleError(f"{folder / MANIFEST}: rung '{rung.name}' names an unknown artifact '{rung.artifact}'")
+    for name in [record.name for record in manifest.files] + [f for a in manifest.artifacts for f in a.files]:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise BundleError(f"{folder / MANIFEST}: file name {name!r} leaves the bundle folder")
+    for artifact in manifest.artifacts:
+        if not artifact.files:
+            raise BundleError(f"{folder / MANIFEST}: artifact '{artifact.name}' lists no files")
+
+
+def _verify_file(folder: Path, record: FileRecord) -> None:
+    path = folder / record.name
+    if not path.is_file():
+        raise BundleError(f"{path}: missing; copy the bundle again")
+    size = path.stat().st_size
+    if size != record.size:
+        raise BundleError(f"{path}: {size} bytes, the manifest says {record.size}; copy the bundle again")
+    digest = sha256_file(path)
+    if digest != record.sha256:
+        raise BundleError(f"{path}: SHA-256 {digest[:16]}..., the manifest says {record.sha256[:16]}...; copy it again")

@@ -1,0 +1,68 @@
+"""Every error the toolkit raises for a user's mistake or a missing piece, in one tree.
+
+A message says which file or tensor, what was received, what was expected, and what to do next.
+The command line turns any `CCNetError` into that message and exit status `exit_code`, without a traceback.
+"""
+
+from __future__ import annotations
+
+
+class CCNetError(Exception):
+    """Base of all errors raised on purpose by `runtime`, `ccnet` and `export`."""
+
+    exit_code = 2
+
+
+class FeatureError(CCNetError):
+    """A feature file or array can't be used: missing, truncated, wrong rank, dtype, width, or not finite."""
+
+
+class AnnotationError(CCNetError):
+    """An annotation file is invalid: not JSON, wrong structure, end <= start, unknown label, duplicate id."""
+
+
+class PredictionError(CCNetError):
+    """A file of predicted events is invalid, or does not fit the annotations it is scored against."""
+
+
+class ConfigError(CCNetError):
+    """A configuration key is unknown, or its value is out of range or of the wrong type."""
+
+
+class CheckpointError(CCNetError):
+    """A checkpoint is missing, damaged, or belongs to another configuration."""
+
+
+class BundleError(CCNetError):
+    """A bundle is missing, altered or half written, or its manifest can't be read."""
+
+
+class BackendUnavailable(CCNetError):
+    """The engine library, provider or device that was asked for is not there."""
+
+
+class MissingDependency(BackendUnavailable):
+    """An optional package is not installed. The message names the pip extra that brings it."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package '{package}': pip install 'ccnet[{extra}]'")
+        self.package = package
+        self.extra = extra
+
+
+class EngineMismatch(CCNetError):
+    """An engine was built for another library version, GPU or compute capability than this machine has."""
+
+
+class EngineError(CCNetError):
+    """An engine failed while it was loaded or run; the message carries the library's own log."""
+
+
+class ExportError(CCNetError):
+    """The network could not be exported or an engine could not be built."""
+
+
+class ParityError(CCNetError):
+    """An engine does not compute what the eager model computes, within the tolerances of its precision."""
+
+    exit_code = 3

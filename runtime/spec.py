@@ -1,0 +1,285 @@
+"""ModelSpec: what a deployed network consumes and produces, and how its grid maps to seconds.
+
+The one contract between training, export and runtime: tensor names, shapes, the point grid, the time base,
+the feature layout, labels and post-processing defaults are defined here and nowhere else.
+
+Shapes:  B batch   T steps (`length`)   Cv, Ca visual / audio feature width   P points of all levels
+         C classes   L pyramid levels
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.errors import ConfigError
+
+VISUAL, AUDIO, MASK = "visual", "audio", "mask"
+LOGITS, OFFSETS = "logits", "offsets"
+INPUT_NAMES = (VISUAL, AUDIO, MASK)
+OUTPUT_NAMES = (LOGITS, OFFSETS)
+
+Floats = npt.NDArray[np.floating[Any]]
+Method = Literal["soft", "hard", "none"]
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeBase:
+    """How grid steps relate to seconds (reference: UnAV-100 features; ONE-PEACE uses 16 / 4 / 16)."""
+
+    fps: float = 25.0
+    """Frames per second of the video the features were computed from."""
+    stride_frames: float = 8.0
+    """Frames between neighbouring steps."""
+    window_frames: float = 24.0
+    """Frames that one step sees."""
+
+    def __post_init__(self) -> None:
+        for name in ("fps", "stride_frames", "window_frames"):
+            _require(getattr(self, name) > 0, f"time_base.{name}", getattr(self, name), "a number above 0")
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds between neighbouring grid steps."""
+        return self.stride_frames / self.fps
+
+    def to_grid(self, seconds: Any) -> Any:
+        """Seconds -> grid coordinate: `(s * fps - window / 2) / stride`."""
+        return (seconds * self.fps - 0.5 * self.window_frames) / self.stride_frames
+
+    def to_seconds(self, grid: Any) -> Any:
+        """Grid coordinate -> seconds: `(grid * stride + window / 2) / fps` (not clamped)."""
+        return (grid * self.stride_frames + 0.5 * self.window_frames) / self.fps
+
+    def covered_seconds(self, steps: int) -> float:
+        """Seconds from the start of the first step's window to the end of the last one's."""
+        return ((steps - 1) * self.stride_frames + self.window_frames) / self.fps
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureLayout:
+    """Names of one video's files in a feature folder: `<video id><suffix>.npy`, each `[T_video, C]`.
+
+    The files of one modality are concatenated along the channels, in this order.
+    """
+
+    visual: tuple[str, ...] = ("_rgb", "_flow")
+    audio: tuple[str, ...] = ("_vggish",)
+
+    def __post_init__(self) -> None:
+        for name in ("visual", "audio"):
+            suffixes = getattr(self, name)
+            good = len(suffixes) > 0 and all(s and not set(s) & set("/\\") for s in suffixes)
+            _require(good, f"layout.{name}", suffixes, "one or more file name suffixes without separators")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostProcessing:
+    """Decoding and suppression settings (reference section 7). Thresholds live here, never in the network."""
+
+    pre_nms_score: float = 0.001
+    """Candidates at or below this score are dropped while decoding."""
+    pre_nms_top_k: int = 2000
+    """Best (point, class) pairs kept per pyramid level."""
+    min_length: float = 0.05
+    """Segments not longer than this many grid steps are dropped while decoding."""
+    method: Method = "soft"
+    """Gaussian Soft-NMS, hard NMS, or none."""
+    sigma: float = 0.4
+    """Soft-NMS decay: other scores are multiplied by exp(-iou^2 / sigma)."""
+    iou_threshold: float = 0.7
+    """Hard NMS drops a segment whose IoU with a kept one is at least this."""
+    min_score: float = 0.001
+    """Segments whose (decayed) score falls below this are dropped."""
+    max_segments: int = 100
+    """Events kept per video, over all classes."""
+    multiclass: bool = True
+    """Suppress every class on its own; False: all classes compete (class-agnostic)."""
+    voting_threshold: float = 0.75
+    """Class-agnostic only: boundary voting over segments with at least this IoU; 0 turns voting off."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.pre_nms_score < 1, "post.pre_nms_score", self.pre_nms_score, "a number in [0, 1)")
+        _require(self.pre_nms_top_k >= 1, "post.pre_nms_top_k", self.pre_nms_top_k, "an integer >= 1")
+        _require(self.min_length >= 0, "post.min_length", self.min_length, "a number >= 0")
+        _require(self.method in get_args(Method), "post.method", self.method, f"one of {get_args(Method)}")
+        _require(self.sigma > 0, "post.sigma", self.sigma, "a number above 0")
+        _require(0 <= self.iou_threshold <= 1, "post.iou_threshold", self.iou_threshold, "in [0, 1]")
+        _require(0 <= self.min_score < 1, "post.min_score", self.min_score, "a number in [0, 1)")
+        _require(self.max_segments >= 1, "post.max_segments", self.max_segments, "an integer >= 1")
+        _require(0 <= self.voting_threshold <= 1, "post.voting_threshold", self.voting_threshold, "in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The contract of one exported network.
+
+    Inputs:  visual [B, Cv, T] float32, audio [B, Ca, T] float32, mask [B, 1, T] bool (a prefix of True).
+    Outputs: logits [B, P, C] float32, offsets [B, P, C, 2] float32 (distances to start and end in units of the
+    level's stride, >= 0). Points run level by level, level 1 (the finest) first.
+    """
+
+    length: int
+    """T: steps the network takes. Shorter videos are padded with zeros, longer ones cropped or windowed."""
+    levels: int
+    visual_dim: int
+    audio_dim: int
+    labels: tuple[str, ...]
+    """Class names; the index is the label id."""
+    time_base: TimeBase = field(default_factory=TimeBase)
+    layout: FeatureLayout = field(default_factory=FeatureLayout)
+    post: PostProcessing = field(default_factory=PostProcessing)
+
+    def __post_init__(self) -> None:
+        check_length(self.length, self.levels)
+        for name in ("visual_dim", "audio_dim"):
+            _require(getattr(self, name) >= 1, f"spec.{name}", getattr(self, name), "an integer >= 1")
+        good = len(self.labels) >= 1 and len(set(self.labels)) == len(self.labels)
+        _require(good, "spec.labels", self.labels, "one or more distinct class names")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.labels)
+
+    @property
+    def grid(self) -> PointGrid:
+        return point_grid(self.length, self.levels)
+
+    def input_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        return {
+            VISUAL: (batch, self.visual_dim, self.length),
+            AUDIO: (batch, self.audio_dim, self.length),
+            MASK: (batch, 1, self.length),
+        }
+
+    def output_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        points = self.grid.num_points
+        return {LOGITS: (batch, points, self.num_classes), OFFSETS: (batch, points, self.num_classes, 2)}
+
+    def with_length(self, length: int) -> ModelSpec:
+        """The same network cut to another number of steps."""
+        return dataclasses.replace(self, length=length)
+
+    def to_json(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(self))))
+
+    @classmethod
+    def from_json(cls, data: Any) -> ModelSpec:
+        """Inverse of `to_json`. Raises ConfigError for unknown, missing or mistyped keys."""
+        return section_from_json(cls, data, where="spec")
+
+
+@dataclass(frozen=True)
+class PointGrid:
+    """Points of all pyramid levels, laid out level by level.
+
+    Level l (0-based) has `T / 2**l` points at grid positions 0, s, 2s, ... with stride s = 2**l and no half-stride
+    offset (reference section 6).
+    """
+
+    lengths: tuple[int, ...]
+    strides: tuple[int, ...]
+    positions: npt.NDArray[np.float32]
+    """[P] grid position of each point, in steps."""
+    point_strides: npt.NDArray[np.float32]
+    """[P] stride of each point's level, in steps."""
+
+    @property
+    def num_points(self) -> int:
+        return len(self.positions)
+
+    @property
+    def level_slices(self) -> tuple[slice, ...]:
+        ends = np.cumsum(self.lengths).tolist()
+        return tuple(slice(end - n, end) for end, n in zip(ends, self.lengths, strict=True))
+
+    def valid_points(self, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Step mask [..., T] -> point mask [..., P]: level l keeps every `2**l`-th entry."""
+        return np.concatenate([mask[..., ::s] for s in self.strides], axis=-1)
+
+
+@functools.lru_cache(maxsize=64)
+def point_grid(length: int, levels: int) -> PointGrid:
+    """The point grid of a pyramid over `length` steps. Raises ConfigError when `length` does not divide."""
+    check_length(length, levels)
+    strides = tuple(2**level for level in range(levels))
+    lengths = tuple(length // s for s in strides)
+    positions = np.concatenate([np.arange(n, dtype=np.float32) * s for n, s in zip(lengths, strides, strict=True)])
+    point_strides = np.repeat(np.asarray(strides, np.float32), lengths)
+    positions.flags.writeable = point_strides.flags.writeable = False
+    return PointGrid(lengths, strides, positions, point_strides)
+
+
+def check_length(length: int, levels: int) -> None:
+    """Raises ConfigError unless `length` is a positive multiple of the coarsest level's stride."""
+    _require(isinstance(levels, int) and 1 <= levels <= 12, "levels", levels, "an integer from 1 to 12")
+    coarsest = 2 ** (levels - 1)
+    good = isinstance(length, int) and length >= coarsest and length % coarsest == 0
+    _require(good, "length", length, f"a multiple of {coarsest} (the stride of level {levels})")
+
+
+def section_from_json(cls: type[Section], data: Any, *, where: str) -> Section:
+    """Build a (nested) dataclass from parsed JSON, strictly.
+
+    Raises ConfigError naming the full key for anything unknown, missing or of the wrong type.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: got {type(data).__name__}, expected an object")
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise ConfigError(f"{where}: unknown key(s) {', '.join(unknown)}; known keys: {', '.join(fields)}")
+    required = [
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    missing = sorted(set(required) - set(data))
+    if missing:
+        raise ConfigError(f"{where}: missing key(s) {', '.join(missing)}")
+    values = {name: convert(value, hints[name], where=f"{where}.{name}") for name, value in data.items()}
+    return cls(**values)
+
+
+def convert(value: Any, hint: Any, *, where: str) -> Any:
+    """One JSON value as the annotated type (dataclass, tuple[X, ...], Literal, dict, X | None, bool, int, float, str)."""
+    if dataclasses.is_dataclass(hint):
+        return section_from_json(cast(Any, hint), value, where=where)
+    args = get_args(hint)
+    if type(None) in args:
+        inner = next(a for a in args if a is not type(None))
+        return None if value is None else convert(value, inner, where=where)
+    if getattr(hint, "__origin__", None) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: got {value!r}, expected a list")
+        return tuple(convert(v, args[0], where=f"{where}[{i}]") for i, v in enumerate(value))
+    if getattr(hint, "__origin__", None) is Literal:
+        _require(value in args, where, value, f"one of {', '.join(map(repr, args))}")
+        return value
+    if getattr(hint, "__origin__", None) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: got {value!r}, expected an object")
+        return {key: convert(v, args[1], where=f"{where}.{key}") for key, v in value.items()}
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}: got {value!r}, expected {hint.__name__}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{where}: got {value!r}, expected a finite number")
+    return value
+
+
+def _require(condition: bool, key: str, got: Any, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}: got {got!r}, expected {expected}")
