@@ -14,7 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from runtime.errors import ConfigError
-from runtime.spec import FeatureLayout, ModelSpec, PostProcessing, TimeBase, check_length, convert, section_from_json
+from runtime.spec import (
+    FeatureLayout,
+    ModelSpec,
+    PostProcessing,
+    TimeBase,
+    check_length,
+    convert,
+    require,
+    section_from_json,
+)
 
 MtgcOrder = Literal["c2f_f2c", "f2c_c2f"]
 IouLoss = Literal["giou", "diou"]
@@ -61,10 +70,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_length(self.length, self.levels)
         for name in ("visual_dim", "audio_dim", "dim", "heads", "num_classes", "head_dim", "tdm_dim"):
-            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
-        _require(self.self_layers >= 0, "model.self_layers", self.self_layers, "an integer >= 0")
-        _require(self.dim % self.heads == 0, "model.dim", self.dim, f"a multiple of model.heads ({self.heads})")
-        _require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "a number in [0, 1)")
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
+        require(self.self_layers >= 0, "model.self_layers", self.self_layers, "an integer >= 0")
+        require(self.dim % self.heads == 0, "model.dim", self.dim, f"a multiple of model.heads ({self.heads})")
+        require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "a number in [0, 1)")
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -90,10 +99,10 @@ class LossConfig:
     normalizer_momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        _require(0 <= self.focal_alpha <= 1, "loss.focal_alpha", self.focal_alpha, "a number in [0, 1]")
-        _require(self.normalizer > 0, "loss.normalizer", self.normalizer, "a number above 0")
+        require(0 <= self.focal_alpha <= 1, "loss.focal_alpha", self.focal_alpha, "a number in [0, 1]")
+        require(self.normalizer > 0, "loss.normalizer", self.normalizer, "a number above 0")
         good = 0 <= self.normalizer_momentum < 1
-        _require(good, "loss.normalizer_momentum", self.normalizer_momentum, "a number in [0, 1)")
+        require(good, "loss.normalizer_momentum", self.normalizer_momentum, "a number in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,15 +138,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "validate_every"):
-            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer >= 1")
-        _require(self.warmup_epochs >= 0, "train.warmup_epochs", self.warmup_epochs, "an integer >= 0")
-        _require(self.workers >= 0, "train.workers", self.workers, "an integer >= 0")
-        _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "a number above 0")
-        _require(0 <= self.ema < 1, "train.ema", self.ema, "a number in [0, 1)")
-        _require(
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer >= 1")
+        require(self.warmup_epochs >= 0, "train.warmup_epochs", self.warmup_epochs, "an integer >= 0")
+        require(self.workers >= 0, "train.workers", self.workers, "an integer >= 0")
+        require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "a number above 0")
+        require(0 <= self.ema < 1, "train.ema", self.ema, "a number in [0, 1)")
+        require(
             0 < self.crop_min <= self.crop_max <= 1, "train.crop_min", self.crop_min, "0 < crop_min <= crop_max <= 1"
         )
-        _require(0 < self.crop_keep <= 1, "train.crop_keep", self.crop_keep, "a number in (0, 1]")
+        require(0 < self.crop_keep <= 1, "train.crop_keep", self.crop_keep, "a number in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +257,7 @@ def _parse(text: str, hint: Any, *, where: str) -> Any:
     """Command line text as the annotated type; the type check itself is `runtime.spec.convert`."""
     if get_origin(hint) is tuple:
         return convert(text.split(","), hint, where=where)
-    if hint is str or get_origin(hint) is Literal and all(isinstance(a, str) for a in get_args(hint)):
+    if hint is str or (get_origin(hint) is Literal and all(isinstance(a, str) for a in get_args(hint))):
         return convert(text, hint, where=where)
     try:
         value = json.loads(text)
@@ -256,8 +265,3 @@ def _parse(text: str, hint: Any, *, where: str) -> Any:
         lowered = text.lower()
         value = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}.get(lowered, text)
     return convert(value, hint, where=where)
-
-
-def _require(condition: bool, key: str, got: Any, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key}: got {got!r}, expected {expected}")

@@ -44,7 +44,7 @@ class TimeBase:
 
     def __post_init__(self) -> None:
         for name in ("fps", "stride_frames", "window_frames"):
-            _require(getattr(self, name) > 0, f"time_base.{name}", getattr(self, name), "a number above 0")
+            require(getattr(self, name) > 0, f"time_base.{name}", getattr(self, name), "a number above 0")
 
     @property
     def step_seconds(self) -> float:
@@ -78,7 +78,7 @@ class FeatureLayout:
         for name in ("visual", "audio"):
             suffixes = getattr(self, name)
             good = len(suffixes) > 0 and all(s and not set(s) & set("/\\") for s in suffixes)
-            _require(good, f"layout.{name}", suffixes, "one or more file name suffixes without separators")
+            require(good, f"layout.{name}", suffixes, "one or more file name suffixes without separators")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,15 +107,15 @@ class PostProcessing:
     """Class-agnostic only: boundary voting over segments with at least this IoU; 0 turns voting off."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.pre_nms_score < 1, "post.pre_nms_score", self.pre_nms_score, "a number in [0, 1)")
-        _require(self.pre_nms_top_k >= 1, "post.pre_nms_top_k", self.pre_nms_top_k, "an integer >= 1")
-        _require(self.min_length >= 0, "post.min_length", self.min_length, "a number >= 0")
-        _require(self.method in get_args(Method), "post.method", self.method, f"one of {get_args(Method)}")
-        _require(self.sigma > 0, "post.sigma", self.sigma, "a number above 0")
-        _require(0 <= self.iou_threshold <= 1, "post.iou_threshold", self.iou_threshold, "in [0, 1]")
-        _require(0 <= self.min_score < 1, "post.min_score", self.min_score, "a number in [0, 1)")
-        _require(self.max_segments >= 1, "post.max_segments", self.max_segments, "an integer >= 1")
-        _require(0 <= self.voting_threshold <= 1, "post.voting_threshold", self.voting_threshold, "in [0, 1]")
+        require(0 <= self.pre_nms_score < 1, "post.pre_nms_score", self.pre_nms_score, "a number in [0, 1)")
+        require(self.pre_nms_top_k >= 1, "post.pre_nms_top_k", self.pre_nms_top_k, "an integer >= 1")
+        require(self.min_length >= 0, "post.min_length", self.min_length, "a number >= 0")
+        require(self.method in get_args(Method), "post.method", self.method, f"one of {get_args(Method)}")
+        require(self.sigma > 0, "post.sigma", self.sigma, "a number above 0")
+        require(0 <= self.iou_threshold <= 1, "post.iou_threshold", self.iou_threshold, "in [0, 1]")
+        require(0 <= self.min_score < 1, "post.min_score", self.min_score, "a number in [0, 1)")
+        require(self.max_segments >= 1, "post.max_segments", self.max_segments, "an integer >= 1")
+        require(0 <= self.voting_threshold <= 1, "post.voting_threshold", self.voting_threshold, "in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +141,9 @@ class ModelSpec:
     def __post_init__(self) -> None:
         check_length(self.length, self.levels)
         for name in ("visual_dim", "audio_dim"):
-            _require(getattr(self, name) >= 1, f"spec.{name}", getattr(self, name), "an integer >= 1")
+            require(getattr(self, name) >= 1, f"spec.{name}", getattr(self, name), "an integer >= 1")
         good = len(self.labels) >= 1 and len(set(self.labels)) == len(self.labels)
-        _require(good, "spec.labels", self.labels, "one or more distinct class names")
+        require(good, "spec.labels", self.labels, "one or more distinct class names")
 
     @property
     def num_classes(self) -> int:
@@ -220,10 +220,10 @@ def point_grid(length: int, levels: int) -> PointGrid:
 
 def check_length(length: int, levels: int) -> None:
     """Raises ConfigError unless `length` is a positive multiple of the coarsest level's stride."""
-    _require(isinstance(levels, int) and 1 <= levels <= 12, "levels", levels, "an integer from 1 to 12")
+    require(isinstance(levels, int) and 1 <= levels <= 12, "levels", levels, "an integer from 1 to 12")
     coarsest = 2 ** (levels - 1)
     good = isinstance(length, int) and length >= coarsest and length % coarsest == 0
-    _require(good, "length", length, f"a multiple of {coarsest} (the stride of level {levels})")
+    require(good, "length", length, f"a multiple of {coarsest} (the stride of level {levels})")
 
 
 def section_from_json(cls: type[Section], data: Any, *, where: str) -> Section:
@@ -251,7 +251,7 @@ def section_from_json(cls: type[Section], data: Any, *, where: str) -> Section:
 
 
 def convert(value: Any, hint: Any, *, where: str) -> Any:
-    """One JSON value as the annotated type (dataclass, tuple[X, ...], Literal, dict, X | None, bool, int, float, str)."""
+    """One JSON value as the annotated type: dataclass, tuple[X, ...], dict, Literal, X | None or a plain one."""
     if dataclasses.is_dataclass(hint):
         return section_from_json(cast(Any, hint), value, where=where)
     args = get_args(hint)
@@ -263,7 +263,7 @@ def convert(value: Any, hint: Any, *, where: str) -> Any:
             raise ConfigError(f"{where}: got {value!r}, expected a list")
         return tuple(convert(v, args[0], where=f"{where}[{i}]") for i, v in enumerate(value))
     if getattr(hint, "__origin__", None) is Literal:
-        _require(value in args, where, value, f"one of {', '.join(map(repr, args))}")
+        require(value in args, where, value, f"one of {', '.join(map(repr, args))}")
         return value
     if getattr(hint, "__origin__", None) is dict:
         if not isinstance(value, dict):
@@ -280,6 +280,7 @@ def convert(value: Any, hint: Any, *, where: str) -> Any:
     return value
 
 
-def _require(condition: bool, key: str, got: Any, expected: str) -> None:
+def require(condition: bool, key: str, got: Any, expected: str) -> None:
+    """Raises ConfigError naming the key, what it got and what is expected, unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{key}: got {got!r}, expected {expected}")
