@@ -1,0 +1,31 @@
+"""Shared fixtures: the reference data, which lie beside a checkout where they are available."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+
+def shared_path(relative: str) -> Path:
+    """A reference file beside the checkout; skips the test, saying why, where it is absent."""
+    path = SHARED / relative
+    if not path.exists():
+        pytest.skip(f"reference data not available: {relative}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of the reference data; skips the test where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("reference data folder not available beside the checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def annotations_file() -> Path:
+    """The published UnAV-100 annotation file."""
+    return shared_path("data/unav100_annotations.json")
