@@ -1,0 +1,39 @@
+# Two commands on a fresh machine: `make demo` runs the whole job, `make test` passes the tests.
+# Both make the environment first. Linux installs of torch bring CUDA libraries unless pip is pointed at a CPU build
+# (PIP_EXTRA_INDEX_URL); set EXTRAS or PYTHON to choose others.
+comma := ,
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# TensorRT-RTX builds engines without a GPU, so its tests run wherever its wheel exists.
+EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-')),dev$(comma)rtx,dev)
+
+.PHONY: setup demo test quick check bench clean
+
+setup: $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+demo: setup ## plant, train, export, prove, predict, evaluate, bench, draw
+	$(BIN)/ccnet demo --out demo
+
+test: setup ## every test that this machine can run
+	$(BIN)/python -m pytest
+
+quick: setup ## the tests without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+check: setup ## style, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup ## regenerate benchmarks/results
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

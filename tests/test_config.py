@@ -1,0 +1,70 @@
+"""Presets and `--section.field value` overrides."""
+
+from __future__ import annotations
+
+import pytest
+
+from ccnet.config import PRESETS, Config, ModelConfig, parse_overrides, preset, with_overrides
+from runtime.errors import ConfigError
+
+
+def test_presets_are_those_of_the_paper() -> None:
+    model = preset("unav100").model
+    assert (model.visual_dim, model.audio_dim, model.length, model.num_classes) == (2048, 128, 224, 100)
+    onepeace = preset("unav100_onepeace")
+    assert (onepeace.model.visual_dim, onepeace.model.audio_dim, onepeace.model.length) == (1536, 1536, 256)
+    assert (onepeace.time_base.fps, onepeace.time_base.stride_frames) == (16.0, 4.0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_round_trip(name: str) -> None:
+    assert Config.from_json(PRESETS[name].to_json()) == PRESETS[name]
+
+
+def test_unknown_preset_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="expected one of unav100"):
+        preset("unav")
+
+
+def test_overrides_of_every_kind() -> None:
+    arguments = ["--model.length", "96", "--post.method=hard", "--model.cmi", "off", "--train.learning_rate", "1e-3"]
+    config = with_overrides(preset("unav100"), parse_overrides([*arguments, "--layout.visual", "_a,_b"]))
+    assert config.model.length == 96
+    assert config.post.method == "hard"
+    assert config.model.cmi is False
+    assert config.train.learning_rate == 1e-3
+    assert config.layout.visual == ("_a", "_b")
+    assert config.model.dim == preset("unav100").model.dim
+
+
+def test_a_negative_value_is_a_value() -> None:
+    assert parse_overrides(["--loss.offset_weight", "-1"]) == {"loss.offset_weight": "-1"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.lenght", "96"], "unknown configuration key 'model.lenght'; known keys: model.length"),
+        (["--modle.length", "96"], "unknown configuration key 'modle.length'; known sections: model"),
+        (["--model.length", "long"], "model.length: got 'long', expected int"),
+        (["--model.length", "1.5"], "model.length: got 1.5, expected int"),
+        (["--model.length", "100"], "expected a multiple of 32"),
+        (["--model.dim", "30"], r"expected a multiple of model.heads \(4\)"),
+        (["--loss.iou", "ciou"], "loss.iou: got 'ciou', expected one of"),
+        (["--model.length"], "a value is missing"),
+        (["--model.length", "--model.dim"], "a value is missing"),
+        (["stray"], "unknown argument 'stray'"),
+        (["--train.ema", "1"], "train.ema"),
+        (["--train.crop_min", "0"], "crop_min"),
+    ],
+)
+def test_override_errors(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_overrides(preset("unav100"), parse_overrides(arguments))
+
+
+def test_spec_needs_a_label_per_class() -> None:
+    config = Config(model=ModelConfig(num_classes=3))
+    assert config.spec(("a", "b", "c")).num_classes == 3
+    with pytest.raises(ConfigError, match="labels: got 2, expected model.num_classes = 3"):
+        config.spec(("a", "b"))

@@ -1,0 +1,105 @@
+"""Atomic writes: whatever goes wrong while writing, the old content stays whole."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runtime.files import atomic_file, atomic_folder, sha256_file, write_json
+
+
+def test_a_finished_write_replaces_the_file(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "x.json"
+    write_json(target, {"a": 1})
+    write_json(target, {"a": 2})
+    assert target.read_text() == '{\n  "a": 2\n}\n'
+    assert os.listdir(target.parent) == ["x.json"]
+
+
+def test_an_error_inside_the_block_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    target.write_bytes(b"old")
+
+    def write() -> None:
+        with atomic_file(target) as stream:
+            stream.write(b"half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write()
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "x.json"
+    write_json(target, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(target, "new")
+    assert target.read_text() == '"old"\n'
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_not_a_number_never_reaches_a_json_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", float("nan"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+
+    def fill(content: str, *, fail: bool) -> None:
+        with atomic_folder(target) as folder:
+            (folder / "a").write_text(content)
+            if fail:
+                raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError):
+        fill("never", fail=True)
+    assert os.listdir(tmp_path) == []
+    fill("first", fail=False)
+    with pytest.raises(RuntimeError):
+        fill("never", fail=True)
+    assert (target / "a").read_text() == "first"
+    fill("second", fail=False)
+    assert (target / "a").read_text() == "second"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    target.write_bytes(b"old")
+    code = (
+        "import sys, time\n"
+        "from runtime.files import atomic_file\n"
+        "with atomic_file(sys.argv[1]) as stream:\n"
+        "    stream.write(b'half'); stream.flush(); print('writing', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"writing\n"
+        process.send_signal(signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert target.read_bytes() == b"old"
+
+
+def test_sha256(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"ccnet" * 1_000_000)
+    assert sha256_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
