@@ -1,0 +1,135 @@
+"""Eager PyTorch behind the runtime's `Backend` protocol.
+
+Training validation, the parity gate and the benchmarks run the network through the same interface as an engine.
+
+Shapes:  B batch   T steps   Cv, Ca visual / audio feature width   P points of all levels   C classes
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from runtime.backends.base import Bool, Float32, check_batch
+from runtime.errors import BackendUnavailable, ConfigError, EngineError
+from runtime.spec import ModelSpec
+
+TorchPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchBackend:
+    """Any module with the network's forward contract, as a backend. Not thread-safe.
+
+    `precision` says how it computes: `fp32` keeps the TensorFloat-32 units of a GPU out of it, `tf32` lets matrix
+    products and convolutions use them (GPU only), `bf16` and `fp16` are PyTorch's autocast. Outputs are float32.
+    The module is moved to `device`; during a call it is in evaluation mode, afterwards in the mode it was found in.
+
+    Raises ConfigError for an unknown precision or one the device lacks, BackendUnavailable for an absent device.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: ModelSpec,
+        *,
+        device: str | torch.device = "cpu",
+        precision: TorchPrecision = "fp32",
+        max_batch: int = 32,
+    ) -> None:
+        if precision not in get_args(TorchPrecision):
+            raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(get_args(TorchPrecision))}")
+        self.device = _available(torch.device(device))
+        if precision == "tf32" and self.device.type != "cuda":
+            raise ConfigError(f"precision: got 'tf32' on {self.device}, which only a GPU has; use fp32")
+        self.precision: str = precision
+        self.spec = spec
+        self.max_batch = max_batch
+        self._model: nn.Module | None = model.to(self.device)
+
+    def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
+        """visual [B, Cv, T], audio [B, Ca, T], mask [B, 1, T] -> logits [B, P, C], offsets [B, P, C, 2], float32."""
+        if self._model is None:
+            raise EngineError("torch: the backend is closed")
+        check_batch(self.spec, self.max_batch, visual, audio, mask)
+        tensors = [torch.from_numpy(array.copy()).to(self.device) for array in (visual, audio, mask)]
+        with torch.inference_mode(), _evaluating(self._model), self._arithmetic():
+            logits, offsets = self._model(*tensors)
+        return logits.float().cpu().numpy(), offsets.float().cpu().numpy()
+
+    def describe(self) -> dict[str, Any]:
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return {
+            "backend": self.name,
+            "library": "torch",
+            "library_version": torch.__version__,
+            "device": device,
+            "precision": self.precision,
+            "threads": torch.get_num_threads(),
+        }
+
+    def close(self) -> None:
+        self._model = None
+
+    def __enter__(self) -> TorchBackend:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        if self.precision in _AUTOCAST:
+            with torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision]):
+                yield
+        else:
+            with _float32_products("tf32" if self.precision == "tf32" else "ieee"):
+                yield
+
+
+@contextlib.contextmanager
+def _float32_products(kind: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """How a GPU multiplies float32 matrices inside the block; the process-wide switches are put back afterwards."""
+    backends: Any = torch.backends
+    switches = (backends.cuda.matmul, backends.cudnn.conv)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = kind
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode (no stochastic depth); every submodule gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _available(device: torch.device) -> torch.device:
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise BackendUnavailable(
+            f"torch: device '{device}' was asked for, PyTorch sees {torch.cuda.device_count()} GPUs"
+        )
+    return device
