@@ -46,14 +46,34 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, 0o777 & ~_umask())
         if path.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.replace(path, retired / "old")
-            os.replace(temporary, path)
+            try:
+                os.replace(path, retired / "old")
+                os.replace(temporary, path)
+            except BaseException:
+                if not path.exists():
+                    os.replace(retired / "old", path)
+                shutil.rmtree(retired, ignore_errors=True)
+                raise
             shutil.rmtree(retired)
         else:
             os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def recover_folder(path: str | os.PathLike[str]) -> None:
+    """Tidy up after a process that was killed inside `atomic_folder(path)`; call it only when nobody else writes there.
+
+    A kill between the two renames leaves the old folder under a hidden name: it is put back. Other leftovers go.
+    """
+    path = Path(path)
+    for retired in path.parent.glob(f".{path.name}.*.old"):
+        if not path.exists() and (retired / "old").is_dir():
+            os.replace(retired / "old", path)
+        shutil.rmtree(retired, ignore_errors=True)
+    for partial in path.parent.glob(f".{path.name}.*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:

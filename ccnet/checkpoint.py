@@ -1,0 +1,239 @@
+"""A checkpoint: a folder with `checkpoint.json` (configuration, labels, metrics, hash) and `model.safetensors`.
+
+Nothing in it is pickled. The weights are the averaged (EMA) ones, which are those to evaluate and export. A folder is
+written whole or not at all, and read strictly: size, SHA-256, tensor names and shapes have to fit its configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ccnet import __version__
+from ccnet.config import Config
+from runtime.errors import CheckpointError, ConfigError, MissingDependency
+from runtime.files import atomic_folder, sha256_file, write_json
+from runtime.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from ccnet.model import CCNet
+
+SCHEMA = 1
+MANIFEST = "checkpoint.json"
+WEIGHTS = "model.safetensors"
+_KEYS = ("schema", "config", "labels", "metrics", "weights", "created", "versions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint whose `checkpoint.json` has been read and checked; `load_model` checks and reads the weights."""
+
+    folder: Path
+    config: Config
+    labels: tuple[str, ...]
+    """Class names; the index is the label id."""
+    metrics: dict[str, Any]
+    """What was measured when it was saved, for example `epoch` and `validation_map`; may be empty."""
+    weights_size: int
+    """Bytes of `model.safetensors`."""
+    weights_sha256: str
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What this network consumes and produces."""
+        return self.config.spec(self.labels)
+
+    def load_model(self, device: str | torch.device = "cpu") -> CCNet:
+        """The network with its weights, float32, in eval mode, on `device`.
+
+        Raises CheckpointError when the weights are missing, truncated or altered, or belong to another configuration.
+        """
+        from ccnet.model import CCNet
+
+        path = self.folder / WEIGHTS
+        _check_weights_file(path, self.weights_size, self.weights_sha256)
+        model = CCNet(self.config.model)
+        load_strictly(model, load_tensors(path), source=path)
+        return model.eval().to(device)
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    config: Config,
+    labels: Iterable[str],
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint folder; an earlier checkpoint there is replaced only once the new one is whole on disk.
+
+    `model` is the network whose weights are saved (in training: the EMA copy). Raises CheckpointError when `folder`
+    exists and is no checkpoint, or when `model` was built with another configuration; OSError when the disk is full.
+    """
+    refuse_foreign_folder(folder)
+    with atomic_folder(folder) as partial:
+        write_checkpoint(partial, model, config=config, labels=labels, metrics=metrics)
+
+
+def write_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    *,
+    config: Config,
+    labels: Iterable[str],
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the two files into an existing folder. For callers that make a larger folder atomic themselves."""
+    labels = tuple(labels)
+    config.spec(labels)  # raises ConfigError when the labels do not fit the configuration
+    built_with = getattr(model, "config", config.model)
+    if built_with != config.model:
+        raise CheckpointError(f"{folder}: the model was built with {built_with}, the configuration says {config.model}")
+    path = folder / WEIGHTS
+    save_tensors(path, model.state_dict())
+    manifest = {
+        "schema": SCHEMA,
+        "config": config.to_json(),
+        "labels": list(labels),
+        "metrics": dict(metrics or {}),
+        "weights": {"size": path.stat().st_size, "sha256": sha256_file(path)},
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"ccnet": __version__, "torch": torch.__version__},
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Read and check `checkpoint.json`; the weights are not touched.
+
+    Raises CheckpointError for a folder that is no whole checkpoint, or one of a version this program can't read.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder; 'ccnet train' or 'ccnet import-weights' makes one")
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: has no {MANIFEST}, so it is no checkpoint{_look_below(folder)}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); copy the checkpoint again") from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise CheckpointError(f"{path}: got schema {schema!r}, this version of ccnet reads {SCHEMA}")
+    if set(data) != set(_KEYS):
+        wrong = ", ".join(sorted(set(data) ^ set(_KEYS)))
+        raise CheckpointError(f"{path}: unknown or missing key(s) {wrong}; expected exactly {', '.join(_KEYS)}")
+    weights, labels, metrics = data["weights"], data["labels"], data["metrics"]
+    if not isinstance(weights, dict) or not isinstance(weights.get("size"), int) or not weights.get("sha256"):
+        raise CheckpointError(f"{path}: weights: got {weights!r}, expected an object with 'size' and 'sha256'")
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise CheckpointError(f"{path}: labels: expected a list of class names")
+    if not isinstance(metrics, dict):
+        raise CheckpointError(f"{path}: metrics: got {metrics!r}, expected an object")
+    try:
+        config = Config.from_json(data["config"])
+        config.spec(tuple(labels))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}; the checkpoint was made by another version of ccnet") from error
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        labels=tuple(labels),
+        metrics=metrics,
+        weights_size=weights["size"],
+        weights_sha256=str(weights["sha256"]),
+    )
+
+
+def load_checkpoint(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> CCNet:
+    """The network of a checkpoint, in eval mode with its EMA weights. Raises CheckpointError (see `Checkpoint`)."""
+    return read_checkpoint(folder).load_model(device)
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: object) -> None:
+    """`load_state_dict` that lists every unknown, missing and misshapen tensor in one CheckpointError."""
+    expected = module.state_dict()
+    unknown = sorted(set(tensors) - set(expected))
+    missing = sorted(set(expected) - set(tensors))
+    misshapen = [
+        f"{name} is {list(tensors[name].shape)}, expected {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {_first(names)}"
+        for what, names in (("unknown", unknown), ("missing", missing), ("of another shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{source}: its tensors do not fit the configuration: {'; '.join(problems)}. "
+            "Use the configuration it was trained with"
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors and wait until they are on the disk."""
+    _safetensors().torch.save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
+    with open(path, "rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file to the CPU. Raises CheckpointError when it is missing or no such file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; copy the whole checkpoint folder again")
+    library = _safetensors()
+    try:
+        tensors: dict[str, Tensor] = library.torch.load_file(path)
+    except (library.SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error}); copy the checkpoint again") from error
+    return tensors
+
+
+def refuse_foreign_folder(folder: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError when `folder` holds something that is no checkpoint, which a save would delete."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder}: exists and is no checkpoint, so it is not replaced; choose another folder")
+
+
+def _check_weights_file(path: Path, size: int, sha256: str) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; copy the whole checkpoint folder again")
+    found = path.stat().st_size
+    if found != size:
+        raise CheckpointError(f"{path}: {found} bytes, {MANIFEST} says {size}; copy the checkpoint again")
+    digest = sha256_file(path)
+    if digest != sha256:
+        raise CheckpointError(
+            f"{path}: SHA-256 {digest[:16]}..., {MANIFEST} says {sha256[:16]}...; the weights were altered or belong "
+            "to another checkpoint: copy the checkpoint again"
+        )
+
+
+def _look_below(folder: Path) -> str:
+    below = [name for name in ("best", "last") if (folder / name / MANIFEST).is_file()]
+    return f"; it holds {' and '.join(str(folder / name) for name in below)}" if below else ""
+
+
+def _first(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise MissingDependency("safetensors", "train", "Reading and writing checkpoints") from error
+    return safetensors
