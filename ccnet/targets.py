@@ -1,0 +1,72 @@
+"""From events on the grid to what every point of the pyramid should say (reference section 6).
+
+Shapes:  B batch   M events (padded)   P points of all levels   C classes   L pyramid levels
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from runtime.spec import PointGrid
+
+
+class Targets(NamedTuple):
+    """What the loss compares the network's output with; shaped like that output."""
+
+    classes: Tensor
+    """[B, P, C] float32, 1 where the point belongs to an event of the class (multi-hot), else 0."""
+    offsets: Tensor
+    """[B, P, C, 2] float32: distances to start and end in units of the level's stride; 0 where `classes` is 0."""
+
+
+def regression_ranges(levels: int) -> tuple[tuple[float, float], ...]:
+    """Grid steps that each level is responsible for: (0, 4), (4, 8), (8, 16), ... the last one without an end."""
+    edges = [0.0, *(float(4 * 2**level) for level in range(levels - 1)), math.inf]
+    return tuple(zip(edges[:-1], edges[1:], strict=True))
+
+
+def build_targets(segments: Tensor, labels: Tensor, grid: PointGrid, num_classes: int) -> Targets:
+    """Targets of a batch of videos.
+
+    A point belongs to an event when it lies strictly inside it and the larger of its distances to start and end
+    lies in the range of the point's level (both ends included, so that an event exactly on an edge is not lost).
+    Where two events of one class qualify, the shorter one gives the offsets; of equally short ones, the first.
+
+    Args:
+        segments: [B, M, 2] start and end in grid steps, float.
+        labels: [B, M] int64 class of each event; -1 marks padding.
+        grid: the point grid of the network.
+        num_classes: C.
+    """
+    batch, events = labels.shape
+    points = torch.tensor(grid.positions, device=segments.device)  # [P]
+    strides = torch.tensor(grid.point_strides, device=segments.device)
+    ranges = torch.tensor(regression_ranges(len(grid.lengths)), device=segments.device)
+    ranges = ranges.repeat_interleave(torch.tensor(grid.lengths, device=segments.device), dim=0)  # [P, 2]
+
+    # Events from short to long, so that "the shorter one wins" becomes "the lowest rank wins".
+    segments = segments.float()
+    order = (segments[..., 1] - segments[..., 0]).argsort(dim=1, stable=True)
+    segments = segments.gather(1, order[..., None].expand(-1, -1, 2))
+    labels = labels.gather(1, order)
+
+    distances = torch.stack((points - segments[..., :1], segments[..., 1:] - points), dim=-1)  # [B, M, P, 2]
+    farther = distances.amax(-1)
+    belongs = (distances.amin(-1) > 0) & (farther >= ranges[:, 0]) & (farther <= ranges[:, 1])
+    belongs &= (labels >= 0)[..., None]
+
+    ranks = torch.arange(events, device=labels.device)[None, :, None].where(belongs, events)  # [B, M, P]
+    winner = torch.full((batch, num_classes, points.numel()), events, device=labels.device)
+    winner.scatter_reduce_(1, labels.clamp(min=0)[..., None].expand_as(ranks), ranks, "amin")
+    winner = winner.transpose(1, 2)  # [B, P, C]; `events` where no event of the class qualifies
+
+    positive = winner < events
+    padded = torch.nn.functional.pad(segments, (0, 0, 0, 1))  # one more row, for "no event"
+    chosen = padded.gather(1, winner.reshape(batch, -1, 1).expand(-1, -1, 2)).view(*winner.shape, 2)
+    position = points[:, None]
+    offsets = torch.stack((position - chosen[..., 0], chosen[..., 1] - position), dim=-1) / strides[:, None, None]
+    return Targets(positive.float(), offsets * positive[..., None])
