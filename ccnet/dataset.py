@@ -9,6 +9,7 @@ Shapes:  B batch   T steps   n steps of one video   Cv, Ca feature widths   M ev
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -226,6 +227,9 @@ class TrainingLoader:
             num_workers=train.workers,
             persistent_workers=train.workers > 0,
             pin_memory=pin_memory,
+            worker_init_fn=_leave_interrupts_to_the_trainer,
+            # Its own generator: starting an epoch must not move the global one, which a resumed run restores.
+            generator=torch.Generator().manual_seed(train.seed),
         )
 
     def __len__(self) -> int:
@@ -242,6 +246,11 @@ class TrainingLoader:
             if isinstance(batch, CCNetError):
                 raise batch
             yield batch
+
+
+def _leave_interrupts_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the training process decides when to stop, with the batch in hand."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Guarded(Dataset[Any]):
