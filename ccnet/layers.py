@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 
 class MaskedConv1d(nn.Conv1d):
-    """Convolution over time with zero padding K // 2, zeroed at invalid output steps. Weight [Cout, Cin / groups, K]."""
+    """Convolution over time with zero padding K // 2, zeroed at invalid steps. Weight [Cout, Cin / groups, K]."""
 
     def __init__(
         self, in_dim: int, out_dim: int, *, kernel: int = 3, stride: int = 1, groups: int = 1, bias: bool = False

@@ -34,9 +34,9 @@ class CCNet(nn.Module):
         self._initialize()
 
     def forward(self, visual: Tensor, audio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """visual [B, Cv, T], audio [B, Ca, T], mask [B, 1, T] bool (a prefix) -> logits [B, P, C], offsets [B, P, C, 2].
+        """visual [B, Cv, T], audio [B, Ca, T], mask [B, 1, T] bool -> logits [B, P, C], offsets [B, P, C, 2].
 
-        Offsets are distances to start and end in units of the level's stride, >= 0. Raises FeatureError when the
+        The mask is a prefix of True. Offsets are distances to start and end in units of the level's stride, >= 0. Raises FeatureError when the
         shapes are not those of the configuration.
         """
         self._check(visual, audio, mask)

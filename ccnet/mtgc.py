@@ -6,6 +6,7 @@ Shapes:  B batch   T_l steps of level l (l = 0 is the finest)   L levels   E = 2
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -24,9 +25,7 @@ class CoarseToFine(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         lengths = level_lengths(config)
-        self.linears = nn.ModuleList(
-            nn.Linear(coarse, fine) for fine, coarse in zip(lengths[:-1], lengths[1:], strict=True)
-        )
+        self.linears = nn.ModuleList(nn.Linear(coarse, fine) for fine, coarse in itertools.pairwise(lengths))
         self.block = Block(2 * config.dim, config.heads, drop_path=config.drop_path)
 
     def forward(self, levels: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
