@@ -30,6 +30,8 @@ _FLAGS = (
 )
 """Instruction sets that decide which precision is fast."""
 
+GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
+
 _LIBRARIES = (
     "ccnet",
     "numpy",
@@ -75,6 +77,18 @@ def machine_facts() -> dict[str, Any]:
         "gpus": gpus(),
         "gpu_processes": gpu_processes(),
     }
+
+
+def machine_class(backend: str) -> str:
+    """One line for the class of machines on which a speed of this backend can be compared.
+
+    The GPU for GPU backends, else processor, cores and instruction sets. Stands beside every speed in a bundle
+    (`Rung.speed["machine"]`); `backend="auto"` trusts a speed only where the classes are equal.
+    """
+    if backend in GPU_BACKENDS:
+        found = gpus()
+        return found[0]["name"] if found else "no GPU"
+    return f"{cpu_model()}, {usable_cores()} cores, {' '.join(cpu_flags() or ['unknown instruction sets'])}"
 
 
 def cpu_model() -> str | None:
