@@ -1,0 +1,162 @@
+"""The annotation reader: the published file, and everything that can be wrong with one."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.annotations import OVERRUN_SECONDS, read_annotations
+from runtime.errors import AnnotationError
+
+GOOD: dict[str, Any] = {
+    "version": "x",
+    "database": {
+        "first": {
+            "duration": 10,
+            "subset": "train",
+            "annotations": [
+                {"segment": [1.5, 3], "label": "dog", "label_id": 0},
+                {"segment": [2, 9.5], "label": "cat", "label_id": 1},
+            ],
+        },
+        "second": {"duration": 20.5, "subset": "test", "annotations": [], "url": "extra facts are ignored"},
+    },
+}
+
+
+def write(folder: Path, content: Any) -> Path:
+    path = folder / "annotations.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_reads_videos_labels_and_subsets(tmp_path: Path) -> None:
+    annotations = read_annotations(write(tmp_path, GOOD))
+    assert annotations.labels == ("dog", "cat")
+    assert list(annotations.videos) == ["first", "second"]
+    first, second = annotations.videos.values()
+    assert first.duration == 10.0
+    assert first.segments.dtype == np.float64
+    assert first.labels.dtype == np.int64
+    np.testing.assert_array_equal(first.segments, [[1.5, 3], [2, 9.5]])
+    np.testing.assert_array_equal(first.labels, [0, 1])
+    assert second.segments.shape == (0, 2)
+    assert annotations.subset("test") == [second]
+    with pytest.raises(AnnotationError, match=r"no video of subset 'validation'; the file has: test, train"):
+        annotations.subset("validation")
+
+
+def test_reads_the_published_file(annotations_file: Path) -> None:
+    annotations = read_annotations(annotations_file)
+    assert len(annotations.videos) == 10790
+    assert len(annotations.labels) == 100
+    assert {name: len(annotations.subset(name)) for name in ("train", "validation", "test")} == {
+        "train": 6489,
+        "validation": 2134,
+        "test": 2167,
+    }
+    assert sum(len(video.labels) for video in annotations.videos.values()) == 30059
+    raw = json.loads(annotations_file.read_text())["database"]
+    for video_id, video in annotations.videos.items():
+        np.testing.assert_array_equal(video.segments, [event["segment"] for event in raw[video_id]["annotations"]])
+
+
+def event(**changes: Any) -> Any:
+    content = copy.deepcopy(GOOD)
+    content["database"]["first"]["annotations"][1].update(changes)
+    return content
+
+
+def video(**changes: Any) -> Any:
+    content = copy.deepcopy(GOOD)
+    content["database"]["first"].update(changes)
+    return content
+
+
+def renamed(video_id: str) -> Any:
+    return {"database": {video_id: GOOD["database"]["first"]}}
+
+
+def without(key: str) -> Any:
+    content = copy.deepcopy(GOOD)
+    del content["database"]["first"]["annotations"][1][key]
+    return content
+
+
+EVENT = "video 'first': event 1: "
+BAD = {
+    "truncated": (json.dumps(GOOD)[:-30], "not valid JSON"),
+    "not an object": ([1, 2], "expected an object"),
+    "no database": ({"version": "x"}, "expected an object"),
+    "empty database": ({"database": {}}, "holds no video"),
+    "no event at all": ({"database": {"a": {"duration": 1, "subset": "test", "annotations": []}}}, "no event"),
+    "video is a list": ({"database": {"first": []}}, "video 'first': got a list, expected an object"),
+    "duplicate video id": ('{"database": {"first": {}, "first": {}}}', "key 'first' occurs twice"),
+    "path in id": (renamed("../first"), "bad video id; expected a name without path separators"),
+    "backslash in id": (renamed("a\\b"), "bad video id"),
+    "dots as id": (renamed(".."), "bad video id"),
+    "empty id": (renamed(""), "bad video id"),
+    "unknown subset": (video(subset="testing"), "subset: got 'testing', expected one of train, validation, test"),
+    "negative duration": (video(duration=-1), "duration: got -1, expected seconds above 0"),
+    "duration is text": (video(duration="10"), "duration: got '10'"),
+    "duration is NaN": (video(duration=float("nan")), "duration: got nan"),
+    "duration is true": (video(duration=True), "duration: got True"),
+    "annotations is an object": (video(annotations={}), "annotations: got an object, expected a list"),
+    "segment missing": (without("segment"), EVENT + "'segment' is missing"),
+    "label id missing": (without("label_id"), EVENT + "'label_id' is missing"),
+    "segment of three": (event(segment=[1, 2, 3]), EVENT + "segment: got"),
+    "segment of text": (event(segment=["1", "2"]), EVENT + "segment: got"),
+    "infinite segment": (event(segment=[1, float("inf")]), EVENT + "segment: got"),
+    "number too large": (json.dumps(event(segment=[1, 2])).replace("[1, 2]", "[1, 1e999]"), EVENT + "segment: got"),
+    "endless digits": (json.dumps(event(segment=[1, 2])).replace("[1, 2]", f"[1, {'9' * 5000}]"), "not valid JSON"),
+    "end equals start": (event(segment=[2, 2]), r"got \[2.0, 2.0\], expected an end after the start"),
+    "end before start": (event(segment=[3, 2]), EVENT + "segment: got"),
+    "outside the video": (event(segment=[2, 10.02]), r"expected it inside the video, \[0, 10.0\]"),
+    "before the video": (event(segment=[-1, 5]), "expected it inside the video"),
+    "id of another label": (event(label_id=0), EVENT + "label_id 0: got label 'cat', elsewhere this id is 'dog'"),
+    "label of another id": (event(label="dog"), EVENT + "label 'dog': got label_id 1, elsewhere this label has 0"),
+    "label id is text": (event(label_id="1"), "label_id: got '1', expected an integer"),
+    "label id negative": (event(label_id=-1), "label_id: got -1"),
+    "label empty": (event(label=""), "label: got ''"),
+    "gap in the ids": (event(label_id=7), "label ids go up to 7 but 1, 2, 3, 4, 5, ... never occur"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_are_named(case: str, tmp_path: Path) -> None:
+    content, message = BAD[case]
+    path = write(tmp_path, content)
+    with pytest.raises(AnnotationError, match=message) as caught:
+        read_annotations(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_missing_file_and_not_text(tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match="no such annotation file"):
+        read_annotations(tmp_path / "absent.json")
+    with pytest.raises(AnnotationError, match="got a folder"):
+        read_annotations(tmp_path)
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(AnnotationError, match="not valid JSON"):
+        read_annotations(tmp_path / "binary.json")
+
+
+def test_small_overruns_are_clipped(tmp_path: Path) -> None:
+    annotations = read_annotations(write(tmp_path, event(segment=[-OVERRUN_SECONDS / 2, 10 + OVERRUN_SECONDS / 2])))
+    np.testing.assert_array_equal(annotations.videos["first"].segments[1], [0, 10])
+    with pytest.raises(AnnotationError, match="nothing of it lies inside"):
+        read_annotations(write(tmp_path, event(segment=[10, 10 + OVERRUN_SECONDS / 2])))
+
+
+def test_a_given_class_list_is_binding(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert read_annotations(path, labels=("dog", "cat", "cow")).labels == ("dog", "cat", "cow")
+    with pytest.raises(AnnotationError, match=r"unknown label 'cat' \(id 1\); expected one of 1 classes"):
+        read_annotations(path, labels=("dog",))
+    with pytest.raises(AnnotationError, match="label 'dog': got label_id 0, elsewhere this label has 1"):
+        read_annotations(path, labels=("cat", "dog"))
