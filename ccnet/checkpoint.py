@@ -59,7 +59,7 @@ class Checkpoint:
         from ccnet.model import CCNet
 
         path = self.folder / WEIGHTS
-        _check_weights_file(path, self.weights_size, self.weights_sha256)
+        check_file(path, size=self.weights_size, sha256=self.weights_sha256, said_by=MANIFEST)
         model = CCNet(self.config.model)
         load_strictly(model, load_tensors(path), source=path)
         return model.eval().to(device)
@@ -201,25 +201,26 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def check_file(path: Path, *, size: int, sha256: str, said_by: str) -> None:
+    """Raises CheckpointError when a file is missing, truncated or altered, compared with what the manifest says."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; copy the whole checkpoint folder again")
+    found = path.stat().st_size
+    if found != size:
+        raise CheckpointError(f"{path}: {found} bytes, {said_by} says {size}; copy the checkpoint again")
+    digest = sha256_file(path)
+    if digest != sha256:
+        raise CheckpointError(
+            f"{path}: SHA-256 {digest[:16]}..., {said_by} says {sha256[:16]}...; the file was altered or belongs to "
+            "another checkpoint: copy the checkpoint again"
+        )
+
+
 def refuse_foreign_folder(folder: str | os.PathLike[str]) -> None:
     """Raises CheckpointError when `folder` holds something that is no checkpoint, which a save would delete."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder}: exists and is no checkpoint, so it is not replaced; choose another folder")
-
-
-def _check_weights_file(path: Path, size: int, sha256: str) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; copy the whole checkpoint folder again")
-    found = path.stat().st_size
-    if found != size:
-        raise CheckpointError(f"{path}: {found} bytes, {MANIFEST} says {size}; copy the checkpoint again")
-    digest = sha256_file(path)
-    if digest != sha256:
-        raise CheckpointError(
-            f"{path}: SHA-256 {digest[:16]}..., {MANIFEST} says {sha256[:16]}...; the weights were altered or belong "
-            "to another checkpoint: copy the checkpoint again"
-        )
 
 
 def _look_below(folder: Path) -> str:

@@ -133,6 +133,8 @@ class TrainConfig:
     """Autocast precision on a GPU; a CPU trains in fp32 or bf16."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    compile: bool = False
+    """torch.compile the network: worth its minutes of compilation in a long run on a GPU."""
     validate_every: int = 1
     """Epochs between validations."""
 

@@ -33,6 +33,18 @@ class CheckpointError(CCNetError):
     """A checkpoint is missing, damaged, or belongs to another configuration."""
 
 
+class TrainingError(CCNetError):
+    """Training can't go on: its loss is no longer finite, or its device can't do what was asked."""
+
+
+class TrainingStopped(TrainingError):
+    """Training was asked to stop (Ctrl-C, SIGTERM) and saved its state; it can be resumed."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
 class BundleError(CCNetError):
     """A bundle is missing, altered or half written, or its manifest can't be read."""
 
