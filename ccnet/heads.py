@@ -32,7 +32,8 @@ class Head(nn.Module):
         """x [B, T_l, E], mask [B, T_l, 1] -> [B, T_l, out_dim]."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = torch.relu(norm(conv(x, mask)))
-        return self.output(x, mask)
+        out: Tensor = self.output(x, mask)
+        return out
 
 
 class ClassHead(Head):
@@ -56,7 +57,8 @@ class OffsetHead(Head):
         offsets = [
             torch.relu(self.level(x, mask) * scale) for x, mask, scale in zip(levels, masks, self.scales, strict=True)
         ]
-        return torch.cat(offsets, dim=1).unflatten(2, (-1, 2))
+        points = torch.cat(offsets, dim=1)
+        return points.view(*points.shape[:2], -1, 2)
 
 
 def prior_bias() -> float:

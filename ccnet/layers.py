@@ -69,11 +69,12 @@ class CrossAttention(nn.Module):
         out = F.scaled_dot_product_attention(
             self._split(query), self._split(key), self._split(value * mask), attn_mask=bias
         )
-        return self.proj(out.transpose(1, 2).flatten(2)) * mask
+        merged: Tensor = self.proj(out.transpose(1, 2).flatten(2)) * mask
+        return merged
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, H, T, C / H]."""
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class ScaledDropPath(nn.Module):
@@ -116,7 +117,8 @@ class Block(nn.Module):
         skip = x1 if self.stride == 1 else max_pool(x1)
         mask = mask[:, :: self.stride]
         y = skip * mask + self.attention_scale(attended)
-        return y + self.mlp_scale(self.mlp(self.norm_mlp(y)) * mask)
+        out: Tensor = y + self.mlp_scale(self.mlp(self.norm_mlp(y)) * mask)
+        return out
 
 
 def max_pool(x: Tensor) -> Tensor:

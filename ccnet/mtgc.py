@@ -99,7 +99,8 @@ class TemporalDependency(nn.Module):
         row_mask = mask.expand(-1, -1, self.classes).reshape(batch * steps, self.classes, 1)
         over_classes = self.cooccurrence(rows, rows, row_mask).view_as(over_time)
 
-        return self.squeeze((over_time + over_classes).flatten(2), mask)
+        squeezed: Tensor = self.squeeze((over_time + over_classes).flatten(2), mask)
+        return squeezed
 
     def _channels(self, x: Tensor, mask: Tensor, level: int) -> Tensor:
         """x [B, T_l, E] -> [B, T_l, C, H], the same for no class: a Block whose sequence is the H channels.
@@ -120,8 +121,9 @@ class MTGC(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        c2f = [("c2f", CoarseToFine)] if config.c2f else []
-        f2c = [("f2c", FineToCoarse)] if config.f2c else []
+        several = config.levels > 1  # a single level has no other one to collaborate with
+        c2f = [("c2f", CoarseToFine)] if config.c2f and several else []
+        f2c = [("f2c", FineToCoarse)] if config.f2c and several else []
         first, second = (c2f, f2c) if config.mtgc_order == "c2f_f2c" else (f2c, c2f)
         self.stages = nn.ModuleDict(
             {name: stage(config) for name, stage in [*first, ("tdm", TemporalDependency), *second]}

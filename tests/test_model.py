@@ -1,0 +1,199 @@
+"""The network: golden parity at every stage, masks, batches, ablation switches, size, gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ccnet.config import ModelConfig
+from ccnet.layers import Block, sinusoidal_positions
+from ccnet.model import CCNet
+from ccnet.released import load_released
+from runtime.errors import FeatureError
+from runtime.spec import point_grid
+
+TINY = ModelConfig(
+    length=32, levels=4, visual_dim=12, audio_dim=6, dim=16, heads=4, num_classes=3, head_dim=10, tdm_dim=8
+)
+SWITCHES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "no_cmi": {"cmi": False},
+    "no_tcg": {"tcg": False},
+    "no_c2f": {"c2f": False},
+    "no_f2c": {"f2c": False},
+    "f2c_first": {"mtgc_order": "f2c_c2f"},
+    "no_channel_branch": {"tdm_channel_branch": False},
+    "no_self_attention": {"self_layers": 0},
+    "one_level": {"levels": 1},
+}
+
+
+def randomized(config: ModelConfig, seed: int = 0) -> CCNet:
+    """A network whose every parameter is random and not small, so that no branch hides behind its initial value."""
+    torch.manual_seed(seed)
+    model = CCNet(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim <= 1:
+            base = 1.0 if name.endswith(("weight", "scale")) or ".scales." in name else 0.0
+            torch.nn.init.normal_(parameter, base, 0.3)
+    return model
+
+
+def inputs(config: ModelConfig, lengths: list[int], seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(config.length) < torch.tensor(lengths)[:, None, None]
+    visual = torch.randn(len(lengths), config.visual_dim, config.length, generator=generator) * mask
+    audio = torch.randn(len(lengths), config.audio_dim, config.length, generator=generator) * mask
+    return visual, audio, mask
+
+
+@pytest.fixture(scope="module")
+def golden(shared: Path) -> dict[str, np.ndarray]:
+    path = shared / "reference" / "authors_tiny.npz"
+    if not path.exists():
+        pytest.skip("golden file of the released program not available")
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def golden_stages(golden: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    config = ModelConfig(length=64, visual_dim=48, audio_dim=16, dim=32, num_classes=7, head_dim=24)
+    model = CCNet(config).eval()
+    load_released(model, {k[6:]: torch.from_numpy(v) for k, v in golden.items() if k.startswith("param/")})
+    mask = torch.arange(64) < torch.from_numpy(golden["lengths"])[:, None, None]
+    stages: dict[str, torch.Tensor] = {}
+
+    def keep_cmcc(_module: Any, _inputs: Any, output: Any) -> None:
+        for name, levels in zip(("cmcc_visual", "cmcc_audio"), output, strict=True):
+            stages.update({f"{name}/{level}": x.transpose(1, 2) for level, x in enumerate(levels)})
+
+    def keep_mtgc(_module: Any, _inputs: Any, output: Any) -> None:
+        stages.update({f"mtgc/{level}": x.transpose(1, 2) for level, x in enumerate(output)})
+
+    model.cmcc.register_forward_hook(keep_cmcc)
+    model.mtgc.register_forward_hook(keep_mtgc)
+    with torch.inference_mode():
+        visual, audio = torch.from_numpy(golden["visual"]), torch.from_numpy(golden["audio"])
+        stages["cls_logits"], stages["offsets"] = model(visual, audio, mask)
+    return stages
+
+
+@pytest.mark.parametrize("stage", ["cmcc_visual", "cmcc_audio", "mtgc"])
+@pytest.mark.parametrize("level", range(6))
+def test_inner_stages_equal_the_released_program(
+    golden: dict[str, np.ndarray], golden_stages: dict[str, torch.Tensor], stage: str, level: int
+) -> None:
+    expected = torch.from_numpy(golden[f"{stage}/{level}"])
+    difference = (golden_stages[f"{stage}/{level}"] - expected).abs().max()
+    assert difference < 1e-5 * expected.abs().max()  # measured: 6e-7
+
+
+@pytest.mark.parametrize("output", ["cls_logits", "offsets"])
+def test_outputs_equal_the_released_program(
+    golden: dict[str, np.ndarray], golden_stages: dict[str, torch.Tensor], output: str
+) -> None:
+    valid = torch.from_numpy(golden["point_mask"])
+    difference = golden_stages[output] - torch.from_numpy(golden[output])
+    assert difference[valid].abs().max() < 2e-5  # measured: 4e-6
+
+
+def test_full_size_has_the_published_number_of_parameters() -> None:
+    with torch.device("meta"):
+        model = CCNet(ModelConfig())
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 235.5
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_video_gets_the_same_alone_and_in_a_batch(switch: str) -> None:
+    config = dataclasses.replace(TINY, **SWITCHES[switch])
+    model = randomized(config)
+    visual, audio, mask = inputs(config, [32, 17, 1, 8])
+    with torch.inference_mode():
+        together = model(visual, audio, mask)
+        for i in range(4):
+            alone = model(visual[i : i + 1], audio[i : i + 1], mask[i : i + 1])
+            for ours, expected in zip(together, alone, strict=True):
+                # Values reach 50 here; another order of summation moves them by 1e-5, a wrong mask by 1e-1.
+                torch.testing.assert_close(ours[i : i + 1], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_every_parameter_is_used_and_learns(switch: str) -> None:
+    config = dataclasses.replace(TINY, **SWITCHES[switch])
+    model = randomized(config).train()
+    logits, offsets = model(*inputs(config, [32, 19]))
+    (logits.square().mean() + offsets.mean()).backward()
+    # A key bias adds the same to all scores of a query and so has no gradient, but where constant keys stand beside.
+    unused = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert unused == []
+
+
+def test_outputs_have_the_shapes_of_the_contract() -> None:
+    model = CCNet(TINY).eval()
+    logits, offsets = model(*inputs(TINY, [32, 5]))
+    points = point_grid(TINY.length, TINY.levels).num_points
+    assert logits.shape == (2, points, 3)
+    assert offsets.shape == (2, points, 3, 2)
+    assert (offsets >= 0).all()
+
+
+def test_a_video_without_any_valid_step_gives_finite_numbers() -> None:
+    model = randomized(TINY)
+    with torch.inference_mode():
+        logits, offsets = model(*inputs(TINY, [0, 1]))
+    assert logits.isfinite().all()
+    assert offsets.isfinite().all()
+
+
+def test_padding_content_is_not_seen_outside_the_first_convolution() -> None:
+    """Garbage well behind the end does not reach valid points: masks act in every layer."""
+    model = randomized(TINY)
+    visual, audio, mask = inputs(TINY, [9])
+    dirty = visual.clone()
+    dirty[:, :, 12:] = 7.0
+    with torch.inference_mode():
+        clean_logits, _ = model(visual, audio, mask)
+        dirty_logits, _ = model(dirty, audio, mask)
+    valid = torch.from_numpy(point_grid(32, 4).valid_points(mask[0, 0].numpy()))
+    torch.testing.assert_close(dirty_logits[:, valid], clean_logits[:, valid], rtol=0, atol=0)
+
+
+def test_a_wrong_shape_names_the_tensor() -> None:
+    model = CCNet(TINY)
+    visual, audio, mask = inputs(TINY, [32])
+    with pytest.raises(FeatureError, match=r"audio: got shape \[1, 6, 31\], expected \[batch, 6, 32\]"):
+        model(visual, audio[..., :-1], mask)
+    with pytest.raises(FeatureError, match=r"mask: got torch\.float32, expected torch\.bool"):
+        model(visual, audio, mask.float())
+
+
+def test_initial_scores_are_the_prior() -> None:
+    torch.manual_seed(0)
+    model = CCNet(TINY).eval()
+    with torch.inference_mode():
+        logits, _ = model(*inputs(TINY, [32]))
+    assert 0.002 < logits.sigmoid().median() < 0.05
+
+
+def test_positions_interleave_sine_and_cosine() -> None:
+    table = sinusoidal_positions(10, 6)
+    expected = [np.sin(3), np.cos(3), np.sin(3 / 10000 ** (2 / 6)), np.cos(3 / 10000 ** (2 / 6))]
+    np.testing.assert_allclose(table[3, :4].numpy(), expected, rtol=1e-6)
+
+
+def test_stochastic_depth_drops_whole_samples_in_training_only() -> None:
+    torch.manual_seed(0)
+    block = Block(8, 2, drop_path=0.5)
+    for scale in (block.attention_scale, block.mlp_scale):
+        torch.nn.init.ones_(scale.scale)
+    x, mask = torch.randn(64, 4, 8), torch.ones(64, 4, 1, dtype=torch.bool)
+    changed = (block.train()(x, x, mask) - x).abs().amax((1, 2)) > 0
+    assert 32 < changed.sum() < 64  # both branches drop with probability 1/4: 48 of 64 change on average
+    with torch.inference_mode():
+        torch.testing.assert_close(block.eval()(x, x, mask), block(x, x, mask))
