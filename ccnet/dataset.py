@@ -24,8 +24,8 @@ from ccnet.config import Config, TrainConfig
 from ccnet.targets import Targets, build_targets
 from runtime.annotations import VideoAnnotation
 from runtime.errors import CCNetError, FeatureError
-from runtime.features import read_video
-from runtime.spec import FeatureLayout, TimeBase, point_grid
+from runtime.features import VideoFeatures, pack, read_video
+from runtime.spec import TimeBase
 
 Floats = npt.NDArray[np.float32]
 _CROP_TRIALS = 200
@@ -51,11 +51,6 @@ class Batch(NamedTuple):
         )
         return Batch(visual, audio, mask, Targets(*targets))
 
-    def pin_memory(self) -> Batch:
-        """What `DataLoader(pin_memory=True)` calls."""
-        targets = Targets(*(tensor.pin_memory() for tensor in self.targets))
-        return Batch(self.visual.pin_memory(), self.audio.pin_memory(), self.mask.pin_memory(), targets)
-
 
 class Sample(NamedTuple):
     """One video as the network will see it."""
@@ -70,34 +65,50 @@ class Sample(NamedTuple):
     """[M]."""
 
 
-def check_folder(folder: str | os.PathLike[str], videos: Sequence[VideoAnnotation], layout: FeatureLayout) -> None:
-    """Look at every file that `videos` need: there, an array, whole. Only headers and sizes are read.
+def check_folder(folder: str | os.PathLike[str], videos: Sequence[VideoAnnotation], config: Config) -> None:
+    """Look at every file that `videos` need: there, whole, of the configured width. Only headers and sizes are read.
 
-    Raises FeatureError with the number of bad files and the first few of them.
+    Raises FeatureError with the number of bad files, the first few of them and what is wrong with each.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FeatureError(f"feature folder {folder}: not a folder that exists")
+        raise FeatureError(f"{folder}: no such feature folder")
     if not videos:
-        raise FeatureError(f"feature folder {folder}: the annotations name no video to look for in this subset")
+        raise FeatureError(f"{folder}: no videos were asked for; expected at least one")
     missing: list[str] = []
     damaged: list[str] = []
+    layout, model = config.layout, config.model
     for video in videos:
-        for suffix in (*layout.visual, *layout.audio):
-            path = folder / f"{video.video_id}{suffix}.npy"
-            try:
-                np.load(path, mmap_mode="r", allow_pickle=False)
-            except FileNotFoundError:
-                missing.append(path.name)
-            except (ValueError, EOFError, OSError) as error:
-                damaged.append(f"{path.name} ({error})")
+        for suffixes, expected in ((layout.visual, model.visual_dim), (layout.audio, model.audio_dim)):
+            width = 0
+            for suffix in suffixes:
+                path = folder / f"{video.video_id}{suffix}.npy"
+                try:
+                    width += _width(path)
+                except FileNotFoundError:
+                    missing.append(path.name)
+                    break
+                except (ValueError, EOFError, OSError) as error:
+                    damaged.append(f"{path.name} ({error})")
+                    break
+            else:
+                if width != expected:
+                    files = " + ".join(f"{video.video_id}{suffix}.npy" for suffix in suffixes)
+                    damaged.append(f"{files} ({width} wide, expected {expected})")
     if missing or damaged:
-        wanted = len(videos) * (len(layout.visual) + len(layout.audio))
-        parts = [_listed(kind, names) for kind, names in (("missing", missing), ("damaged", damaged)) if names]
+        parts = [_listed(kind, names) for kind, names in (("missing", missing), ("unusable", damaged)) if names]
         raise FeatureError(
-            f"feature folder {folder}: of {wanted} files that {len(videos)} videos need, {'; '.join(parts)}. "
-            "Add or replace these files, or take their videos out of the annotation file"
+            f"{folder}: of the files that {len(videos)} videos need, {'; '.join(parts)}. "
+            "Add or replace them, or take their videos out of the annotation file"
         )
+
+
+def _width(path: Path) -> int:
+    """Channels of one array file. Raises ValueError for a file that is cut off, pickled, or no [n, C] float array."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
+        raise ValueError(f"got {array.dtype} {array.shape}, expected floats [steps, width]")
+    return int(array.shape[1])
 
 
 def _listed(kind: str, names: list[str]) -> str:
@@ -128,7 +139,7 @@ class TrainingVideos(Dataset[Any]):
 
     def __init__(self, folder: str | os.PathLike[str], videos: Sequence[VideoAnnotation], config: Config) -> None:
         """Checks the whole folder first (see `check_folder`)."""
-        check_folder(folder, videos, config.layout)
+        check_folder(folder, videos, config)
         self.folder = Path(folder)
         self.videos = list(videos)
         self.config = config
@@ -140,9 +151,7 @@ class TrainingVideos(Dataset[Any]):
         """Raises FeatureError for a file that turns out to be bad when it is read (wrong width, NaN, ...)."""
         epoch, index = key
         video, model, train = self.videos[index], self.config.model, self.config.train
-        visual, audio = read_video(
-            self.folder, video.video_id, self.config.layout, model.visual_dim, model.audio_dim
-        )
+        visual, audio = read_video(self.folder, video.video_id, self.config.layout, model.visual_dim, model.audio_dim)
         segments = self.config.time_base.to_grid(video.segments).astype(np.float32)
         sample = Sample(visual, audio, segments.reshape(-1, 2), video.labels)
 
@@ -159,25 +168,20 @@ class Collate:
     """Samples -> `Batch`, padded to T, with targets. Runs in the loading process."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        # Class names do not matter to a batch.
+        self._spec = config.spec(tuple(map(str, range(config.model.num_classes))))
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        model = self.config.model
-        visual = torch.zeros(len(samples), model.visual_dim, model.length)
-        audio = torch.zeros(len(samples), model.audio_dim, model.length)
-        mask = torch.zeros(len(samples), 1, model.length, dtype=torch.bool)
+        arrays = pack([VideoFeatures(sample.visual, sample.audio) for sample in samples], self._spec)
+        visual, audio, mask = (torch.from_numpy(array) for array in arrays)
         most = max(len(sample.labels) for sample in samples)
         segments = torch.zeros(len(samples), most, 2)
         labels = torch.full((len(samples), most), -1)
         for row, sample in enumerate(samples):
-            steps, events = len(sample.visual), len(sample.labels)
-            visual[row, :, :steps] = torch.from_numpy(sample.visual).T
-            audio[row, :, :steps] = torch.from_numpy(sample.audio).T
-            mask[row, :, :steps] = True
+            events = len(sample.labels)
             segments[row, :events] = torch.from_numpy(sample.segments)
             labels[row, :events] = torch.from_numpy(sample.labels)
-        grid = point_grid(model.length, model.levels)
-        return Batch(visual, audio, mask, build_targets(segments, labels, grid, model.num_classes))
+        return Batch(visual, audio, mask, build_targets(segments, labels, self._spec.grid, self._spec.num_classes))
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
@@ -202,9 +206,9 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 class TrainingLoader:
     """Batches of an epoch, made in other processes while the training process computes.
 
-        loader = TrainingLoader(folder, annotations.subset("train"), config)
-        for batch in loader.epoch(3):            # or loader.epoch(3, first_batch=17) to continue inside it
-            ...
+    loader = TrainingLoader(folder, annotations.subset("train"), config)
+    for batch in loader.epoch(3):            # or loader.epoch(3, first_batch=17) to continue inside it
+        ...
     """
 
     def __init__(

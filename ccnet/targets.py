@@ -5,6 +5,7 @@ Shapes:  B batch   M events (padded)   P points of all levels   C classes   L py
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ class Targets(NamedTuple):
 def regression_ranges(levels: int) -> tuple[tuple[float, float], ...]:
     """Grid steps that each level is responsible for: (0, 4), (4, 8), (8, 16), ... the last one without an end."""
     edges = [0.0, *(float(4 * 2**level) for level in range(levels - 1)), math.inf]
-    return tuple(zip(edges[:-1], edges[1:], strict=True))
+    return tuple(itertools.pairwise(edges))
 
 
 def build_targets(segments: Tensor, labels: Tensor, grid: PointGrid, num_classes: int) -> Targets:
