@@ -1,0 +1,137 @@
+"""The TensorRT library behind both flavours: import, its one logger per process, and its data types.
+
+`tensorrt` is full TensorRT (8.6, 10, 11), `tensorrt-rtx` is TensorRT for RTX. The two are separate libraries with
+almost the same Python API, so everything above this file takes the module as a value, `trt`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from runtime.errors import BackendUnavailable, EngineError, MissingDependency
+
+TensorRTFlavour = Literal["tensorrt", "tensorrt-rtx"]
+
+_MODULES = {"tensorrt": ("tensorrt", "gpu"), "tensorrt-rtx": ("tensorrt_rtx", "rtx")}
+_NUMPY_TYPES = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "BOOL": np.bool_,
+    "INT8": np.int8,
+    "UINT8": np.uint8,
+    "INT32": np.int32,
+    "INT64": np.int64,
+}
+
+_log = logging.getLogger("runtime.tensorrt")
+_loggers: dict[str, tuple[Any, LibraryLog]] = {}
+_loggers_lock = threading.Lock()
+
+
+def load_library(flavour: TensorRTFlavour) -> Any:
+    """Import `tensorrt` or `tensorrt_rtx`.
+
+    Raises MissingDependency when the package is not installed, BackendUnavailable when it is there but its shared
+    libraries do not load, which is the usual state of a half-finished installation.
+    """
+    if flavour not in get_args(TensorRTFlavour):
+        raise BackendUnavailable(f"no TensorRT flavour {flavour!r}; expected one of {', '.join(_MODULES)}")
+    module, extra = _MODULES[flavour]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module:
+            raise BackendUnavailable(f"{module} is installed but incomplete: {error}") from error
+        raise MissingDependency(module.replace("_", "-"), extra, f"The {flavour} engine") from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise BackendUnavailable(
+            f"{module} is installed but does not load: {error}. The CUDA libraries that it names must be on the "
+            "loader's path (LD_LIBRARY_PATH); 'ccnet doctor' lists what is there"
+        ) from error
+
+
+def library_version(trt: Any) -> tuple[int, ...]:
+    """(major, minor, ...) of the loaded library."""
+    return tuple(int(part) for part in str(trt.__version__).split(".") if part.isdigit())
+
+
+def numpy_type(data_type: Any) -> np.dtype[Any]:
+    """The numpy type of a binding.
+
+    Not `trt.nptype`: that of 8.6 names `np.bool`, which numpy 1.24 to 1.26 do not have.
+    """
+    if data_type.name not in _NUMPY_TYPES:
+        raise EngineError(f"the engine has a binding of type {data_type.name}, which numpy can't hold; keep graph "
+                          "inputs and outputs in float32, float16, bool or integers")  # fmt: skip
+    return np.dtype(_NUMPY_TYPES[data_type.name])
+
+
+class LibraryLog:
+    """What a TensorRT library said: the newest messages, from any thread."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._messages: deque[tuple[int, str, str]] = deque(maxlen=4000)
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def add(self, severity: str, text: str) -> None:
+        with self._lock:
+            self._count += 1
+            self._messages.append((self._count, severity, text))
+        _log.debug("%s %s: %s", self.name, severity, text)
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[Messages]:
+        """The messages that arrive while the block runs."""
+        with self._lock:
+            start = self._count
+        messages = Messages()
+        try:
+            yield messages
+        finally:
+            with self._lock:
+                messages.extend((severity, text) for number, severity, text in self._messages if number > start)
+
+
+class Messages(list[tuple[str, str]]):
+    """(severity, text) pairs, filled when the block of `LibraryLog.collect` ends."""
+
+    def of(self, *severities: str) -> list[str]:
+        """Distinct texts of these severities, in order."""
+        return list(dict.fromkeys(text.strip() for severity, text in self if severity in severities))
+
+    def errors(self) -> str:
+        """The library's own error text, one line each; its warnings where it gave no error."""
+        lines = self.of("INTERNAL_ERROR", "ERROR") or self.of("WARNING")
+        return "\n".join(f"  {line}" for line in lines[:20]) or "  (the library logged nothing)"
+
+
+def library_logger(trt: Any) -> tuple[Any, LibraryLog]:
+    """The logger to hand to `trt` and the log that it fills: one per library and process, never freed.
+
+    Inside the library the logger is a singleton; a second one would be ignored.
+    """
+    key = str(trt.__name__)
+    with _loggers_lock:
+        if key not in _loggers:
+            log = LibraryLog(key)
+
+            class Logger(trt.ILogger):  # type: ignore[misc]
+                def __init__(self) -> None:
+                    trt.ILogger.__init__(self)
+
+                def log(self, severity: Any, msg: str) -> None:
+                    if severity.name != "VERBOSE":
+                        log.add(severity.name, msg)
+
+            _loggers[key] = (Logger(), log)
+        return _loggers[key]
