@@ -1,0 +1,131 @@
+"""What a training run shows and leaves behind: progress bar, metrics.csv, steps.csv, TensorBoard.
+
+The tables live in memory (and in the training state) and are written whole, atomically. A resumed run therefore
+continues them from the rows it had when its state was saved: nothing is counted twice, nothing is missing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from runtime.errors import MissingDependency
+from runtime.files import atomic_file
+
+METRICS_FILE = "metrics.csv"
+STEPS_FILE = "steps.csv"
+TENSORBOARD_FOLDER = "tensorboard"
+
+LOSS_COLUMNS = ("loss", "classification_loss", "offset_loss", "gradient_norm")
+"""Means over the steps that a row covers; the gradient norm is taken before clipping."""
+STEP_COLUMNS = ("step", "epoch", "learning_rate", *LOSS_COLUMNS, "samples_per_second")
+EPOCH_COLUMNS = (
+    "epoch",
+    "step",
+    "learning_rate",
+    *LOSS_COLUMNS,
+    "samples_per_second",
+    "loading_share",
+    "validation_map",
+    "validation_map_50",
+)
+"""`step`: steps done. `loading_share`: part of the epoch's time spent waiting for data. `validation_map`: Avg over tIoU
+0.1:0.1:0.9, `validation_map_50` at 0.5; both empty in epochs without validation."""
+
+Row = dict[str, float | int | None]
+
+
+class Journal:
+    """The two tables of a run, and the same numbers for TensorBoard."""
+
+    def __init__(self, folder: Path, epochs: Sequence[Row] = (), steps: Sequence[Row] = ()) -> None:
+        """`epochs` and `steps`: rows of the state that the run resumes from."""
+        self.folder = folder
+        self.epochs: list[Row] = [dict(row) for row in epochs]
+        self.steps: list[Row] = [dict(row) for row in steps]
+        self._tensorboard = _open_tensorboard(folder / TENSORBOARD_FOLDER, int(_last(self.steps, "step")))
+
+    def add_steps(self, row: Row) -> None:
+        """A row of `STEP_COLUMNS`; reaches the disk with the next `write`."""
+        self.steps.append(row)
+        self._scalars("train", row, ("learning_rate", *LOSS_COLUMNS, "samples_per_second"))
+
+    def add_epoch(self, row: Row) -> None:
+        """A row of `EPOCH_COLUMNS`."""
+        self.epochs.append(row)
+        self._scalars("epoch", row, EPOCH_COLUMNS[3:])
+
+    def write(self) -> None:
+        """Replace both tables on disk."""
+        _write_table(self.folder / METRICS_FILE, EPOCH_COLUMNS, self.epochs)
+        _write_table(self.folder / STEPS_FILE, STEP_COLUMNS, self.steps)
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._tensorboard.close()
+
+    def _scalars(self, group: str, row: Row, columns: Iterable[str]) -> None:
+        for column in columns:
+            value = row[column]
+            if value is not None:
+                self._tensorboard.add_scalar(f"{group}/{column}", value, row["step"])
+
+
+class ProgressBar:
+    """A tqdm bar on standard error, with a few numbers behind it; invisible when `quiet`."""
+
+    def __init__(self, text: str, *, total: int, done: int = 0, quiet: bool = False) -> None:
+        try:
+            from tqdm import tqdm
+        except ModuleNotFoundError as error:
+            raise MissingDependency("tqdm", "train", "Training") from error
+        self._bar: Any = tqdm(desc=text, total=total, initial=done, disable=quiet, leave=False)
+
+    def advance(self, count: int = 1) -> None:
+        self._bar.update(count)
+
+    def show(self, **numbers: float) -> None:
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+
+def _open_tensorboard(folder: Path, step: int) -> Any:
+    """A writer that hides what an earlier, abandoned part of the run logged after `step`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise MissingDependency("tensorboard", "train", "Training") from error
+    writer: Any = SummaryWriter  # untyped in torch
+    return writer(str(folder), purge_step=step + 1 if step else None)
+
+
+def _last(rows: Sequence[Row], column: str) -> float:
+    value = rows[-1][column] if rows else 0
+    return value or 0
+
+
+def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_cell(row[column]) for column in columns] for row in rows)
+    with atomic_file(path, "w") as stream:
+        stream.write(text.getvalue())
+
+
+def _cell(value: float | int | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) or not math.isfinite(value) else f"{value:.8g}"
