@@ -94,8 +94,8 @@ class Planter:
         self.num_classes = num_classes
         self.time_base = time_base
         self.planting = planting
-        # Measured on real features: I3D has mean 0.14, is hardly ever zero and changes by 0.09 from step to step; VGGish
-        # has mean 0.12, is zero half of the time and changes by 0.10.
+        # Measured on real features: I3D has mean 0.14, is hardly ever zero and changes by 0.09 from step to step;
+        # VGGish has mean 0.12, is zero half of the time and changes by 0.10.
         self._visual = _Modality(visual_dim, num_classes, planting, level=0.15, noise=0.08, seed=1)
         self._audio = _Modality(audio_dim, num_classes, planting, level=0.0, noise=0.2, seed=2)
 

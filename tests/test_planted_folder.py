@@ -1,0 +1,170 @@
+"""`ccnet plant`: published layout, whole files, continued where it stopped, the same with any number of workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ccnet.cli import main
+from ccnet.config import Config, ModelConfig
+from ccnet.planted import Planting
+from ccnet.planted_annotations import demo_annotations
+from ccnet.planted_folder import plant_folder
+from runtime.annotations import read_annotations
+from runtime.errors import ConfigError, FeatureError
+from runtime.features import read_video
+from runtime.spec import FeatureLayout
+
+CONFIG = Config(model=ModelConfig(length=224, visual_dim=12, audio_dim=5, num_classes=4))
+
+
+@pytest.fixture(scope="module")
+def annotations(tmp_path_factory):
+    path = tmp_path_factory.mktemp("annotations") / "annotations.json"
+    path.write_text(json.dumps(demo_annotations({"train": 12, "test": 4}, 4, seed=1)))
+    return read_annotations(path)
+
+
+def plant(annotations, folder, videos=None, **options):
+    options = {"config": CONFIG, "planting": Planting(), "progress": False} | options
+    return plant_folder(annotations, videos or list(annotations.videos.values()), folder, **options)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.npy"))}
+
+
+def test_files_are_in_the_published_layout(annotations, tmp_path):
+    planted = plant(annotations, tmp_path)
+    assert planted.written == 16
+    for video in annotations.videos.values():
+        shapes = {
+            suffix: np.load(tmp_path / f"{video.video_id}{suffix}.npy").shape for suffix in ("_rgb", "_flow", "_vggish")
+        }
+        steps = 1 + int((video.duration * 25 - 24) // 8)
+        assert shapes == {"_rgb": (steps, 6), "_flow": (steps, 6), "_vggish": (steps, 5)}
+        visual, audio = read_video(tmp_path, video.video_id, CONFIG.layout, 12, 5)
+        assert visual.shape == (steps, 12)
+        assert audio.shape == (steps, 5)
+    assert planted.size == sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
+
+
+def test_workers_order_and_selection_do_not_matter(annotations, tmp_path):
+    videos = list(annotations.videos.values())
+    plant(annotations, tmp_path / "alone")
+    plant(annotations, tmp_path / "helped", videos[::-1], workers=2)
+    plant(annotations, tmp_path / "part", videos[3:5])
+    whole = contents(tmp_path / "alone")
+    assert contents(tmp_path / "helped") == whole
+    part = contents(tmp_path / "part")
+    assert len(part) == 6
+    assert part.items() <= whole.items()
+
+
+def test_an_interrupted_folder_is_continued(annotations, tmp_path, monkeypatch):
+    plant(annotations, tmp_path / "whole")
+    videos = list(annotations.videos.values())
+    plant(annotations, tmp_path / "part", videos[:7])
+    damaged = tmp_path / "part" / f"{videos[2].video_id}_flow.npy"
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    (tmp_path / "part" / f"{videos[4].video_id}_vggish.npy").unlink()
+    planted = plant(annotations, tmp_path / "part")
+    assert (planted.written, planted.kept) == (9 + 2, 5)
+    assert contents(tmp_path / "part") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_leaves_no_partial_file(annotations, tmp_path, monkeypatch):
+    saved = np.save
+    calls = []
+
+    def full(stream, array, **options):
+        calls.append(None)
+        if len(calls) == 8:
+            stream.write(b"half")
+            raise OSError(28, "No space left on device")
+        saved(stream, array, **options)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        plant(annotations, tmp_path)
+    assert len(list(tmp_path.glob("*.npy"))) == 7
+    assert not list(tmp_path.glob(".*"))
+    monkeypatch.setattr(np, "save", saved)
+    assert plant(annotations, tmp_path).kept == 2
+
+
+def test_too_little_room_is_said_before_the_first_file(annotations, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(FeatureError, match="--dtype float16"):
+        plant(annotations, tmp_path)
+    assert not list(tmp_path.glob("*.npy"))
+
+
+def test_a_folder_planted_otherwise_is_not_mixed_into(annotations, tmp_path):
+    plant(annotations, tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(FeatureError, match=r"other settings \(planting\)"):
+        plant(annotations, tmp_path, planting=Planting(seed=5))
+    with pytest.raises(FeatureError, match=r"other settings \(dtype\)"):
+        plant(annotations, tmp_path, dtype="float16")
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_of_real_features_is_left_alone(annotations, tmp_path):
+    np.save(tmp_path / "real_rgb.npy", np.zeros((3, 6), np.float32))
+    with pytest.raises(FeatureError, match="not planted"):
+        plant(annotations, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["real_rgb.npy"]
+
+
+def test_half_precision_files_hold_the_same_values(annotations, tmp_path):
+    videos = annotations.subset("test")
+    plant(annotations, tmp_path / "single", videos)
+    plant(annotations, tmp_path / "half", videos, dtype="float16")
+    for path in (tmp_path / "single").glob("*.npy"):
+        half = np.load(tmp_path / "half" / path.name)
+        assert half.dtype == np.float16
+        np.testing.assert_array_equal(half, np.load(path).astype(np.float16))
+
+
+def test_widths_that_do_not_split_over_the_files(annotations, tmp_path):
+    odd = Config(model=ModelConfig(visual_dim=13, audio_dim=5, num_classes=4))
+    with pytest.raises(ConfigError, match=r"model\.visual_dim: got 13"):
+        plant(annotations, tmp_path, config=odd)
+    single = Config(model=odd.model, layout=FeatureLayout(visual=("_v",), audio=("_a",)))
+    assert plant(annotations, tmp_path, config=single).written == 16
+
+
+def test_the_command(annotations, tmp_path, capsys):
+    command = ["plant", "--annotations", str(annotations.path), "--out", str(tmp_path), "--subset", "test", "train"]
+    settings = ["--model.num_classes", "4", "--model.visual_dim", "8", "--model.audio_dim=4"]
+    assert main([*command, "--limit", "6", "--workers", "1", *settings]) == 0
+    assert "6 videos written" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("test_*.npy"))) == 12
+    assert len(list(tmp_path.glob("train_*.npy"))) == 6
+    for wrong, message in (
+        (["--difficulty", "2", *settings], "difficulty: got 2.0"),
+        (["--limit", "0", *settings], "--limit: got 0"),
+        ([], "model.num_classes: got 100"),
+        (["--model.width", "3", *settings], "unknown configuration key 'model.width'"),
+    ):
+        assert main([*command, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_published_annotations_can_be_planted(annotations_file, tmp_path):
+    """A few videos at full width; the class count and the label ids of the real file fit the preset."""
+    annotations = read_annotations(annotations_file)
+    planted = plant_folder(annotations, annotations.subset("test")[:3], tmp_path, Config(), Planting(), progress=False)
+    assert planted.written == 3
+    video = annotations.subset("test")[0]
+    visual, audio = read_video(tmp_path, video.video_id, Config().layout, 2048, 128)
+    assert visual.shape[1] == 2048
+    assert audio.shape[1] == 128
