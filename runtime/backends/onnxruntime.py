@@ -1,0 +1,203 @@
+"""ONNX Runtime behind the Backend protocol: the CPU provider, and the CUDA provider where it is really there.
+
+Shapes: see `runtime.spec.ModelSpec` (B batch, T steps, P points, C classes).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from runtime.backends.base import Bool, Float32
+from runtime.backends.checks import check_graph, check_inputs
+from runtime.errors import BackendUnavailable, BundleError, EngineError, MissingDependency
+from runtime.spec import AUDIO, LOGITS, MASK, OFFSETS, OUTPUT_NAMES, VISUAL, ModelSpec
+
+Device = Literal["cpu", "cuda"]
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
+
+# What ONNX Runtime says when it keeps some nodes of a CUDA session on the CPU and was told not to.
+_CPU_NODES = "assigned to the default CPU EP"
+
+
+class OnnxRuntimeBackend:
+    """An ONNX graph in an ONNX Runtime session. One `infer` at a time."""
+
+    def __init__(
+        self, session: Any, spec: ModelSpec, *, device: Device, precision: str, max_batch: int, facts: dict[str, Any]
+    ) -> None:
+        """Use `open`."""
+        self.name = "onnxruntime" if device == "cpu" else "onnxruntime-cuda"
+        self.precision = precision
+        self.spec = spec
+        self.max_batch = max_batch
+        self._device = device
+        self._session: Any = session
+        self._facts = facts
+        self._bindings: dict[int, _CudaBinding] = {}
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        spec: ModelSpec,
+        *,
+        device: Device = "cpu",
+        precision: str = "fp32",
+        max_batch: int = 32,
+        threads: int | None = None,
+    ) -> OnnxRuntimeBackend:
+        """Load an ONNX file. `threads`: CPU threads of one operator; None leaves it to ONNX Runtime.
+
+        `precision` is what the graph was typed with; for `cuda`, `tf32` runs an fp32 graph with TF32 products and
+        `fp32` without. Raises MissingDependency; BackendUnavailable when the CUDA provider is asked for and not
+        taken (never a silent run on the CPU); EngineError when the file can't be loaded; BundleError when its
+        inputs and outputs are not those of `spec`.
+        """
+        onnxruntime = load_library(device)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if device == "cuda":
+            session, cpu_nodes = _cuda_session(onnxruntime, Path(path), options, tf32=precision == "tf32")
+        else:
+            session, cpu_nodes = _session(onnxruntime, Path(path), options, [_PROVIDERS["cpu"]]), False
+        fixed = check_graph(
+            {tensor.name: tensor.shape for tensor in session.get_inputs()},
+            {tensor.name: tensor.shape for tensor in session.get_outputs()},
+            spec,
+            str(path),
+        )
+        if fixed not in (None, max_batch):
+            raise BundleError(f"{path}: its batch size is fixed at {fixed}, the manifest says up to {max_batch}")
+        facts = {
+            "library": "onnxruntime",
+            "version": onnxruntime.__version__,
+            "provider": session.get_providers()[0],
+            "threads": threads or "library default",
+        }
+        if cpu_nodes:
+            facts["note"] = "ONNX Runtime keeps some small nodes of this graph on the CPU"
+        return cls(session, spec, device=device, precision=precision, max_batch=max_batch, facts=facts)
+
+    def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
+        """See `Backend.infer`."""
+        visual, audio, mask = check_inputs(visual, audio, mask, self.spec, self.max_batch)
+        if self._session is None:
+            raise EngineError(f"{self.name}: the backend is closed")
+        feeds = {VISUAL: visual, AUDIO: audio, MASK: mask}
+        try:
+            if self._device == "cuda":
+                return self._infer_cuda(feeds, len(visual))
+            logits, offsets = self._session.run(OUTPUT_NAMES, feeds)
+        except Exception as error:
+            raise EngineError(f"{self.name}: {error}") from error
+        return logits, offsets
+
+    def describe(self) -> dict[str, Any]:
+        """See `Backend.describe`."""
+        shape = {"length": self.spec.length, "max_batch": self.max_batch}
+        return {"backend": self.name, "precision": self.precision, **shape, "device": self._device, **self._facts}
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._bindings.clear()
+        self._session = None
+
+    def __enter__(self) -> OnnxRuntimeBackend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _infer_cuda(self, feeds: dict[str, Any], batch: int) -> tuple[Float32, Float32]:
+        if batch not in self._bindings:
+            self._bindings[batch] = _CudaBinding(self._session, self.spec, batch)
+        return self._bindings[batch].run(self._session, feeds)
+
+
+class _CudaBinding:
+    """Device buffers of one batch size, allocated once, so that a run copies each tensor exactly once."""
+
+    def __init__(self, session: Any, spec: ModelSpec, batch: int) -> None:
+        import onnxruntime
+
+        def allocate(shape: tuple[int, ...], dtype: type) -> Any:
+            return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", 0)
+
+        self._inputs = {
+            name: allocate(shape, np.bool_ if name == MASK else np.float32)
+            for name, shape in spec.input_shapes(batch).items()
+        }
+        self._outputs = {name: allocate(shape, np.float32) for name, shape in spec.output_shapes(batch).items()}
+        self._io = session.io_binding()
+        for name, value in self._inputs.items():
+            self._io.bind_ortvalue_input(name, value)
+        for name, value in self._outputs.items():
+            self._io.bind_ortvalue_output(name, value)
+
+    def run(self, session: Any, feeds: dict[str, Any]) -> tuple[Float32, Float32]:
+        for name, array in feeds.items():
+            self._inputs[name].update_inplace(array)
+        self._io.synchronize_inputs()
+        session.run_with_iobinding(self._io)
+        self._io.synchronize_outputs()
+        return self._outputs[LOGITS].numpy(), self._outputs[OFFSETS].numpy()
+
+
+def load_library(device: Device) -> Any:
+    """Import ONNX Runtime. Raises MissingDependency, or BackendUnavailable when it has no provider for `device`."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        package = "onnxruntime" if device == "cpu" else "onnxruntime-gpu"
+        raise MissingDependency(package, _EXTRAS[device], f"the ONNX Runtime backend ({device})") from error
+    if _PROVIDERS[device] not in onnxruntime.get_available_providers():
+        raise BackendUnavailable(
+            f"onnxruntime {onnxruntime.__version__} was built without the CUDA provider: "
+            "pip uninstall onnxruntime, then pip install 'ccnet[gpu]'"
+        )
+    return onnxruntime
+
+
+def _session(onnxruntime: Any, path: Path, options: Any, providers: list[Any]) -> Any:
+    if not path.is_file():
+        raise EngineError(f"{path}: no such ONNX file")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:
+        raise EngineError(f"{path}: ONNX Runtime {onnxruntime.__version__} can't load it: {error}") from error
+
+
+def _cuda_session(onnxruntime: Any, path: Path, options: Any, *, tf32: bool) -> tuple[Any, bool]:
+    """A session on the CUDA provider, and whether some nodes stay on the CPU.
+
+    ONNX Runtime falls back to the CPU with nothing but a log line when a CUDA library or the GPU is missing, so
+    first the fallback is switched off, and in the end the session is asked what it took.
+    """
+    cuda = _PROVIDERS["cuda"]
+    if hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()
+    provider = (cuda, {"use_tf32": "1" if tf32 else "0"})
+    cpu_nodes = False
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:
+        session = _session(onnxruntime, path, options, [provider])
+    except EngineError as error:
+        # A working CUDA session may still keep shape arithmetic on the CPU; anything else is a real failure.
+        if _CPU_NODES not in str(error):
+            raise BackendUnavailable(f"the CUDA provider of ONNX Runtime did not start: {error}") from error
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
+        session = _session(onnxruntime, path, options, [provider])
+        cpu_nodes = True
+    if session.get_providers()[0] != cuda:
+        raise BackendUnavailable(
+            f"ONNX Runtime took {session.get_providers()} instead of {cuda}: no GPU, no driver, or a CUDA library is "
+            "missing; 'ccnet doctor' says which"
+        )
+    return session, cpu_nodes

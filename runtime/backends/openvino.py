@@ -1,0 +1,169 @@
+"""OpenVINO on the CPU behind the Backend protocol, in the precision that was asked for or not at all.
+
+Shapes: see `runtime.spec.ModelSpec` (B batch, T steps, P points, C classes).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+from runtime.backends.base import Bool, Float32
+from runtime.backends.checks import check_graph, check_inputs
+from runtime.errors import BackendUnavailable, BundleError, EngineError, MissingDependency
+from runtime.spec import AUDIO, LOGITS, MASK, OFFSETS, VISUAL, ModelSpec
+
+PerformanceHint = Literal["latency", "throughput"]
+
+# Precision -> (OpenVINO's name of the arithmetic, capability the processor must have). An int8 graph holds its own
+# quantization; what is not quantized in it runs in fp32.
+_PRECISIONS = {"fp32": ("f32", "FP32"), "bf16": ("bf16", "BF16"), "fp16": ("f16", "FP16"), "int8": ("f32", "INT8")}
+# Layers of a compiled model whose precision decides what it costs and delivers.
+_PRODUCTS = {"FullyConnected", "MatMul", "Convolution", "Deconvolution", "GroupConvolution"}
+
+# Precision -> what at least one of those layers must run in.
+_EVIDENCE = {"bf16": {"bf16"}, "fp16": {"f16"}, "int8": {"i8", "u8"}}
+
+
+class OpenVinoBackend:
+    """An ONNX graph compiled for this processor by OpenVINO. One `infer` at a time."""
+
+    name = "openvino"
+
+    def __init__(self, request: Any, spec: ModelSpec, *, precision: str, max_batch: int, facts: dict[str, Any]) -> None:
+        """Use `open`."""
+        self.precision = precision
+        self.spec = spec
+        self.max_batch = max_batch
+        self._request: Any = request
+        self._facts = facts
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        spec: ModelSpec,
+        *,
+        precision: str = "fp32",
+        max_batch: int = 32,
+        threads: int | None = None,
+        hint: PerformanceHint = "latency",
+        cache: str | Path | None = None,
+    ) -> OpenVinoBackend:
+        """Compile an ONNX file for this processor.
+
+        `precision`: arithmetic (`fp32`, `bf16`, `fp16`; `int8` for a graph that is quantized already). `threads`:
+        None leaves it to OpenVINO. `hint`: what to tune for. `cache`: folder in which OpenVINO may keep the compiled
+        model for the next start.
+
+        Raises MissingDependency; BackendUnavailable when this processor has no such arithmetic or OpenVINO delivers
+        another one; EngineError when the file can't be compiled; BundleError when its inputs and outputs are not
+        those of `spec`.
+        """
+        core = check_available(precision)
+        arithmetic = _PRECISIONS[precision][0]
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": hint.upper()}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        if cache is not None:
+            settings["CACHE_DIR"] = str(cache)
+        if not Path(path).is_file():
+            raise EngineError(f"{path}: no such ONNX file")
+        try:
+            model = core.read_model(str(path))
+            fixed = check_graph(_dimensions(model.inputs), _dimensions(model.outputs), spec, str(path))
+            if fixed not in (None, max_batch):
+                raise BundleError(f"{path}: its batch size is fixed at {fixed}, the manifest says up to {max_batch}")
+            compiled = core.compile_model(model, "CPU", settings)
+            request = compiled.create_infer_request()
+        except RuntimeError as error:
+            raise EngineError(f"{path}: OpenVINO can't compile it: {error}") from error
+        products = _product_precisions(compiled)
+        _check_delivered(precision, compiled.get_property("INFERENCE_PRECISION_HINT").to_string(), products)
+        facts = {
+            "library": "openvino",
+            "version": str(core.get_versions("CPU")["CPU"].build_number).split("-")[0],
+            "device": core.get_property("CPU", "FULL_DEVICE_NAME"),
+            "threads": compiled.get_property("INFERENCE_NUM_THREADS"),
+            "hint": hint,
+            "product_precisions": products,
+        }
+        return cls(request, spec, precision=precision, max_batch=max_batch, facts=facts)
+
+    def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
+        """See `Backend.infer`."""
+        visual, audio, mask = check_inputs(visual, audio, mask, self.spec, self.max_batch)
+        if self._request is None:
+            raise EngineError(f"{self.name}: the backend is closed")
+        try:
+            # Inputs are only read; outputs are copied out, because the request reuses its own buffers.
+            found = self._request.infer({VISUAL: visual, AUDIO: audio, MASK: mask}, share_inputs=True)
+        except RuntimeError as error:
+            raise EngineError(f"{self.name}: {error}") from error
+        return found[LOGITS], found[OFFSETS]
+
+    def describe(self) -> dict[str, Any]:
+        """See `Backend.describe`."""
+        shape = {"length": self.spec.length, "max_batch": self.max_batch}
+        return {"backend": self.name, "precision": self.precision, **shape, **self._facts}
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._request = None
+
+    def __enter__(self) -> OpenVinoBackend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_available(precision: str) -> Any:
+    """OpenVINO's `Core`, after checking that this processor computes in `precision` natively.
+
+    OpenVINO emulates bfloat16 on processors without it, at a fraction of the speed of float32, and quietly replaces
+    float16 by float32: neither is what was asked for. Raises MissingDependency or BackendUnavailable.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingDependency("openvino", "openvino", "the OpenVINO backend") from error
+    if precision not in _PRECISIONS:
+        raise BackendUnavailable(f"openvino: got precision '{precision}', expected one of {', '.join(_PRECISIONS)}")
+    core = openvino.Core()
+    present = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if _PRECISIONS[precision][1] not in present:
+        listed = ", ".join(sorted(present))
+        raise BackendUnavailable(
+            f"openvino: {core.get_property('CPU', 'FULL_DEVICE_NAME')} has no {precision} arithmetic "
+            f"(OpenVINO lists {listed}); use another precision"
+        )
+    return core
+
+
+def _check_delivered(precision: str, hint: str, products: dict[str, int]) -> None:
+    """Raises BackendUnavailable unless the compiled model really computes in `precision`."""
+    arithmetic = _PRECISIONS[precision][0]
+    if hint != arithmetic:
+        raise BackendUnavailable(f"openvino: asked for {precision}, OpenVINO delivers {hint} on this processor")
+    if precision in _EVIDENCE and not _EVIDENCE[precision] & products.keys():
+        raise BackendUnavailable(
+            f"openvino: asked for {precision}, but no product of this graph runs in it: {products}"
+        )
+
+
+def _dimensions(ports: Any) -> dict[str, list[Any]]:
+    return {
+        port.get_any_name(): [d.get_length() if d.is_static else None for d in port.partial_shape] for port in ports
+    }
+
+
+def _product_precisions(compiled: Any) -> dict[str, int]:
+    """How many matrix products and convolutions of the compiled model run in which precision."""
+    counted: Counter[str] = Counter()
+    for node in compiled.get_runtime_model().get_ops():
+        facts = node.get_rt_info()
+        if "layerType" in facts and facts["layerType"].astype(str) in _PRODUCTS:
+            counted[facts["runtimePrecision"].astype(str)] += 1
+    return dict(sorted(counted.items()))

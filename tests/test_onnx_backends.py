@@ -1,0 +1,239 @@
+"""ONNX Runtime and OpenVINO behind the protocol: same numbers as the numpy network, and a clear no otherwise."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import SPEC, oracle, write_onnx
+
+from runtime.backends.onnxruntime import OnnxRuntimeBackend
+from runtime.backends.openvino import OpenVinoBackend, check_available
+from runtime.errors import BackendUnavailable, BundleError, EngineError, FeatureError, MissingDependency
+
+pytest.importorskip("onnx")
+Open = Callable[..., Any]
+
+
+@pytest.fixture(params=["onnxruntime", "openvino"])
+def open_it(request: pytest.FixtureRequest) -> Open:
+    pytest.importorskip(request.param)
+    return OnnxRuntimeBackend.open if request.param == "onnxruntime" else OpenVinoBackend.open
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    write_onnx(tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def inputs(batch: int, seed: int = 0) -> tuple[Any, Any, Any]:
+    rng = np.random.default_rng(seed)
+    shapes = SPEC.input_shapes(batch)
+    mask = np.arange(SPEC.length) < rng.integers(1, SPEC.length + 1, (batch, 1, 1))
+    visual, audio = (rng.normal(size=shapes[name]).astype(np.float32) for name in ("visual", "audio"))
+    return visual, audio, mask
+
+
+def test_computes_what_the_graph_says_for_every_batch_size(open_it: Open, graph: Path) -> None:
+    with open_it(graph, SPEC, max_batch=4, threads=1) as backend:
+        for batch in (1, 3, 4, 1):
+            given = inputs(batch, seed=batch)
+            expected = oracle(*given)
+            found = backend.infer(*given)
+            for name, a, b in zip(("logits", "offsets"), found, expected, strict=True):
+                assert a.shape == SPEC.output_shapes(batch)[name]
+                assert a.dtype == np.float32
+                # The graph only moves, adds and clips numbers: both libraries must be exact.
+                np.testing.assert_array_equal(a, b)
+
+
+def test_returned_arrays_belong_to_the_caller(open_it: Open, graph: Path) -> None:
+    with open_it(graph, SPEC, max_batch=4) as backend:
+        first = backend.infer(*inputs(2, seed=1))
+        kept = [array.copy() for array in first]
+        backend.infer(*inputs(2, seed=2))
+        for array, copy in zip(first, kept, strict=True):
+            np.testing.assert_array_equal(array, copy)
+
+
+def test_inputs_with_strides_are_taken(open_it: Open, graph: Path) -> None:
+    visual, audio, mask = inputs(2)
+    with open_it(graph, SPEC, max_batch=4) as backend:
+        found = backend.infer(np.asfortranarray(visual), audio[:, ::-1][:, ::-1], mask)
+    np.testing.assert_array_equal(found[0], oracle(visual, audio, mask)[0])
+
+
+def test_wrong_inputs_are_named(open_it: Open, graph: Path) -> None:
+    visual, audio, mask = inputs(2)
+    with open_it(graph, SPEC, max_batch=4) as backend:
+        for bad, message in (
+            ((visual[:, :5], audio, mask), r"visual: got float32 \(2, 5, 32\), expected float32 \(2, 6, 32\)"),
+            ((visual, audio[:1], mask), r"audio: got float32 \(1, 3, 32\), expected float32 \(2, 3, 32\)"),
+            ((visual, audio, mask.astype(np.float32)), r"mask: got float32 .* expected bool"),
+            ((visual.astype(np.float64), audio, mask), r"visual: got float64"),
+            (inputs(5), r"got 5 video\(s\), this engine takes 1 to 4"),
+            (tuple(array[:0] for array in (visual, audio, mask)), r"got 0 video\(s\)"),
+        ):
+            with pytest.raises(FeatureError, match=message):
+                backend.infer(*bad)
+
+
+def test_a_graph_of_another_network_is_refused(open_it: Open, graph: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"input 'visual' is \[.*6, 32\], the manifest says \['batch', 6, 64\]"):
+        open_it(graph, SPEC.with_length(64))
+    import onnx
+
+    model = onnx.load(graph)
+    model.graph.input[2].name = "valid"
+    model.graph.node[1].input[0] = "valid"
+    onnx.save(model, tmp_path / "renamed.onnx")
+    with pytest.raises(BundleError, match=r"inputs are \['audio', 'valid', 'visual'\], the manifest says"):
+        open_it(tmp_path / "renamed.onnx", SPEC)
+
+
+def test_a_fixed_batch_must_be_the_one_the_manifest_states(open_it: Open, graph: Path, tmp_path: Path) -> None:
+    import onnx
+
+    model = onnx.load(graph)
+    for tensor in (*model.graph.input, *model.graph.output):
+        tensor.type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, tmp_path / "fixed.onnx")
+    with pytest.raises(BundleError, match="fixed at 1, the manifest says up to 4"):
+        open_it(tmp_path / "fixed.onnx", SPEC, max_batch=4)
+    with open_it(tmp_path / "fixed.onnx", SPEC, max_batch=1) as backend:
+        assert backend.infer(*inputs(1))[0].shape == SPEC.output_shapes(1)["logits"]
+
+
+def test_a_damaged_file_is_an_engine_error(open_it: Open, graph: Path) -> None:
+    graph.write_bytes(graph.read_bytes()[:500])
+    with pytest.raises(EngineError, match=r"model\.onnx"):
+        open_it(graph, SPEC)
+    with pytest.raises(EngineError, match=r"absent\.onnx: no such ONNX file"):
+        open_it(graph.with_name("absent.onnx"), SPEC)
+
+
+def test_a_closed_backend_says_so(open_it: Open, graph: Path) -> None:
+    backend = open_it(graph, SPEC)
+    backend.close()
+    backend.close()
+    with pytest.raises(EngineError, match="closed"):
+        backend.infer(*inputs(1))
+
+
+def test_describe_tells_library_version_and_threads(open_it: Open, graph: Path) -> None:
+    with open_it(graph, SPEC, max_batch=4, threads=1) as backend:
+        facts = backend.describe()
+    assert facts["backend"] == backend.name
+    assert facts["precision"] == "fp32"
+    assert facts["threads"] == 1
+    assert facts["version"]
+
+
+@pytest.mark.parametrize(("package", "extra"), [("onnxruntime", "cpu"), ("openvino", "openvino")])
+def test_a_missing_library_names_its_extra(
+    package: str, extra: str, graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    opener: Open = OnnxRuntimeBackend.open if package == "onnxruntime" else OpenVinoBackend.open
+    with pytest.raises(MissingDependency, match=rf"pip install 'ccnet\[{extra}\]'"):
+        opener(graph, SPEC)
+
+
+def test_cuda_is_never_replaced_by_the_cpu(graph: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has the CUDA provider")
+    with pytest.raises(BackendUnavailable, match="without the CUDA provider"):
+        OnnxRuntimeBackend.open(graph, SPEC, device="cuda")
+
+
+class PretendingRuntime:
+    """An onnxruntime-gpu on a machine whose CUDA does not start: it claims the provider and runs on the CPU."""
+
+    __version__ = "1.31"
+
+    class SessionOptions:
+        log_severity_level = 0
+
+        def __init__(self) -> None:
+            self.entries: dict[str, str] = {}
+
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            self.entries[key] = value
+
+    def __init__(self, *, heeds_option: bool) -> None:
+        self.heeds_option = heeds_option
+
+    def get_available_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def InferenceSession(self, path: str, options: Any, providers: Any) -> Any:
+        if self.heeds_option and options.entries.get("session.disable_cpu_ep_fallback") == "1":
+            raise RuntimeError("Failed to create CUDAExecutionProvider: libcublasLt.so.13 not found")
+        return type("Session", (), {"get_providers": lambda self: ["CPUExecutionProvider"]})()
+
+
+@pytest.mark.parametrize("heeds_option", [True, False])
+def test_a_cuda_session_that_fell_back_is_refused(
+    heeds_option: bool, graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", PretendingRuntime(heeds_option=heeds_option))
+    with pytest.raises(BackendUnavailable, match="libcublasLt" if heeds_option else "CPUExecutionProvider"):
+        OnnxRuntimeBackend.open(graph, SPEC, device="cuda")
+
+
+class OtherProcessor:
+    """OpenVINO's Core on a processor with the given capabilities."""
+
+    def __init__(self, *capabilities: str) -> None:
+        self.capabilities = capabilities
+
+    def get_property(self, device: str, name: str) -> Any:
+        return {"OPTIMIZATION_CAPABILITIES": list(self.capabilities), "FULL_DEVICE_NAME": "Some CPU"}[name]
+
+
+def test_a_precision_the_processor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    openvino = pytest.importorskip("openvino")
+    monkeypatch.setattr(openvino, "Core", lambda: OtherProcessor("FP32", "INT8"))
+    for precision in ("bf16", "fp16"):
+        with pytest.raises(BackendUnavailable, match=rf"Some CPU has no {precision} arithmetic .*FP32, INT8"):
+            check_available(precision)
+    check_available("fp32")
+    check_available("int8")
+    monkeypatch.setattr(openvino, "Core", lambda: OtherProcessor("FP32", "BF16"))
+    check_available("bf16")
+    with pytest.raises(BackendUnavailable, match="expected one of fp32, bf16, fp16, int8"):
+        check_available("fp8")
+
+
+def test_int8_of_a_graph_that_is_not_quantized_is_refused(graph: Path) -> None:
+    pytest.importorskip("openvino")
+    with pytest.raises(BackendUnavailable, match="no product of this graph runs in it"):
+        OpenVinoBackend.open(graph, SPEC, precision="int8")
+
+
+def test_half_precision_that_is_not_delivered_is_refused(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO quietly takes fp32 for fp16 on most processors; a capability list that is wrong must not hide it."""
+    openvino = pytest.importorskip("openvino")
+    core = openvino.Core()
+    if "FP16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor computes in fp16")
+    monkeypatch.setattr("runtime.backends.openvino.check_available", lambda precision: core)
+    with pytest.raises(BackendUnavailable, match="asked for fp16, OpenVINO delivers f32"):
+        OpenVinoBackend.open(graph, SPEC, precision="fp16")
+
+
+def test_importing_the_backends_imports_no_engine_library() -> None:
+    import subprocess
+
+    code = (
+        "import sys, runtime.backends, runtime.backends.onnxruntime, runtime.backends.openvino\n"
+        "print([m for m in ('onnxruntime', 'openvino', 'torch', 'onnx', 'tensorrt') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
