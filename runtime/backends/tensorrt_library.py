@@ -32,7 +32,7 @@ _NUMPY_TYPES = {
 }
 
 _log = logging.getLogger("runtime.tensorrt")
-_loggers: dict[str, tuple[Any, LibraryLog]] = {}
+_loggers: dict[Any, tuple[Any, LibraryLog]] = {}
 _loggers_lock = threading.Lock()
 
 
@@ -120,10 +120,9 @@ def library_logger(trt: Any) -> tuple[Any, LibraryLog]:
 
     Inside the library the logger is a singleton; a second one would be ignored.
     """
-    key = str(trt.__name__)
     with _loggers_lock:
-        if key not in _loggers:
-            log = LibraryLog(key)
+        if trt not in _loggers:
+            log = LibraryLog(str(trt.__name__))
 
             class Logger(trt.ILogger):  # type: ignore[misc]
                 def __init__(self) -> None:
@@ -133,5 +132,5 @@ def library_logger(trt: Any) -> tuple[Any, LibraryLog]:
                     if severity.name != "VERBOSE":
                         log.add(severity.name, msg)
 
-            _loggers[key] = (Logger(), log)
-        return _loggers[key]
+            _loggers[trt] = (Logger(), log)
+        return _loggers[trt]

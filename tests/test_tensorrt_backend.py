@@ -1,0 +1,397 @@
+"""The TensorRT backend's control flow against stand-ins for the library and CUDA; its refusals for real."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorrt_simulation import Simulation, expected_outputs, install, plan_bytes
+
+from runtime.backends import cuda
+from runtime.backends.tensorrt import TensorRTBackend, check_engine
+from runtime.backends.tensorrt_lane import MAX_RECORDED
+from runtime.bundle import Artifact
+from runtime.errors import (
+    BackendUnavailable,
+    BundleError,
+    EngineError,
+    EngineMismatch,
+    FeatureError,
+    MissingDependency,
+)
+from runtime.spec import ModelSpec
+
+SPEC = ModelSpec(length=16, levels=3, visual_dim=6, audio_dim=4, labels=("a", "b", "c"))
+ARTIFACT = Artifact(
+    name="tensorrt-fp16", flavour="tensorrt", files=("e.engine",), precision="fp16", length=16, max_batch=4,
+    library="tensorrt", library_version="10.9.0", gpu_name="Simulated GPU", compute_capabilities=("9.0",),
+    profile=(1, 2, 4), onnx_sha256="0" * 64,
+)  # fmt: skip
+NOTHING_HELD = {"device_memory": 0, "pinned": 0, "streams": 0, "graphs": 0, "events": 0, "contexts": 0, "engines": 0}
+
+
+@pytest.fixture
+def sim(monkeypatch: pytest.MonkeyPatch) -> Simulation:
+    simulation = Simulation()
+    install(monkeypatch, simulation)
+    return simulation
+
+
+@pytest.fixture
+def engine_path(tmp_path: Path) -> Path:
+    return write_engine(tmp_path / "bundle" / "e.engine")
+
+
+def write_engine(path: Path, spec: ModelSpec = SPEC, magic: bytes = b"ftrt") -> Path:
+    types = {"visual": "FLOAT", "audio": "FLOAT", "mask": "BOOL"}
+    inputs = {n: ([-1, *s[1:]], types[n]) for n, s in spec.input_shapes(1).items()}
+    outputs = {n: ([-1, *s[1:]], "FLOAT") for n, s in spec.output_shapes(1).items()}
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(plan_bytes(inputs, outputs, magic))
+    return path
+
+
+def inputs(batch: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    shapes = SPEC.input_shapes(batch)
+    visual, audio = (draw.standard_normal(shapes[name], dtype=np.float32) for name in ("visual", "audio"))
+    return visual, audio, draw.random(shapes["mask"]) < 0.7
+
+
+def expected(arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
+    named = dict(zip(("visual", "audio", "mask"), arrays, strict=True))
+    found = expected_outputs(named, SPEC.output_shapes(len(arrays[0])))
+    return found["logits"], found["offsets"]
+
+
+def assert_right(outputs: tuple[np.ndarray, np.ndarray], arrays: tuple[np.ndarray, ...]) -> None:
+    for got, want in zip(outputs, expected(arrays), strict=True):
+        assert got.dtype == np.float32
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_every_batch_size_gives_its_own_outputs(sim: Simulation, engine_path: Path, cuda_graph: bool) -> None:
+    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC, cuda_graph=cuda_graph) as backend:
+        for seed, batch in enumerate((1, 3, 4, 1, 2, 3)):
+            arrays = inputs(batch, seed)
+            assert_right(backend.infer(*arrays), arrays)
+    assert sim.held == NOTHING_HELD
+
+
+def test_a_graph_is_recorded_once_per_batch_size_after_one_plain_run(sim: Simulation, engine_path: Path) -> None:
+    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC) as backend:
+        assert (sim.plain_runs, sim.launches) == (1, 2)  # plain at load, replay compared with it, first request
+        for _ in range(5):
+            backend.infer(*inputs(2))
+        assert (sim.plain_runs, sim.launches) == (1, 7)
+        backend.infer(*inputs(3))
+        assert (sim.plain_runs, sim.launches) == (2, 9)
+        assert backend.describe()["cuda_graphs"] == {2: "replayed", 3: "replayed"}
+
+
+def test_plain_runs_without_graphs(sim: Simulation, engine_path: Path) -> None:
+    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC, cuda_graph=False) as backend:
+        backend.infer(*inputs(2))
+        assert sim.launches == 0
+        assert backend.describe()["cuda_graphs"] == {2: "off"}
+
+
+def test_outputs_belong_to_the_caller(sim: Simulation, engine_path: Path) -> None:
+    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC) as backend:
+        first_inputs = inputs(2, 1)
+        first = backend.infer(*first_inputs)
+        backend.infer(*inputs(2, 2))
+        assert_right(first, first_inputs)
+
+
+def test_two_batches_overlap_and_a_third_is_refused(sim: Simulation, engine_path: Path) -> None:
+    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC) as backend:
+        a, b = inputs(2, 1), inputs(3, 2)
+        tickets = backend.submit(*a), backend.submit(*b)
+        with pytest.raises(EngineError, match="in flight"):
+            backend.submit(*inputs(1))
+        assert_right(backend.collect(tickets[1]), b)
+        assert_right(backend.collect(tickets[0]), a)
+        with pytest.raises(EngineError, match="collected before"):
+            backend.collect(tickets[0])
+        for seed in range(4):  # lanes are used again
+            arrays = inputs(2, seed)
+            assert_right(backend.infer(*arrays), arrays)
+    assert sim.held == NOTHING_HELD
+
+
+def test_submitted_inputs_may_be_overwritten_at_once(sim: Simulation, engine_path: Path) -> None:
+    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC) as backend:
+        arrays = inputs(2, 1)
+        kept = tuple(array.copy() for array in arrays)
+        ticket = backend.submit(*arrays)
+        for array in arrays:
+            array[...] = 0
+        assert_right(backend.collect(ticket), kept)
+
+
+def test_forks_share_the_engine_and_outlive_the_first(sim: Simulation, engine_path: Path) -> None:
+    first = TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+    forks = [first.fork() for _ in range(3)]
+    assert sim.engines == 1
+    first.close()
+    results: dict[int, bool] = {}
+
+    def work(index: int) -> None:
+        arrays = inputs(3, index)
+        assert_right(forks[index].infer(*arrays), arrays)
+        forks[index].close()
+        results[index] = True
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+        thread.join()  # the stand-ins are not thread-safe; what is tested is that nothing is tied to the first thread
+    assert results == {0: True, 1: True, 2: True}
+    assert sim.held == NOTHING_HELD
+
+
+def test_batches_below_the_profile_are_filled_up(sim: Simulation, engine_path: Path) -> None:
+    artifact = dataclasses.replace(ARTIFACT, profile=(4, 4, 4))
+    with TensorRTBackend.open(engine_path, artifact, SPEC) as backend:
+        backend.infer(*inputs(4, 9))
+        arrays = inputs(2, 3)
+        assert_right(backend.infer(*arrays), arrays)
+
+
+def test_recorded_batch_sizes_are_bounded(sim: Simulation, engine_path: Path) -> None:
+    artifact = dataclasses.replace(ARTIFACT, max_batch=20, profile=(1, 1, 20))
+    with TensorRTBackend.open(engine_path, artifact, SPEC) as backend:
+        for batch in range(1, 21):
+            arrays = inputs(batch, batch)
+            assert_right(backend.infer(*arrays), arrays)
+        assert sim.contexts == MAX_RECORDED == len(sim.graphs)
+
+
+def test_close_twice_and_use_after_close(sim: Simulation, engine_path: Path) -> None:
+    backend = TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+    ticket = backend.submit(*inputs(2))
+    backend.close()
+    backend.close()
+    assert sim.held == NOTHING_HELD
+    for use in (lambda: backend.infer(*inputs(1)), lambda: backend.collect(ticket), backend.fork):
+        with pytest.raises(EngineError, match="closed"):
+            use()
+
+
+def test_engine_and_layer_times(sim: Simulation, engine_path: Path) -> None:
+    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC) as backend:
+        graphs = len(sim.graphs)
+        times = backend.engine_milliseconds(2, repeats=5)
+        np.testing.assert_allclose(times, 0.5)  # the simulated clock advances half a millisecond between two events
+        assert len(sim.graphs) == graphs
+        assert backend.layer_milliseconds(2, repeats=3) == {"slow": 2.0, "quick": 0.5}
+        arrays = inputs(2, 5)
+        assert_right(backend.infer(*arrays), arrays)
+        with pytest.raises(EngineError, match="takes 1 to 4"):
+            backend.engine_milliseconds(5)
+
+
+def test_a_refused_run_is_an_error_with_the_library_text(sim: Simulation, engine_path: Path) -> None:
+    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC, cuda_graph=False) as backend:
+        sim.refuse_runs = True
+        with pytest.raises(EngineError, match=r"(?s)refused to run a batch of 2.*simulated refusal"):
+            backend.infer(*inputs(2))
+        sim.refuse_runs = False
+        arrays = inputs(2, 1)
+        assert_right(backend.infer(*arrays), arrays)
+
+
+def test_a_refused_first_run_frees_everything(sim: Simulation, engine_path: Path) -> None:
+    sim.refuse_runs = True
+    with pytest.raises(EngineError, match="refused to run"):
+        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+    assert sim.held == NOTHING_HELD
+
+
+def test_stale_replay_is_found_at_load(sim: Simulation, engine_path: Path) -> None:
+    sim.record_nothing = True
+    with pytest.raises(EngineError, match="replayed CUDA graph gives other"):
+        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+    assert sim.held == NOTHING_HELD
+
+
+@pytest.mark.parametrize("fault", ["cudaGraphInstantiate", "cudaStreamBeginCapture"])
+def test_an_engine_that_cannot_be_recorded_runs_plainly_and_says_so(
+    sim: Simulation, engine_path: Path, fault: str
+) -> None:
+    sim.faults[fault] = 900
+    with pytest.warns(UserWarning, match=f"without a CUDA graph.*{fault}"):
+        backend = TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+    with backend, warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once per batch size, not per request
+        arrays = inputs(2, 1)
+        assert_right(backend.infer(*arrays), arrays)
+        assert fault in backend.describe()["cuda_graphs"][2]
+    assert sim.held == NOTHING_HELD
+
+
+@pytest.mark.parametrize("fault", ["cudaMalloc", "cudaHostAlloc", "cudaStreamCreateWithFlags", "cudaStreamSynchronize"])
+def test_a_failing_cuda_call_is_named(sim: Simulation, engine_path: Path, fault: str) -> None:
+    sim.faults[fault] = 2
+    with pytest.raises(EngineError, match=rf"{fault} failed: .*\(2\): simulated fault 2"):
+        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+
+
+def test_a_failed_allocation_frees_what_was_there(sim: Simulation, engine_path: Path) -> None:
+    sim.faults["cudaMalloc"] = 2
+    with pytest.raises(EngineError, match="cudaMalloc"):
+        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+    assert sim.held == NOTHING_HELD
+
+
+def test_wrong_inputs_are_named(sim: Simulation, engine_path: Path) -> None:
+    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC) as backend:
+        visual, audio, mask = inputs(2)
+        with pytest.raises(FeatureError, match="takes 1 to 4"):
+            backend.infer(*inputs(5))
+        with pytest.raises(FeatureError, match="audio: got"):
+            backend.infer(visual, audio[:, :2], mask)
+        with pytest.raises(FeatureError, match="mask: got float32"):
+            backend.infer(visual, audio, mask.astype(np.float32))
+
+
+def test_refused_input_shape(sim: Simulation, engine_path: Path) -> None:
+    sim.refuse_inputs = True
+    with pytest.raises(EngineError, match="refuses shape"):
+        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+    assert sim.held == NOTHING_HELD
+
+
+def test_engine_of_another_network(sim: Simulation, engine_path: Path) -> None:
+    with pytest.raises(BundleError, match="visual"):
+        TensorRTBackend.open(engine_path, ARTIFACT, dataclasses.replace(SPEC, visual_dim=7))
+    assert sim.held == NOTHING_HELD
+
+
+def test_an_output_type_that_numpy_lacks(sim: Simulation, tmp_path: Path) -> None:
+    path = write_engine(tmp_path / "b" / "e.engine")
+    path.write_bytes(path.read_bytes().replace(b'"FLOAT"]}}', b'"BF16"]}}'))
+    with pytest.raises(EngineError, match="BF16"):
+        TensorRTBackend.open(path, ARTIFACT, SPEC)
+
+
+def test_missing_cut_short_and_foreign_files(sim: Simulation, engine_path: Path) -> None:
+    content = engine_path.read_bytes()
+    known = dataclasses.replace(ARTIFACT, build={"engine_bytes": len(content)})
+    engine_path.write_bytes(content[:-5])
+    with pytest.raises(BundleError, match=rf"{len(content) - 5} bytes, the engine had {len(content)}"):
+        TensorRTBackend.open(engine_path, known, SPEC)
+    with pytest.raises(EngineError, match="blobSize failed"):  # no size on record: the library finds it
+        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+    engine_path.write_bytes(b"vtrt" + content[4:])
+    with pytest.raises(BundleError, match="is a TensorRT-RTX engine, the manifest says tensorrt"):
+        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+    engine_path.write_bytes(b"")
+    with pytest.raises(BundleError, match="0 bytes"):
+        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+    engine_path.unlink()
+    with pytest.raises(BundleError, match="missing"):
+        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"library_version": "10.8.0"}, r"built with tensorrt 10\.8\.0, here is 10\.9\..*'tensorrt==10\.8\.0'"),
+        ({"gpu_name": "Other GPU"}, r"built for Other GPU .*here is Simulated GPU"),
+        ({"compute_capabilities": ("8.9",)}, r"8\.9\), here is Simulated GPU \(compute capability 9\.0\)"),
+        ({"library_version": "11.0.0", "build": {"version_compatible": True}}, "built with tensorrt 11"),
+    ],
+)  # fmt: skip
+def test_an_engine_for_another_machine_is_refused_before_it_is_read(
+    sim: Simulation, engine_path: Path, changes: dict[str, object], text: str
+) -> None:
+    with pytest.raises(EngineMismatch, match=text) as caught:
+        TensorRTBackend.open(engine_path, dataclasses.replace(ARTIFACT, **changes), SPEC)  # type: ignore[arg-type]
+    assert "ccnet export CHECKPOINT --out BUNDLE --format tensorrt --precision fp16" in str(caught.value)
+    assert "on_mismatch='onnx'" in str(caught.value)
+    assert sim.engines == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gpu_name": "Other GPU", "compute_capabilities": ("8.6",), "build": {"hardware_compatible": True}},
+        {"library_version": "8.6.0", "build": {"version_compatible": True}},
+        {"library_version": "10.2.0", "build": {"version_compatible": True}},
+    ],
+)
+def test_engines_that_fit(sim: Simulation, changes: dict[str, object]) -> None:
+    assert check_engine(dataclasses.replace(ARTIFACT, **changes)).name == "Simulated GPU"  # type: ignore[arg-type]
+
+
+def test_hardware_compatible_needs_ampere(sim: Simulation) -> None:
+    sim.capability = (7, 5)
+    with pytest.raises(EngineMismatch, match="Ampere or newer"):
+        check_engine(dataclasses.replace(ARTIFACT, build={"hardware_compatible": True}))
+
+
+@pytest.mark.parametrize(("status", "text"), [(35, "driver"), (100, "shows no GPU"), (3, "CUDA does not start")])
+def test_no_driver_no_gpu(sim: Simulation, engine_path: Path, status: int, text: str) -> None:
+    sim.device_status = status
+    with pytest.raises(BackendUnavailable, match=text):
+        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+
+
+def test_no_such_gpu(sim: Simulation) -> None:
+    with pytest.raises(BackendUnavailable, match="no GPU 3: this machine shows 1"):
+        check_engine(ARTIFACT, 3)
+
+
+def test_an_onnx_artifact_is_no_engine() -> None:
+    with pytest.raises(BundleError, match="ONNX graph"):
+        check_engine(dataclasses.replace(ARTIFACT, flavour="onnx"))
+
+
+def test_the_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'ccnet\[gpu\]'"):
+        check_engine(ARTIFACT)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'ccnet\[rtx\]'"):
+        check_engine(dataclasses.replace(ARTIFACT, flavour="tensorrt-rtx"))
+
+
+def test_the_library_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "tensorrt.py").write_text("raise ImportError('libcublas.so.12: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    with pytest.raises(BackendUnavailable, match=r"does not load: libcublas\.so\.12"):
+        check_engine(ARTIFACT)
+
+
+def test_this_machine_is_probed_for_real() -> None:
+    """With the real CUDA bindings: a device, or the reason why there is none; never a crash."""
+    pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
+    try:
+        found = cuda.probe().compute_capability
+    except BackendUnavailable as error:
+        found = str(error)
+    assert re.search(r"^\d+\.\d$|driver|GPU|CUDA", found)
+
+
+def test_a_real_rtx_engine_is_refused_without_a_gpu(tmp_path: Path) -> None:
+    rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
+    path = tmp_path / "e.engine"
+    path.write_bytes(b"vtrt" + bytes(100))
+    artifact = dataclasses.replace(ARTIFACT, flavour="tensorrt-rtx", library="tensorrt_rtx", gpu_name=None,
+                                   library_version=str(rtx.__version__), compute_capabilities=())  # fmt: skip
+    with pytest.raises((BackendUnavailable, EngineError, EngineMismatch)):
+        TensorRTBackend.open(path, artifact, SPEC)
+    with pytest.raises(EngineMismatch, match=r"built with tensorrt_rtx 1\.6\.0"):
+        TensorRTBackend.open(path, dataclasses.replace(artifact, library_version="1.6.0"), SPEC)
