@@ -1,0 +1,167 @@
+"""The deployment form: the trained network as an equivalent one of fewer and larger operations, made for engines.
+
+`deployment_form(model)` computes what `model` computes at valid points (to float32 rounding: the same sums in another
+order). What is rewritten: all levels lie side by side as one sequence of points; the two streams are one stack;
+kernel-3 convolutions are products with gathered neighbours; norms, scales and projections are folded into the
+products beside them. Each rewrite stands with its algebra in the module that makes it.
+
+Shapes:  B batch   T steps   Cv, Ca feature widths   P points of all levels (with halos, see Layout)   T_l points of a
+         level   D model width   E = 2 D   C classes
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from ccnet.config import ModelConfig
+from ccnet.model import CCNet
+from ccnet.mtgc import CoarseToFine, FineToCoarse, TemporalDependency
+from export.deploy_mtgc import PackedCoarseToFine, PackedFineToCoarse
+from export.deploy_parts import EXCLUDED, Layout, Neighbours, NormRelu, Part, conv_matrix, strided_taps
+from export.deploy_streams import StreamEmbedding, StreamLayer
+from export.deploy_tdm import PackedTemporalDependency
+from runtime.errors import ExportError
+
+
+def deployment_form(model: CCNet, *, length: int | None = None, dtype: torch.dtype = torch.float32) -> Deployment:
+    """The deployment form of a trained network, with the forward contract of `CCNet` (float32 in and out).
+
+    length: steps the network takes, a multiple of 2^(levels - 1) up to the trained length. For every video that
+    fits, outputs at valid points equal those of the full length (see Layout). dtype: type of weights and arithmetic,
+    float32, float16 or bfloat16; softmax, normalisation statistics, the first and the last layers stay in float32.
+    Raises ExportError for a length or type that can't be had.
+    """
+    config = model.config
+    length = config.length if length is None else length
+    multiple = 2 ** (config.levels - 1)
+    if not 0 < length <= config.length or length % multiple:
+        raise ExportError(f"length: got {length}, expected a multiple of {multiple} from {multiple} to {config.length}")
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ExportError(f"dtype: got {dtype}, expected torch.float32, torch.float16 or torch.bfloat16")
+    with torch.no_grad():
+        return Deployment(model, length, dtype).eval()
+
+
+class Deployment(nn.Module):
+    """The rewritten network. Made by `deployment_form`."""
+
+    config: ModelConfig
+    point_steps: Tensor
+    real_points: Tensor
+
+    def __init__(self, model: CCNet, length: int, dtype: torch.dtype):
+        super().__init__()
+        trained = model.config
+        self.config = dataclasses.replace(trained, length=length)
+        self.dtype = dtype
+        strides = [2**level for level in range(trained.levels)]
+        layout = Layout(tuple(length // s for s in strides), tuple(trained.length // s for s in strides))
+        self.layout = layout
+
+        # The step whose mask a point takes; a halo reads the invalid step that is padded behind the last.
+        steps = layout.position() * torch.tensor(strides)[layout.level()]
+        self.register_buffer("point_steps", steps.clamp(max=length))
+        real = layout.position() < torch.tensor(layout.steps)[layout.level()]
+        self.register_buffer("real_points", real.nonzero()[:, 0])
+
+        first = layout.part(0, 1).taps()
+        self.embed = StreamEmbedding([model.embed_visual, model.embed_audio], first, length, dtype)
+        pairs = zip(model.embed_visual.blocks, model.embed_audio.blocks, strict=True)
+        self.self_layers = nn.ModuleList(
+            StreamLayer(pair, [], first, rows=layout.lengths[0], cut=0, cross=False, dtype=dtype) for pair in pairs
+        )
+        self.cross_layers = nn.ModuleList()
+        for level, layer in enumerate(model.cmcc.layers):
+            finer = max(level - 1, 0)
+            taps = first if level == 0 else strided_taps(layout.lengths[finer], layout.lengths[level])
+            self.cross_layers.append(
+                StreamLayer(
+                    [layer.visual_block, layer.audio_block],
+                    [layer.visual_gate, layer.audio_gate] if layer.tcg else [],
+                    taps,
+                    rows=layout.lengths[finer],
+                    cut=layout.trained[level] - layout.steps[level],
+                    cross=layer.cmi,
+                    dtype=dtype,
+                )
+            )
+        self.stages = nn.ModuleList(_packed(stage, layout, dtype) for stage in model.mtgc.stages.values())
+        self.heads = PackedHeads(model, layout, dtype)
+
+    def forward(self, visual: Tensor, audio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """visual [B, Cv, T], audio [B, Ca, T], mask [B, 1, T] bool -> logits [B, P, C], offsets [B, P, C, 2]."""
+        valid = mask.float()
+        if self.layout.halo:
+            valid = nn.functional.pad(valid, (0, 1))
+        allowed = valid.index_select(2, self.point_steps)  # [B, 1, P] float32
+        point_mask = allowed.transpose(1, 2).to(self.dtype)  # [B, P, 1]
+        masks = point_mask.split(self.layout.lengths, dim=1)
+        key_biases = ((allowed - 1) * -EXCLUDED).split(self.layout.lengths, dim=2)
+
+        mask_0, bias_0 = masks[0].unsqueeze(1), key_biases[0].unsqueeze(1)
+        streams = self.embed(visual, audio, mask_0)
+        for layer in self.self_layers:
+            streams = layer(streams, mask_0, bias_0)
+        levels = []
+        for layer, level_mask, bias in zip(self.cross_layers, masks, key_biases, strict=True):
+            streams = layer(streams, level_mask.unsqueeze(1), bias.unsqueeze(1))
+            levels.append(streams)
+        x = torch.cat(levels, dim=2).transpose(1, 2).flatten(2)  # [B, P, E]: visual, then audio channels
+
+        for stage in self.stages:
+            by_level = isinstance(stage, PackedFineToCoarse)
+            x = stage(x, masks, key_biases) if by_level else stage(x, point_mask, allowed)
+        logits, offsets = self.heads(x, point_mask)
+        if self.layout.halo:
+            logits, offsets = logits.index_select(1, self.real_points), offsets.index_select(1, self.real_points)
+        return logits, offsets.unflatten(2, (-1, 2))
+
+
+def _packed(stage: nn.Module, layout: Layout, dtype: torch.dtype) -> nn.Module:
+    if isinstance(stage, CoarseToFine):
+        return PackedCoarseToFine(stage, layout, dtype)
+    if isinstance(stage, FineToCoarse):
+        return PackedFineToCoarse(stage, layout, dtype)
+    assert isinstance(stage, TemporalDependency)
+    return PackedTemporalDependency(stage, layout, dtype)
+
+
+class PackedHeads(Part):
+    """Both heads as one stack, over all levels at once; their last layers, of different width, apart and in float32."""
+
+    first: Tensor
+    second: Tensor
+    classes: Tensor
+    class_bias: Tensor
+    offsets: Tensor
+    offset_bias: Tensor
+    level_scale: Tensor
+
+    def __init__(self, model: CCNet, layout: Layout, dtype: torch.dtype):
+        super().__init__(dtype)
+        heads = (model.class_head, model.offset_head)
+        for i, name in enumerate(("first", "second")):
+            self.keep(name, torch.stack([conv_matrix(head.convs[i].weight) for head in heads]))
+        self.first_norm = NormRelu([head.norms[0] for head in heads], dtype)
+        self.second_norm = NormRelu([head.norms[1] for head in heads], dtype)
+        for name, output in (("class", model.class_head.output), ("offset", model.offset_head.output)):
+            assert output.bias is not None
+            self.keep("classes" if name == "class" else "offsets", conv_matrix(output.weight), torch.float32)
+            self.keep(f"{name}_bias", output.bias, torch.float32)
+        scales = torch.stack([scale.detach() for scale in model.offset_head.scales])
+        self.keep("level_scale", scales[layout.level()][:, None], torch.float32)
+        self.neighbours = Neighbours(layout.taps())
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, P, E], mask [B, P, 1] -> float32 logits [B, P, C], offsets [B, P, 2 C]."""
+        stacked_mask = mask.unsqueeze(1)
+        x = self.first_norm(self.neighbours(x).unsqueeze(1) @ self.first, stacked_mask)  # [B, 2, P, head_dim]
+        x = self.second_norm(self.neighbours(x) @ self.second, stacked_mask)
+        class_rows, offset_rows = self.neighbours(x).float().split(1, dim=1)
+        mask = mask.float()
+        logits = (class_rows.squeeze(1) @ self.classes + self.class_bias) * mask
+        offsets = (offset_rows.squeeze(1) @ self.offsets + self.offset_bias) * (mask * self.level_scale)
+        return logits, torch.relu(offsets)

@@ -1,0 +1,289 @@
+"""Parts of the deployment form: the point layout and the rewrites that its stages share, each with its algebra.
+
+Every part folds weights of eager modules in float64 and keeps the result in the arithmetic type.
+
+Shapes:  B batch   P points of all levels side by side   T steps   C channels   H heads   K kernel taps (3)
+         N convolutions that read the same sequence   S stacked projections
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ccnet.layers import Block, CrossAttention
+
+KERNEL = 3
+EXCLUDED = -3e4
+"""Bias of an invalid key: vanishes in the softmax, is representable in half precision, and no sum of it overflows."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Points of some levels side by side, the finest first.
+
+    A network cut to fewer steps keeps one point more per level: a *halo*, which is never valid and stands for all
+    the padding that was cut off. What an invalid step holds depends on biases, time-axis layers and valid steps
+    alone, so the halo holds what the first cut step would hold, and valid points beside it see what they saw before.
+    """
+
+    steps: tuple[int, ...]
+    """Steps per level that an input can fill."""
+    trained: tuple[int, ...]
+    """Steps per level of the trained network."""
+
+    @property
+    def halo(self) -> int:
+        return int(self.steps != self.trained)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Points per level: its steps and the halo."""
+        return [n + self.halo for n in self.steps]
+
+    @property
+    def num_points(self) -> int:
+        return sum(self.lengths)
+
+    def part(self, start: int, stop: int | None = None) -> Layout:
+        """The layout of some consecutive levels alone."""
+        return Layout(self.steps[start:stop], self.trained[start:stop])
+
+    def level(self) -> Tensor:
+        """[P] level of every point, counted from the first one of this layout."""
+        return torch.repeat_interleave(torch.arange(len(self.steps)), torch.tensor(self.lengths))
+
+    def position(self) -> Tensor:
+        """[P] place of every point in its level."""
+        return torch.cat([torch.arange(n) for n in self.lengths])
+
+    def taps(self) -> Tensor:
+        """[K, P] the points that a kernel-3 convolution reads; P, a zero row, outside the level."""
+        point, position = torch.arange(self.num_points), self.position()
+        last = torch.tensor(self.lengths)[self.level()] - 1
+        left = torch.where(position > 0, point - 1, self.num_points)
+        right = torch.where(position < last, point + 1, self.num_points)
+        return torch.stack([left, point, right])
+
+    def own_level(self) -> Tensor:
+        """[P, P] bool: the two points are of the same level."""
+        return self.level()[:, None] == self.level()
+
+
+def strided_taps(fine: int, coarse: int) -> Tensor:
+    """[K, coarse] the points that a kernel-3, stride-2 convolution reads; `fine`, a zero row, outside."""
+    taps = 2 * torch.arange(coarse) + torch.arange(-1, 2)[:, None]
+    return torch.where((taps >= 0) & (taps < fine), taps, fine)
+
+
+def normalize(x: Tensor) -> Tensor:
+    """LayerNorm without its affine part. Statistics in float32: squares of large values overflow half precision."""
+    return F.layer_norm(x.float(), x.shape[-1:]).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T + bias) v with the softmax in float32. The factor 1 / sqrt(d) is folded into q."""
+    scores = (q @ k.transpose(-1, -2)).float()
+    if bias is not None:
+        scores = scores + bias
+    return torch.softmax(scores, dim=-1).to(v.dtype) @ v
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, S, T, C] -> [B S, H, T, C / H]."""
+    return x.reshape(-1, x.shape[2], heads, x.shape[3] // heads).transpose(1, 2)
+
+
+def merge_heads(x: Tensor, stack: int) -> Tensor:
+    """[B S, H, T, d] -> [B, S, T, H d]."""
+    return x.transpose(1, 2).reshape(-1, stack, x.shape[2], x.shape[1] * x.shape[3])
+
+
+class Part(nn.Module):
+    """A piece of the deployment form: holds constants, converted to the arithmetic type."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def keep(self, name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
+        kept = value.detach().to(dtype or self.dtype) if value.is_floating_point() else value
+        self.register_buffer(name, kept.contiguous())
+
+
+def conv_matrix(weight: Tensor) -> Tensor:
+    """Conv1d weight [out, in, K] -> [K in, out], for the rows that Neighbours makes."""
+    return weight.detach().double().permute(2, 1, 0).flatten(0, 1)
+
+
+class Neighbours(nn.Module):
+    """Each point beside its two neighbours, so that a kernel-3 convolution becomes one matrix product."""
+
+    index: Tensor
+
+    def __init__(self, taps: Tensor):
+        super().__init__()
+        self.register_buffer("index", taps.T.reshape(-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., P, C] -> [.., P, K C]."""
+        rows = F.pad(x, (0, 0, 0, 1)).index_select(-2, self.index)
+        return rows.reshape(*x.shape[:-2], -1, KERNEL * x.shape[-1])
+
+
+class Taps(Part):
+    """Depthwise kernel-3 convolutions of LayerNorms of one sequence, as shifted multiply-adds.
+
+    conv(g x + b) = sum_k (tap_k g) x_k + sum_k tap_k b, where the second sum leaves out the taps outside the level:
+    a constant per point. So one LayerNorm without affine part serves all N convolutions that read the sequence.
+    """
+
+    left_index: Tensor
+    centre_index: Tensor
+    right_index: Tensor
+    left: Tensor
+    centre: Tensor
+    right: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, taps: Tensor, dtype: torch.dtype, *, rows: int, axis: int = -2
+    ) -> None:
+        """weight, bias [K, N, .., 1 or P, C]: tap_k g and tap_k b; taps [K, P]; rows: length of `axis` in the input."""
+        super().__init__(dtype)
+        self.axis = axis
+        self.strided = not torch.equal(taps[1], torch.arange(rows))
+        inside = (taps < rows).double()[(slice(None), *(None,) * (weight.ndim - 3), slice(None), None)]
+        shift = (bias * inside).sum(0)
+        if axis == -3:  # the sequence is not the last axis but the channels: every class has the same constants
+            weight, shift = weight.unsqueeze(-2), shift.unsqueeze(-2)
+        self.keep("shift", shift)
+        for k, name in enumerate(("left", "centre", "right")):
+            self.keep(name, weight[k])
+            self.register_buffer(f"{name}_index", taps[k].contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, .., rows, C] -> [B, N, .., P, C]."""
+        padded = F.pad(x, (0, 0) * (-1 - self.axis) + (0, 1))  # one zero row behind the sequence
+        left = padded.index_select(self.axis, self.left_index).unsqueeze(1) * self.left
+        right = padded.index_select(self.axis, self.right_index).unsqueeze(1) * self.right
+        middle = padded.index_select(self.axis, self.centre_index) if self.strided else x
+        return left + middle.unsqueeze(1) * self.centre + right + self.shift
+
+
+def fold_taps(conv: nn.Conv1d, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """A depthwise convolution and the LayerNorm before it -> tap_k g, tap_k b, each [K, C]."""
+    taps = conv.weight.detach().double()[:, 0].T
+    return taps * norm.weight.detach().double(), taps * norm.bias.detach().double()
+
+
+def fold_linear(norm: nn.LayerNorm, linear: nn.Linear, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """scale * linear(norm(.)) -> matrix [in, out] and bias [out] to use after `normalize`."""
+    weight = linear.weight.detach().double()
+    matrix = (weight * norm.weight.detach().double()).T * scale
+    return matrix, (weight @ norm.bias.detach().double() + linear.bias.detach().double()) * scale
+
+
+@dataclass(frozen=True)
+class HeadedAttention:
+    """The linear layers of a CrossAttention with several heads, their norms and the branch scale folded in.
+
+    A key bias adds the same to every score of a query and vanishes in the softmax. A value bias passes through it
+    unchanged where the weights of the valid keys sum to one, and so moves into the output bias.
+    """
+
+    query: Tensor
+    query_bias: Tensor
+    key: Tensor
+    value: Tensor
+    value_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
+
+    @classmethod
+    def fold(cls, attention: CrossAttention, scale: Tensor | float) -> HeadedAttention:
+        root = (attention.query.out_features // attention.heads) ** -0.5
+        query, query_bias = fold_linear(attention.query_norm, attention.query, root)
+        key, _ = fold_linear(attention.key_norm, attention.key)
+        value, value_bias = fold_linear(attention.value_norm, attention.value)
+        weight = attention.proj.weight.detach().double()
+        out_bias = (weight @ value_bias + attention.proj.bias.detach().double()) * scale
+        return cls(query, query_bias, key, value, value_bias, weight.T * scale, out_bias)
+
+
+@dataclass(frozen=True)
+class OneHeadAttention:
+    """A CrossAttention with one head: keys and values need no projection of their own.
+
+    q k^T = x_q (Wq^T Wk) x_k^T + terms that are the same for every key; (p v) Wp^T = (p x_v) (Wp Wv)^T.
+    """
+
+    query: Tensor
+    query_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
+
+    @classmethod
+    def fold(cls, attention: CrossAttention, scale: Tensor) -> OneHeadAttention:
+        headed = HeadedAttention.fold(attention, scale)
+        return cls(
+            headed.query @ headed.key.T, headed.query_bias @ headed.key.T, headed.value @ headed.out, headed.out_bias
+        )
+
+
+def branch_scale(block: Block) -> Tensor:
+    """[C] the learned scale of a Block's attention branch."""
+    return block.attention_scale.scale.detach().double()
+
+
+class Mlp(Part):
+    """The MLP branch of one or several stacked Blocks, norm and scale folded in."""
+
+    first: Tensor
+    first_bias: Tensor
+    second: Tensor
+    second_bias: Tensor
+
+    def __init__(self, blocks: Sequence[Block], dtype: torch.dtype):
+        super().__init__(dtype)
+        folded = [self.fold(block) for block in blocks]
+        names = ("first", "first_bias", "second", "second_bias")
+        for name, values in zip(names, zip(*folded, strict=True), strict=True):
+            value = torch.stack(values) if len(blocks) > 1 else values[0]
+            self.keep(name, value.unsqueeze(-2) if name.endswith("bias") and len(blocks) > 1 else value)
+
+    @staticmethod
+    def fold(block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """First and second matrix and bias, in float64."""
+        expand, contract = block.mlp[0], block.mlp[2]
+        assert isinstance(expand, nn.Linear)
+        assert isinstance(contract, nn.Linear)
+        scale = block.mlp_scale.scale.detach().double()
+        first, first_bias = fold_linear(block.norm_mlp, expand)
+        second, second_bias = contract.weight.detach().double().T * scale, contract.bias.detach().double() * scale
+        return first, first_bias, second, second_bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, .., T, C] -> the same; with stacked Blocks [B, S, T, C]."""
+        hidden = F.gelu(normalize(x) @ self.first + self.first_bias)
+        return hidden @ self.second + self.second_bias
+
+
+class NormRelu(Part):
+    """Masked LayerNorm and ReLU of stacked sequences that came out of a convolution: relu(g normalize(x) m + b)."""
+
+    gain: Tensor
+    bias: Tensor
+
+    def __init__(self, norms: Sequence[nn.LayerNorm], dtype: torch.dtype):
+        super().__init__(dtype)
+        self.keep("gain", torch.stack([norm.weight for norm in norms])[:, None])
+        self.keep("bias", torch.stack([norm.bias for norm in norms])[:, None])
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, S, T, C], mask [B, 1, T, 1] -> [B, S, T, C] in the arithmetic type."""
+        return torch.relu(normalize(x).to(self.dtype) * mask * self.gain + self.bias)

@@ -1,0 +1,281 @@
+"""Deployment form of the temporal dependency module (TDM), the largest stage: 69 of 132 GFLOP at full size.
+
+The levels go through in two groups of about the same number of points (the finest, and all others): that halves the
+scratch memory of the [P, C H] activations, and keeps the attention over time near its useful size.
+
+Shapes:  B batch   P points of a group   L levels of the network   T trained steps   E level width   C classes
+         H hidden width per class
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ccnet.layers import Block
+from ccnet.mtgc import TemporalDependency
+from export.deploy_mtgc import stacked_taps
+from export.deploy_parts import (
+    EXCLUDED,
+    KERNEL,
+    Layout,
+    Mlp,
+    Neighbours,
+    OneHeadAttention,
+    Part,
+    Taps,
+    attend,
+    branch_scale,
+    conv_matrix,
+    fold_taps,
+    normalize,
+)
+
+
+class PackedTemporalDependency(Part):
+    """TDM on all levels."""
+
+    expand: Tensor
+    squeeze: Tensor
+
+    def __init__(self, stage: TemporalDependency, layout: Layout, dtype: torch.dtype):
+        super().__init__(dtype)
+        self.width = stage.squeeze.out_channels
+        several = len(layout.steps) > 1
+        self.groups = [layout.part(0, 1), layout.part(1)] if several else [layout]
+        self.sizes = [group.num_points for group in self.groups]
+        self.neighbours = nn.ModuleList(Neighbours(group.taps()) for group in self.groups)
+        self.keep("expand", conv_matrix(stage.expand.weight))
+        self.temporal = nn.ModuleList(TemporalBranch(stage.temporal, group, dtype) for group in self.groups)
+        self.cooccurrence = CooccurrenceBranch(stage.cooccurrence, stage.classes, dtype)
+        # The squeeze convolution multiplies first, [P, C H] -> [P, K E], and adds neighbours after.
+        self.keep("squeeze", stage.squeeze.weight.detach().permute(1, 2, 0).flatten(1, 2))
+        self.shifts = nn.ModuleList(AddNeighbours(group.taps()) for group in self.groups)
+        self.classes, self.hidden = stage.classes, stage.hidden
+        self.channels = ChannelBranch(stage, layout, self.groups, dtype) if stage.channel_branch else None
+
+    def forward(self, x: Tensor, mask: Tensor, allowed: Tensor) -> Tensor:
+        """x [B, P, E] (zero at invalid points), mask [B, P, 1], allowed [B, 1, P], P of all levels -> [B, P, E]."""
+        xs, masks = x.split(self.sizes, dim=1), mask.split(self.sizes, dim=1)
+        alloweds = allowed.split(self.sizes, dim=2)
+        rows = [neighbours(part) for neighbours, part in zip(self.neighbours, xs, strict=True)]
+        channels = self.channels(rows, masks) if self.channels is not None else [None] * len(xs)
+        parts = zip(rows, masks, alloweds, channels, self.temporal, self.shifts, strict=True)
+        return torch.cat([self._group(*part) for part in parts], dim=1)
+
+    def _group(
+        self,
+        rows: Tensor,
+        mask: Tensor,
+        allowed: Tensor,
+        channels: Tensor | None,
+        temporal: nn.Module,
+        shift: nn.Module,
+    ) -> Tensor:
+        by_class = torch.relu(rows @ self.expand) * mask
+        if channels is not None:
+            by_class = by_class + channels
+        by_class = by_class.reshape(-1, rows.shape[1], self.classes, self.hidden)
+        normal = normalize(by_class)
+        total = temporal(by_class, normal, allowed) + self.cooccurrence(by_class, normal)
+        squeezed: Tensor = shift((total.flatten(2) * mask) @ self.squeeze)
+        return squeezed * mask
+
+
+class AddNeighbours(nn.Module):
+    """The other half of a convolution that multiplied first: [B, P, K E] -> [B, P, E], each tap from its neighbour."""
+
+    left: Tensor
+    centre: Tensor
+    right: Tensor
+
+    def __init__(self, taps: Tensor):
+        super().__init__()
+        for k, name in enumerate(("left", "centre", "right")):
+            self.register_buffer(name, (taps[k] * KERNEL + k).clamp(max=KERNEL * taps.shape[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = F.pad(x.reshape(-1, KERNEL * x.shape[1], x.shape[2] // KERNEL), (0, 0, 0, 1))  # a zero row at the end
+        return rows.index_select(1, self.left) + rows.index_select(1, self.centre) + rows.index_select(1, self.right)
+
+
+class TemporalBranch(Part):
+    """Every class is a sequence over time: C attentions over the points of a group, each point's own level allowed."""
+
+    query: Tensor
+    query_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
+    own_level: Tensor
+
+    def __init__(self, block: Block, layout: Layout, dtype: torch.dtype):
+        super().__init__(dtype)
+        self.taps = stacked_taps(block, "qkv", layout.taps(), dtype, axis=-3)
+        self.keep("own_level", layout.own_level().float(), torch.float32)
+        folded = OneHeadAttention.fold(block.attention, branch_scale(block))
+        for name in ("query", "query_bias", "out", "out_bias"):
+            self.keep(name, getattr(folded, name))
+        self.mlp = Mlp([block], dtype)
+
+    def forward(self, x: Tensor, normal: Tensor, allowed: Tensor) -> Tensor:
+        """x and its normalised form [B, P, C, H], allowed [B, 1, P] -> [B, P, C, H]; anything at invalid points."""
+        query, key, value = (part.squeeze(1) for part in normalize(self.taps(normal)).split(1, dim=1))
+        query = query @ self.query + self.query_bias
+        bias = ((self.own_level * allowed - 1) * -EXCLUDED).unsqueeze(1)
+        attended = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias).transpose(1, 2)
+        x = x + (attended @ self.out + self.out_bias)
+        return x + self.mlp(x)
+
+
+class CooccurrenceBranch(Part):
+    """Every time step is a sequence over classes."""
+
+    query: Tensor
+    query_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
+
+    def __init__(self, block: Block, classes: int, dtype: torch.dtype):
+        super().__init__(dtype)
+        self.taps = stacked_taps(block, "qkv", Layout((classes,), (classes,)).taps(), dtype, batched=True)
+        folded = OneHeadAttention.fold(block.attention, branch_scale(block))
+        for name in ("query", "query_bias", "out", "out_bias"):
+            self.keep(name, getattr(folded, name))
+        self.mlp = Mlp([block], dtype)
+
+    def forward(self, x: Tensor, normal: Tensor) -> Tensor:
+        """x and its normalised form [B, P, C, H] -> [B, P, C, H]; anything at invalid points."""
+        query, key, value = (part.squeeze(1) for part in normalize(self.taps(normal)).split(1, dim=1))
+        attended = attend(query @ self.query + self.query_bias, key, value, None)
+        x = x + (attended @ self.out + self.out_bias)
+        return x + self.mlp(x)
+
+
+class ChannelBranch(Part):
+    """The channel branch of all levels as one batch: L Blocks over H channels whose features are the T steps.
+
+    Coarser levels have T_l = T / 2^l features: theirs are repeated 2^l times, which changes neither mean nor
+    variance, so that the native LayerNorm serves; weights read the first copy and write all of them. Features are
+    the trained steps also where the network is cut: press is zero at steps that are cut off.
+    """
+
+    press: Tensor
+    spread: Tensor
+    query: Tensor
+    query_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
+    first: Tensor
+    first_bias: Tensor
+    second: Tensor
+    second_bias: Tensor
+
+    def __init__(self, stage: TemporalDependency, layout: Layout, groups: list[Layout], dtype: torch.dtype):
+        super().__init__(dtype)
+        self.hidden, self.levels, self.steps = stage.hidden, len(layout.steps), layout.trained[0]
+        self.classes = stage.classes
+        self.keep("press", conv_matrix(stage.press.weight))
+        blocks = [block for block in stage.channel_blocks if isinstance(block, Block)]
+        self._keep_blocks(blocks, dtype)
+
+        # Point that feature j of level l reads; all that is cut off reads the level's halo, where press is zero.
+        starts = [sum(layout.lengths[:level]) for level in range(self.levels)]
+        features = torch.arange(self.steps)
+        self.keep(
+            "spread",
+            torch.cat(
+                [
+                    start + (features % trained).clamp(max=length - 1)
+                    for start, trained, length in zip(starts, layout.trained, layout.lengths, strict=True)
+                ]
+            ),
+        )
+        linears = [linear for linear in stage.channel_linears if isinstance(linear, nn.Linear)]
+        self.expanders = nn.ModuleList()
+        first = 0
+        for group in groups:
+            count = len(group.steps)
+            self.expanders.append(ChannelExpand(linears[first : first + count], group, first, self.steps, dtype))
+            first += count
+
+    def _keep_blocks(self, blocks: list[Block], dtype: torch.dtype) -> None:
+        """Weights of the L Blocks: read the first copy of the features, write every copy."""
+
+        def repeated(value: Tensor) -> Tensor:
+            return value.repeat(*(1,) * (value.ndim - 1), self.steps // value.shape[-1])
+
+        def first_copy(value: Tensor) -> Tensor:
+            return F.pad(value, (0, self.steps - value.shape[-1]))
+
+        def readers(matrix: Tensor) -> Tensor:
+            return first_copy(matrix.T).T
+
+        folded = [OneHeadAttention.fold(block.attention, branch_scale(block)) for block in blocks]
+        self.keep("query", torch.stack([readers(first_copy(f.query)) for f in folded]))
+        self.keep("query_bias", torch.stack([first_copy(f.query_bias) for f in folded]).unsqueeze(1))
+        self.keep("out", torch.stack([readers(repeated(f.out)) for f in folded]))
+        self.keep("out_bias", torch.stack([repeated(f.out_bias) for f in folded]).unsqueeze(1))
+        mlps = [Mlp.fold(block) for block in blocks]
+        self.keep("first", torch.stack([readers(m[0]) for m in mlps]))
+        self.keep("first_bias", torch.stack([m[1] for m in mlps]).unsqueeze(1))
+        self.keep("second", torch.stack([repeated(m[2]) for m in mlps]))
+        self.keep("second_bias", torch.stack([repeated(m[3]) for m in mlps]).unsqueeze(1))
+
+        weights, biases = [], []
+        for part in ("query", "key", "value"):
+            pairs = [
+                fold_taps(getattr(b.attention, f"{part}_conv"), b.norm_q if part == "query" else b.norm_kv)
+                for b in blocks
+            ]
+            weights.append(torch.stack([repeated(weight) for weight, _ in pairs], dim=1))
+            biases.append(torch.stack([repeated(bias) for _, bias in pairs], dim=1))
+        taps = Layout((self.hidden,), (self.hidden,)).taps()
+        weight, bias = (torch.stack(values, dim=1).unsqueeze(-2) for values in (weights, biases))  # [K, 3, L, 1, T]
+        self.taps = Taps(weight, bias, taps, dtype, rows=self.hidden)
+
+    def forward(self, rows: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
+        """Per group rows [B, P, K E] and mask [B, P, 1] -> per group [B, P, H C] to add to the expanded features."""
+        pressed = [torch.relu(part @ self.press) * mask for part, mask in zip(rows, masks, strict=True)]
+        points = torch.cat(pressed, dim=1).index_select(1, self.spread)  # [B, L T, H]
+        x = points.reshape(-1, self.levels, self.steps, self.hidden).transpose(2, 3)  # [B, L, H, T]
+        query, key, value = (part.squeeze(1) for part in normalize(self.taps(normalize(x))).split(1, dim=1))
+        x = x + (attend(query @ self.query + self.query_bias, key, value, None) @ self.out + self.out_bias)
+        x = x + (F.gelu(normalize(x) @ self.first + self.first_bias) @ self.second + self.second_bias)
+        x = x.transpose(1, 2).flatten(2)  # [B, H, L T]
+        return [expand(x) for expand in self.expanders]
+
+
+class ChannelExpand(Part):
+    """Linear T_l -> C T_l of some levels, made per point, so that its result is in place: [B, P, H, C] is [B, P, C H].
+
+    The released network reads the [H, C T] result as [C, H, T] without a transpose, so (channel, class) pairs keep
+    their order and only the step moves to the front.
+    """
+
+    read: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, linears: list[nn.Linear], group: Layout, first: int, steps: int, dtype: torch.dtype):
+        """linears of the group's levels; first: its first level; steps: T, features per level in the input."""
+        super().__init__(dtype)
+        features = sum(group.trained)
+        classes = linears[0].out_features // linears[0].in_features
+        weight = torch.zeros(group.num_points, features, classes, dtype=torch.float64)
+        bias = torch.zeros(group.num_points, 1, classes, dtype=torch.float64)
+        row = column = 0
+        for linear, length, trained in zip(linears, group.lengths, group.trained, strict=True):
+            by_step = linear.weight.detach().double().view(classes, trained, trained)[:, :length]  # [C, t, j]
+            weight[row : row + length, column : column + trained] = by_step.permute(1, 2, 0)
+            bias[row : row + length, 0] = linear.bias.detach().double().view(classes, trained)[:, :length].T
+            row, column = row + length, column + trained
+        self.keep("weight", weight)
+        self.keep("bias", bias)
+        levels = enumerate(group.trained, start=first)
+        self.keep("read", torch.cat([level * steps + torch.arange(trained) for level, trained in levels]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, H, L T] -> [B, P, H C]."""
+        features = x.index_select(2, self.read).unsqueeze(1)
+        return torch.relu(features @ self.weight + self.bias).flatten(2)
