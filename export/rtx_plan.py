@@ -71,12 +71,15 @@ def read_plan(engine: bytes | memoryview, version: tuple[int, ...]) -> RtxPlan:
         types = {name: kind for name, _, kind in _TENSOR.findall(text)}
         tensors.update(_PRECISIONS[kind] for _, region, kind in _TENSOR.findall(text) if kind in _PRECISIONS)
         for kind, name, line in _schedule(text):
+            output = _OUTPUT.search(line)
+            written = types.get(output.group(1), "") if output else ""
+            if written == "int64":  # shape arithmetic on the host
+                continue
             kinds[kind] += 1
             attention = "mha" in name
             fused += attention
             if attention or kind in _MATRIX_KINDS:
-                output = _OUTPUT.search(line)
-                matrix[_PRECISIONS.get(types.get(output.group(1), ""), "other") if output else "other"] += 1
+                matrix[_PRECISIONS.get(written, "other")] += 1
         regions = re.findall(r"region = \{ name=(\w+) size=(\d+) .*?place=accelerator.*?\}", text)
         scratch += sum(int(size) for name, size in regions if name.startswith("devmem"))
         streams = max(streams, int(_field(text, "n_streams")))

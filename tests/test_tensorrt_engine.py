@@ -1,0 +1,381 @@
+"""Engines built for real with TensorRT-RTX, which needs no GPU; the rest of the builder against its error paths."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.engine_precision import check_inspected, check_plan, check_requested, inspected_precisions
+from export.engine_request import EngineRequest
+from export.onnx_file import read_opset
+from export.rtx_plan import RtxPlan, read_plan
+from export.tensorrt_engine import EngineInfo, build_engine
+from runtime.bundle import Artifact
+from runtime.errors import BackendUnavailable, ExportError, MissingDependency
+from runtime.spec import section_from_json
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+from small_network import OPSETS, SPEC, write_onnx  # noqa: E402
+
+ADA = ("8.9",)
+
+
+@pytest.fixture(scope="module")
+def rtx() -> Any:
+    return pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (pip install 'ccnet[rtx]')")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for precision in OPSETS:
+        write_onnx(folder / f"{precision}.onnx", precision)
+    return folder
+
+
+def build(models: Path, out: Path, precision: str = "fp32", **options: Any) -> EngineInfo:
+    graph = options.pop("graph", "fp32" if precision == "tf32" else precision)
+    settings = {"flavour": "tensorrt-rtx", "profile": (1, 2, 4), "compute_capabilities": ADA, **options}
+    path = graph if isinstance(graph, Path) else models / f"{graph}.onnx"
+    return build_engine(path, out / f"{precision}.engine", precision=precision, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
+def test_an_engine_has_the_precision_that_was_asked_for(rtx: Any, models: Path, tmp_path: Path, precision: str) -> None:
+    info = build(models, tmp_path, precision)
+    graph = "fp32" if precision == "tf32" else precision
+    facts = info.build
+    assert info.path.read_bytes()[:4] == b"vtrt"
+    assert info.path.stat().st_size == facts["engine_bytes"]
+    assert facts["delivered_precisions"][graph] >= 5  # of at most 7 products
+    assert facts["tf32"] == (precision == "tf32")
+    assert facts["capturable"]
+    # the one attention fuses in half precision, never in fp32 (counts measured with RTX 1.7.1)
+    assert facts["fused_attentions"] == (graph != "fp32")
+    assert 8 <= facts["kernels"] <= 18
+    assert facts["scratch_bytes"] > 0
+    assert facts["seconds"] > 0
+    assert (info.library, info.opset, info.profile) == ("tensorrt_rtx", OPSETS[graph], (1, 2, 4))
+    assert info.library_version == rtx.__version__
+    assert (info.gpu_name, info.compute_capabilities) == (None, ADA)
+
+
+def test_facts_fit_the_manifest(rtx: Any, models: Path, tmp_path: Path) -> None:
+    artifact = build(models, tmp_path).artifact(name="tensorrt-rtx-fp32", length=SPEC.length)
+    again = section_from_json(Artifact, json.loads(json.dumps(dataclasses.asdict(artifact))), where="artifact")
+    assert (again.files, again.max_batch, again.profile) == (("fp32.engine",), 4, (1, 2, 4))
+
+
+def test_builds_are_the_same_every_time(rtx: Any, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "again").mkdir()
+    first, second = build(models, tmp_path), build(models, tmp_path / "again")
+    assert first.path.read_bytes() == second.path.read_bytes()
+
+
+def test_portable_and_multiple_targets(rtx: Any, models: Path, tmp_path: Path) -> None:
+    portable = build(models, tmp_path, compute_capabilities=())
+    assert (portable.compute_capabilities, portable.build["targets"]) == ((), ("sm80",))
+    two = build(models, tmp_path, compute_capabilities=("8.6", "12.0"))
+    assert two.build["targets"] == ("sm86", "sm120")
+
+
+def test_one_stream_needs_no_more_memory(rtx: Any, models: Path, tmp_path: Path) -> None:
+    free, single = build(models, tmp_path), build(models, tmp_path, max_aux_streams=0)
+    assert single.build["streams"] == 1
+    assert single.build["scratch_bytes"] <= free.build["scratch_bytes"]
+
+
+def test_a_dynamic_graph_with_a_fixed_profile_gives_the_static_plan(rtx: Any, models: Path, tmp_path: Path) -> None:
+    dynamic = build(models, tmp_path, profile=(1, 1, 1))
+    static = build(models, tmp_path, graph=write_onnx(tmp_path / "static.onnx", "fp32", batch=1), profile=(1, 1, 1))
+    for fact in ("kernels", "kinds", "scratch_bytes"):
+        assert dynamic.build[fact] == static.build[fact]
+
+
+def test_progress_and_its_interruption(rtx: Any, models: Path, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int, float]] = []
+    build(models, tmp_path, progress=lambda *event: seen.append(event))
+    assert seen[0][0] == "Building engine"
+    assert all(0 <= done <= total for _, done, total, _ in seen)
+    assert all(a[3] <= b[3] for a, b in itertools.pairwise(seen))
+
+    def interrupt(*event: Any) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "fp32.engine").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        build(models, tmp_path, progress=interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+def test_external_weights(rtx: Any, models: Path, tmp_path: Path) -> None:
+    path = write_onnx(tmp_path / "split.onnx", "fp32", external=True)
+    build(models, tmp_path, graph=path)
+    (tmp_path / "fp32.engine").unlink()
+    weights = tmp_path / "split.onnx.data"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ExportError, match=r"(?s)can't read this graph.*split\.onnx\.data"):
+        build(models, tmp_path, graph=path)
+    weights.unlink()
+    with pytest.raises(ExportError, match=r"(?s)can't read this graph.*split\.onnx\.data"):
+        build(models, tmp_path, graph=path)
+    assert not (tmp_path / "fp32.engine").exists()
+
+
+def test_an_unsupported_operator_is_named_with_its_node(rtx: Any, models: Path, tmp_path: Path) -> None:
+    path = write_onnx(tmp_path / "odd.onnx", "fp32", operator="Shrug")
+    with pytest.raises(ExportError, match=r"(?s)odd\.onnx: tensorrt_rtx .*Shrug 'Shrug/middle'"):
+        build(models, tmp_path, graph=path)
+
+
+def test_files_that_are_no_onnx(rtx: Any, models: Path, tmp_path: Path) -> None:
+    path = tmp_path / "broken.onnx"
+    with pytest.raises(ExportError, match="no such ONNX file"):
+        build(models, tmp_path, graph=path)
+    path.write_bytes((models / "fp32.onnx").read_bytes()[:200])
+    with pytest.raises(ExportError, match="not an ONNX model"):
+        build(models, tmp_path, graph=path)
+    path.write_bytes(b"")
+    with pytest.raises(ExportError, match="not an ONNX model"):
+        build(models, tmp_path, graph=path)
+
+
+@pytest.mark.parametrize(("precision", "graph"), [("fp16", "fp32"), ("bf16", "fp16"), ("fp32", "fp16")])
+def test_precision_lives_in_the_graph(rtx: Any, models: Path, tmp_path: Path, precision: str, graph: str) -> None:
+    with pytest.raises(ExportError, match=f"asked for a {precision} engine of a graph with .*--precision {precision}"):
+        build(models, tmp_path, precision, graph=graph)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"profile": (2, 1, 4)}, r"profile: got \(2, 1, 4\)"),
+        ({"profile": (0, 1, 4)}, r"profile: got \(0, 1, 4\)"),
+        ({"compute_capabilities": ("9.0",)}, r"can't build for compute capability 9\.0; it can for: .*8\.9"),
+        ({"timing_cache": "t.cache"}, r"tensorrt_rtx 1\.7.* does not support a timing cache"),
+        ({"optimization_level": 5}, r"tensorrt_rtx 1\.7.* does not support builder optimization levels"),
+        ({"hardware_compatible": True}, "does not support hardware compatibility"),
+        ({"version_compatible": True}, "does not support version compatibility"),
+        ({"optimization_level": 9}, "optimization_level: got 9, expected 0 to 5"),
+        ({"workspace_bytes": -1}, "workspace_bytes: got -1"),
+        ({"flavour": "tensorflow"}, "flavour: got 'tensorflow'"),
+        ({"precision": "int8"}, "precision: got 'int8'"),
+    ],
+)
+def test_requests_that_cannot_be_met(
+    rtx: Any, models: Path, tmp_path: Path, options: dict[str, Any], text: str
+) -> None:
+    settings = {"flavour": "tensorrt-rtx", "precision": "fp32", "profile": (1, 1, 1), "compute_capabilities": ADA}
+    with pytest.raises(ExportError, match=text):
+        build_engine(models / "fp32.onnx", tmp_path / "e.engine", **(settings | options))  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_static_graph_and_another_profile(rtx: Any, models: Path, tmp_path: Path) -> None:
+    path = write_onnx(tmp_path / "static.onnx", "fp32", batch=2)
+    with pytest.raises(ExportError, match="fixed batch of 2, the profile asks for"):
+        build(models, tmp_path, graph=path, profile=(1, 2, 4))
+
+
+def test_too_little_memory_is_the_librarys_own_words(rtx: Any, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="built no engine"):
+        build(models, tmp_path, workspace_bytes=1000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_tensorrt_needs_the_library_and_a_gpu(models: Path, tmp_path: Path) -> None:
+    with pytest.raises((MissingDependency, BackendUnavailable)):
+        build_engine(models / "fp32.onnx", tmp_path / "e", flavour="tensorrt", precision="fp32", profile=(1, 1, 1))
+
+
+def test_current_gpu_without_one(rtx: Any, models: Path, tmp_path: Path) -> None:
+    from runtime.backends import cuda
+
+    try:
+        cuda.probe()
+    except BackendUnavailable as error:
+        with pytest.raises(BackendUnavailable, match=str(error)[:20]):
+            build(models, tmp_path, compute_capabilities=("current",))
+    else:
+        pytest.skip("a GPU is there")
+
+
+class Named:
+    """Attributes by name: enough of a library for `check_supported`."""
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+
+TENSORRT_8 = Named(
+    __name__="tensorrt",
+    __version__="8.6.0",
+    DataType=Named(HALF=1),
+    BuilderFlag=Named(FP16=1, VERSION_COMPATIBLE=2),
+    HardwareCompatibilityLevel=Named(AMPERE_PLUS=1),
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "opset", "text"),
+    [
+        ({}, 18, r"tensorrt 8\.6\.0 reads ONNX up to opset 17 .*this graph has opset 18: export it with --opset 17"),
+        ({"precision": "bf16"}, 17, r"tensorrt 8\.6\.0 does not support bfloat16"),
+        (
+            {"compute_capabilities": ("8.9",)},
+            17,
+            r"does not support a build for other GPUs \(compute capabilities 8\.9",
+        ),
+    ],
+)
+def test_what_tensorrt_8_does_not_do(options: dict[str, Any], opset: int, text: str) -> None:
+    settings: dict[str, Any] = {"flavour": "tensorrt", "precision": "fp16", "profile": (1, 1, 1), **options}
+    with pytest.raises(ExportError, match=text):
+        EngineRequest(**settings).check_supported(TENSORRT_8, opset)
+
+
+def test_what_tensorrt_8_does() -> None:
+    EngineRequest(
+        flavour="tensorrt", precision="fp16", profile=(1, 4, 8), optimization_level=4, timing_cache=Path("t"),
+        hardware_compatible=True, version_compatible=True,
+    ).check_supported(TENSORRT_8, 17)  # fmt: skip
+
+
+def test_opset_is_read_like_onnx_reads_it(models: Path) -> None:
+    for precision, opset in OPSETS.items():
+        assert read_opset(models / f"{precision}.onnx") == opset
+
+
+def test_opset_of_the_default_domain_only(tmp_path: Path) -> None:
+    model = onnx.load(str(write_onnx(tmp_path / "m.onnx", "fp32")))
+    model.opset_import.insert(0, onnx.helper.make_opsetid("com.example", 99))
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    assert read_opset(tmp_path / "m.onnx") == OPSETS["fp32"]
+
+
+def plan_block(schedule: str, tf32: int = 0, target: str = "sm89 ") -> bytes:
+    """A compiled graph in the layout of RTX 1.7."""
+    text = f"""header {{
+  n_streams = 2
+  region = {{ name=devmem_topdown_0 size=1000 alignment=128 instance=0 type=user place=accelerator unified=false }}
+  region = {{ name=devmem_topdown_1 size=24 alignment=128 instance=0 type=user place=accelerator unified=false }}
+  region = {{ name=consts size=9999 alignment=128 instance=0 type=system place=accelerator constant=true }}
+  tf32={tf32}
+  stream_capturable=1
+  accelerators={{{target}}}
+}}
+descriptors {{
+  tensor={{ dims={{ 1 }} name="h" offset=0 region="devmem_topdown_0" strides={{ 1 }} type=half }}
+  tensor={{ dims={{ 1 }} name="f" offset=0 region="devmem_topdown_0" strides={{ 1 }} type=float }}
+  tensor={{ dims={{ 1 }} name="i" offset=0 region="shape" strides={{ 1 }} type=int64 }}
+}}
+main {{
+ label bb1:
+{schedule}}}
+""".encode()
+    return b"NLYM" + b"????" + len(text).to_bytes(8, "little") + text
+
+
+SCHEDULE = """  shape_call={ name="shapes" stream=0 }
+  corrltn={ name="conv" output={"h" } input={"x" } stream=0 }
+  function={ name=_gemm_mha_v2 fqn=x args={ "x" "h" } output_args={ "h" } stream=0 }
+  signal={ name="s" stream=0 event=1 }
+  wait={ name="w" stream=1 event=1 }
+  fully_connected={ name="gemm" output={"f" } input={"h" } stream=1 }
+  function={ name=__myl_Add fqn=y args={ "h" "f" } output_args={ "f" } stream=1 }
+  cast={ name="size" output={"i" } input={"x" } stream=0 }
+"""
+
+
+def test_plan_counts() -> None:
+    blob = b"vtrt" + bytes(100) + plan_block(SCHEDULE) + bytes(50) + plan_block("", target="*") + b"NLYM weights"
+    plan = read_plan(blob, (1, 7, 1))
+    assert plan == RtxPlan(
+        kernels=4, kinds={"corrltn": 1, "fully_connected": 1, "function": 2}, fused_attentions=1, scratch_bytes=1024,
+        streams=2, capturable=True, tf32=False, targets=("sm89",), tensors={"fp16": 1, "fp32": 1},
+        matrix_kernels={"fp16": 2, "fp32": 1},
+    )  # fmt: skip
+    assert read_plan(blob + plan_block(SCHEDULE), (1, 7)).kernels == 8  # an engine may hold several graphs
+
+
+@pytest.mark.parametrize(
+    ("blob", "version", "text"),
+    [
+        (b"ftrt" + bytes(9), (1, 7), "not a TensorRT-RTX engine"),
+        (b"vtrt" + plan_block(SCHEDULE), (1, 8), r"plan of TensorRT-RTX 1\.8 is not known, only that of 1\.7"),
+        (b"vtrt" + bytes(100), (1, 7), "holds no kernel plan"),
+        (b"vtrt" + plan_block(SCHEDULE).replace(b"n_streams", b"n_threads"), (1, 7), "no 'n_streams'"),
+    ],
+)
+def test_plans_that_are_not_understood(blob: bytes, version: tuple[int, ...], text: str) -> None:
+    with pytest.raises(ExportError, match=text):
+        read_plan(blob, version)
+
+
+def test_a_precision_that_was_not_delivered() -> None:
+    plan = read_plan(b"vtrt" + plan_block(SCHEDULE), (1, 7))
+    check_plan(plan, "fp16")
+    tf32 = read_plan(b"vtrt" + plan_block(SCHEDULE, tf32=1), (1, 7))
+    uncapturable = dataclasses.replace(plan, capturable=False)
+    for candidate, precision in ((plan, "bf16"), (plan, "fp32"), (tf32, "fp16"), (uncapturable, "fp16")):
+        with pytest.raises(ExportError, match="asked for|CUDA graph"):
+            check_plan(candidate, precision)  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match="TF32 off"):
+        check_plan(dataclasses.replace(plan, tensors={"fp32": 2}), "tf32")
+
+
+def test_requested_types() -> None:
+    check_requested({"fp16": 5, "fp32": 3}, "fp16", "m.onnx")
+    check_requested({"fp32": 3}, "tf32", "m.onnx")
+    with pytest.raises(ExportError, match="5 layers fp16, 3 layers fp32"):
+        check_requested({"fp16": 5, "fp32": 3}, "tf32", "m.onnx")
+
+
+def layer(name: str, **output: str) -> dict[str, Any]:
+    return {"Name": name, "Outputs": [{"Name": "o", **output}]}
+
+
+@pytest.mark.parametrize(
+    ("layers", "found"),
+    [
+        ([layer("a", **{"Format/Datatype": "Row major linear FP16 format"}), layer("b", **{"Format/Datatype": "FP32"})],
+         {"fp16": 1, "fp32": 1}),
+        ([layer("a", **{"Format/Datatype": "Half"}), layer("b", Format="Linear", Datatype="BF16")],
+         {"bf16": 1, "fp16": 1}),
+        ([layer("{ForeignNode[a...b]}", Datatype="FP32")], None),
+        (["only", "names"], None),
+        ([], None),
+    ],
+)  # fmt: skip
+def test_inspector_text_of_old_and_new_releases(layers: list[Any], found: dict[str, int] | None) -> None:
+    assert inspected_precisions(json.dumps({"Layers": layers, "Bindings": []})) == found
+
+
+def test_inspected_precision_is_enforced() -> None:
+    check_inspected(None, "fp16")
+    check_inspected({"fp16": 1, "fp32": 9}, "fp16")
+    check_inspected({"fp32": 9}, "tf32")
+    for delivered, precision in (({"fp32": 9}, "fp16"), ({"fp16": 1, "fp32": 9}, "fp32")):
+        with pytest.raises(ExportError, match="nothing was written"):
+            check_inspected(delivered, precision)  # type: ignore[arg-type]
+
+
+def test_the_small_network_is_what_it_says(models: Path) -> None:
+    ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    from small_network import reference
+
+    draw = np.random.default_rng(0)
+    shapes = SPEC.input_shapes(3)
+    visual, audio = (draw.standard_normal(shapes[name], dtype=np.float32) for name in ("visual", "audio"))
+    mask = np.arange(SPEC.length)[None, None] < np.array([SPEC.length, 20, 1])[:, None, None]
+    session = ort.InferenceSession(str(models / "fp32.onnx"), providers=["CPUExecutionProvider"])
+    found = session.run(["logits", "offsets"], {"visual": visual, "audio": audio, "mask": mask})
+    for got, want in zip(found, reference(visual, audio, mask), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
