@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from runtime.annotations import check_video_id
 from runtime.errors import FeatureError
 from runtime.spec import FeatureLayout, ModelSpec
 
@@ -60,7 +61,9 @@ def read_video(
     Raises FeatureError, naming the file, when one is missing, truncated, pickled, of the wrong rank, width or dtype
     (float16, float32 and float64 are taken), empty, or not finite; and for an id that is no plain file name.
     """
-    check_video_id(video_id)
+    problem = check_video_id(video_id)
+    if problem:
+        raise FeatureError(f"video id {video_id!r}: {problem}")
     visual = [_read_array(Path(folder) / f"{video_id}{suffix}.npy") for suffix in layout.visual]
     audio = [_read_array(Path(folder) / f"{video_id}{suffix}.npy") for suffix in layout.audio]
     names = [f"{video_id}{suffix}.npy" for suffix in (*layout.visual, *layout.audio)]
@@ -109,12 +112,6 @@ def pack(videos: Sequence[VideoFeatures], spec: ModelSpec) -> tuple[Float32, Flo
         _transpose_into(audio[row], video.audio)
         mask[row, :, : video.steps] = True
     return visual, audio, mask
-
-
-def check_video_id(video_id: str) -> None:
-    """Raises FeatureError unless the id is one plain file name part, so that it can't leave the feature folder."""
-    if not video_id or set(video_id) & set("/\\\0") or video_id in (".", ".."):
-        raise FeatureError(f"video id {video_id!r}: expected a plain name without path separators")
 
 
 def find_videos(folder: str | Path, layout: FeatureLayout) -> list[str]:

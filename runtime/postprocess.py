@@ -36,7 +36,7 @@ def detect(
     """
     post = post or spec.post
     segments, scores, labels = decode(logits, offsets, valid_steps, spec.grid, post)
-    return to_events(segments + np.float32(first_step), scores, labels, duration=duration, spec=spec, post=post)
+    return to_events(segments, scores, labels, duration=duration, spec=spec, post=post, first_step=first_step)
 
 
 def to_events(
@@ -47,11 +47,9 @@ def to_events(
     duration: float,
     spec: ModelSpec,
     post: PostProcessing,
+    first_step: int = 0,
 ) -> Detections:
-    """Candidates: segments [N, 2] in grid steps of the whole video, scores [N], labels [N] -> Detections.
-
-    Suppresses, goes to seconds and clamps to [0, duration]; an event of which nothing is left is dropped.
-    """
+    """Candidates of one video, segments [N, 2] in grid steps, scores [N], labels [N] -> Detections; see `detect`."""
     require(0 < duration < float("inf"), "duration", duration, "seconds above 0")
     segments, scores, labels = suppress(
         segments,
@@ -65,6 +63,6 @@ def to_events(
         multiclass=post.multiclass,
         voting_threshold=post.voting_threshold,
     )
-    seconds = np.clip(spec.time_base.to_seconds(segments.astype(np.float64)), 0.0, float(duration))
+    seconds = np.clip(spec.time_base.to_seconds(segments.astype(np.float64) + first_step), 0.0, float(duration))
     inside = seconds[:, 1] > seconds[:, 0]
     return Detections(seconds[inside], scores[inside], labels[inside], spec.labels)

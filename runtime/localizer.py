@@ -1,0 +1,221 @@
+"""Localizer: the whole walk from the features of a video to its events in seconds.
+
+Shapes:  n steps of one video   Cv, Ca visual / audio feature width   T steps of an engine
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from runtime.backends import OnMismatch, open_rung
+from runtime.backends.base import Backend, Float32
+from runtime.backends.selection import Opened, rung_lengths
+from runtime.bundle import read_bundle
+from runtime.detections import Detections
+from runtime.errors import ConfigError, FeatureError
+from runtime.features import VideoFeatures, check_features, pack
+from runtime.machine import GPU_BACKENDS
+from runtime.postprocess import detect
+from runtime.spec import ModelSpec, PostProcessing, require
+from runtime.stream import Item, Localized, stream_videos
+from runtime.windows import Window, merge_windows, plan_windows
+
+LongVideos = Literal["crop", "windows"]
+Video: TypeAlias = "VideoFeatures | tuple[Any, Any] | tuple[Any, Any, float | None]"
+"""Checked features, or arrays: (visual [n, Cv], audio [n, Ca]) or (visual, audio, duration in seconds)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video, ready to be packed: where it is cut and which engine runs it."""
+
+    name: str
+    features: VideoFeatures
+    duration: float
+    """Seconds."""
+    windows: tuple[Window, ...]
+    engine: int
+    """Index into `Localizer.backends`."""
+
+    def pieces(self) -> list[VideoFeatures]:
+        """The features of each window."""
+        visual, audio = self.features
+        return [VideoFeatures(visual[w.start : w.stop], audio[w.start : w.stop]) for w in self.windows]
+
+
+class Localizer:
+    """Features in, events out, on one or several engines that differ in T only.
+
+    Each video runs on the shortest engine that holds it. One longer than the longest engine is cropped to its first T
+    steps (`long_videos="crop"`, the paper's way) or seen through overlapping windows (`"windows"`). Use it from one
+    thread at a time, or one Localizer per thread.
+    """
+
+    def __init__(
+        self,
+        backends: Sequence[Backend],
+        spec: ModelSpec,
+        *,
+        post: PostProcessing | None = None,
+        long_videos: LongVideos = "crop",
+        window_overlap: float = 0.5,
+    ) -> None:
+        """Takes over the backends: `close` closes them.
+
+        `spec`: the bundle's. `post` replaces `spec.post`. `window_overlap`: share of a window that the next one covers
+        too. Raises ConfigError when a backend is of another network, or two have the same T.
+        """
+        require(long_videos in ("crop", "windows"), "long_videos", long_videos, "crop or windows")
+        require(0 <= window_overlap < 1, "window_overlap", window_overlap, "a number in [0, 1)")
+        self.backends = sorted(backends, key=lambda backend: backend.spec.length)
+        self.spec = spec
+        self.post = post or spec.post
+        self.long_videos = long_videos
+        self.window_overlap = window_overlap
+        self._opened: Opened | None = None
+        lengths = [backend.spec.length for backend in self.backends]
+        require(len(lengths) > 0, "backends", [], "at least one")
+        require(len(set(lengths)) == len(lengths), "backends", f"engines of T = {lengths}", "one for each T")
+        for backend in self.backends:
+            if backend.spec.input_shapes(1) != spec.with_length(backend.spec.length).input_shapes(1) or (
+                backend.spec.labels != spec.labels
+            ):
+                raise ConfigError(f"backend '{backend.name}': made for another network than the spec given with it")
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        backend: str = "auto",
+        *,
+        precision: str | None = None,
+        length: int | None = None,
+        on_mismatch: OnMismatch = "error",
+        threads: int | None = None,
+        post: PostProcessing | None = None,
+        long_videos: LongVideos = "crop",
+        window_overlap: float = 0.5,
+    ) -> Localizer:
+        """Load a bundle: verify its files and open its engines.
+
+        `length`: one T; None opens every T that the bundle holds for the chosen backend and precision. The other
+        choices are explained at `runtime.backends.open_rung`, which also lists the errors.
+        """
+        bundle = read_bundle(folder)
+        opened = open_rung(
+            bundle, backend, precision=precision, length=length, on_mismatch=on_mismatch, threads=threads
+        )
+        with contextlib.ExitStack() as stack:
+            backends = [stack.enter_context(opened.backend)]
+            if length is None:
+                for other in rung_lengths(bundle, opened.rung):
+                    if other != opened.backend.spec.length:
+                        further = open_rung(
+                            bundle,
+                            opened.rung.backend,
+                            precision=opened.rung.precision,
+                            length=other,
+                            on_mismatch=on_mismatch,
+                            threads=threads,
+                        )
+                        backends.append(stack.enter_context(further.backend))
+            localizer = cls(backends, bundle.spec, post=post, long_videos=long_videos, window_overlap=window_overlap)
+            stack.pop_all()
+        localizer._opened = opened
+        return localizer
+
+    def __call__(self, visual: Any, audio: Any, duration: float | None = None) -> Detections:
+        """visual [n, Cv], audio [n, Ca] float arrays -> events, best first.
+
+        `duration`: seconds; None takes what the features cover. Raises FeatureError for arrays that don't fit,
+        EngineError when the engine fails or its output is not finite.
+        """
+        return self.batch([(visual, audio, duration)])[0]
+
+    def batch(self, videos: Sequence[Video]) -> list[Detections]:
+        """Events of several videos, in their order; run in batches as large as the engines take."""
+        jobs = [self.prepare(video, name=f"video {i}") for i, video in enumerate(videos)]
+        outputs: list[list[tuple[Float32, Float32]]] = [[] for _ in jobs]
+        for engine, backend in enumerate(self.backends):
+            pieces = [(i, piece) for i, job in enumerate(jobs) if job.engine == engine for piece in job.pieces()]
+            for start in range(0, len(pieces), backend.max_batch):
+                chunk = pieces[start : start + backend.max_batch]
+                logits, offsets = backend.infer(*pack([piece for _, piece in chunk], backend.spec))
+                for row, (i, _) in enumerate(chunk):
+                    outputs[i].append((logits[row], offsets[row]))
+        return [self.finish(job, found) for job, found in zip(jobs, outputs, strict=True)]
+
+    def stream(
+        self, videos: Iterable[Item], *, batch_size: int | None = None, workers: int | None = None
+    ) -> Iterator[Localized]:
+        """Events of a stream of videos, in their order, while reading, inference and post-processing overlap.
+
+        An item is `(video id, source)` or `(video id, source, duration)`. The source is a `Video`, a function without
+        arguments that returns one (it is called in a worker thread: this is how reading overlaps), or a CCNetError
+        that stands for a video that can't be had. A video with an error of its own, such as a FeatureError or output
+        that is not finite, comes out as a `Localized` with that error; anything else ends the stream.
+
+        `batch_size`: windows per engine call; None: what the engine takes on a GPU, 1 on a CPU. `workers`: threads
+        that read, and as many that pack and post-process. Results lag behind the input by some batches. Closing the
+        iterator stops all threads.
+        """
+        return stream_videos(self, videos, batch_size=batch_size or self._batch_size(), workers=workers)
+
+    def prepare(self, video: Video, *, name: str, duration: float | None = None) -> Job:
+        """Check the features of a video and plan its windows. Raises FeatureError."""
+        if isinstance(video, VideoFeatures):
+            features = self._check_widths(video, name)
+        else:
+            visual, audio, *rest = video
+            features = check_features(visual, audio, self.spec, name=name)
+            duration = rest[0] if rest else duration
+        covered = self.spec.time_base.covered_seconds(features.steps)
+        lengths = [backend.spec.length for backend in self.backends]
+        engine = next((i for i, length in enumerate(lengths) if features.steps <= length), len(lengths) - 1)
+        windows = [Window(0, min(features.steps, lengths[-1]), 0, features.steps)]
+        if self.long_videos == "windows":
+            windows = plan_windows(features.steps, lengths[-1], self.window_overlap)
+        return Job(name, features, float(covered if duration is None else duration), tuple(windows), engine)
+
+    def finish(self, job: Job, outputs: Sequence[tuple[Float32, Float32]]) -> Detections:
+        """What the engine put out for each window of a video -> its events."""
+        spec = self.backends[job.engine].spec
+        if len(job.windows) > 1:
+            return merge_windows(job.windows, outputs, duration=job.duration, spec=spec, post=self.post)
+        ((logits, offsets),) = outputs
+        steps = job.windows[0].steps
+        return detect(logits, offsets, valid_steps=steps, duration=job.duration, spec=spec, post=self.post)
+
+    def describe(self) -> dict[str, Any]:
+        """Engines as delivered, and for a loaded bundle which rung was chosen, its gate, and why others were not."""
+        facts: dict[str, Any] = {"engines": [backend.describe() for backend in self.backends]}
+        if self._opened is not None:
+            rung = self._opened.rung
+            facts |= {"rung": rung.name, "gate": rung.gate, "skipped": list(self._opened.skipped)}
+        return facts
+
+    def close(self) -> None:
+        """Close the engines. Safe to call twice."""
+        for backend in self.backends:
+            backend.close()
+
+    def __enter__(self) -> Localizer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _batch_size(self) -> int:
+        backend = self.backends[-1]
+        return backend.max_batch if backend.name in GPU_BACKENDS else 1
+
+    def _check_widths(self, features: VideoFeatures, name: str) -> VideoFeatures:
+        found = (features.visual.shape[1], features.audio.shape[1])
+        expected = (self.spec.visual_dim, self.spec.audio_dim)
+        if found != expected:
+            raise FeatureError(f"{name}: features are {found} wide (visual, audio), the network takes {expected}")
+        return features
