@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import islice
+import contextlib
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from ccnet.learner import Learner
 from ccnet.progress import ProgressBar
@@ -17,7 +19,7 @@ from runtime.localizer import Localizer
 
 SUBSET = "validation"
 _BATCH = 16
-"""Videos per call; independent of the training batch, whose results it does not touch."""
+"""Videos per call of the network; independent of the training batch."""
 
 
 def validate(
@@ -29,23 +31,24 @@ def validate(
     """
     config = learner.config
     spec = config.spec(annotations.labels)
-    model = config.model
     backend = TorchBackend(
         learner.average.model, spec, device=learner.device, precision=config.train.precision, max_batch=_BATCH
     )
-    localizer = Localizer([backend], spec)
     videos = annotations.subset(SUBSET)
+    read = partial(read_video, features, layout=spec.layout, visual_dim=spec.visual_dim, audio_dim=spec.audio_dim)
+    items = ((video.video_id, partial(read, video.video_id), video.duration) for video in videos)
     predictions: dict[str, Detections] = {}
-    waiting = iter(videos)
-    with ProgressBar(text, total=len(videos), quiet=quiet) as bar:
-        while chunk := list(islice(waiting, _BATCH)):
+    with (
+        Localizer([backend], spec) as localizer,
+        contextlib.closing(cast(Any, localizer.stream(items, batch_size=_BATCH))) as stream,
+        ProgressBar(text, total=len(videos), quiet=quiet) as bar,
+    ):
+        for localized in stream:
+            if localized.detections is None:
+                assert localized.error is not None
+                raise localized.error
+            predictions[localized.video_id] = localized.detections
+            bar.advance()
             if stop:
                 return None
-            inputs = [
-                (*read_video(features, v.video_id, spec.layout, model.visual_dim, model.audio_dim), v.duration)
-                for v in chunk
-            ]
-            for video, detections in zip(chunk, localizer.batch(inputs), strict=True):
-                predictions[video.video_id] = detections
-            bar.advance(len(chunk))
     return evaluate(predictions, annotations, SUBSET)

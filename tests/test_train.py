@@ -214,10 +214,10 @@ def test_stopped_and_resumed_equals_not_stopped(data, straight, tmp_path, monkey
 def test_stopped_during_validation(data: Data, straight: Path, tmp_path: Path, monkeypatch) -> None:
     original = ccnet.validation.read_video
 
-    def reading(*arguments):
+    def reading(*arguments, **rest):
         if next(videos) == 0:
-            signal.raise_signal(signal.SIGINT)
-        return original(*arguments)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments, **rest)
 
     videos = itertools.count()
     monkeypatch.setattr(ccnet.validation, "_BATCH", 2)
