@@ -1,0 +1,244 @@
+"""On an NVIDIA GPU: engines against their reference, graphs against plain runs, threads, leaks, foreign engines.
+
+The small network of `small_network.py` is built here for every precision that the installed libraries have. The real
+one comes from outside, made where torch is: CCNET_GPU_BUNDLE names a bundle with ONNX graphs (opset 17 for TensorRT
+8.6), CCNET_GPU_REFERENCE the file that `ccnet reference` recorded for the same checkpoint. Runs on Python 3.10 with
+numpy, onnx and TensorRT, without torch. Skips, saying why, where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.tensorrt_engine import EngineInfo, build_engine
+from runtime.backends import cuda
+from runtime.backends.tensorrt import TensorRTBackend
+from runtime.bundle import Artifact, read_bundle
+from runtime.errors import BackendUnavailable, BundleError, CCNetError, EngineError, EngineMismatch, ExportError
+
+pytestmark = pytest.mark.gpu
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+# Outputs of the small network lie within +-10. fp32 differs in the order of sums; half types carry 11 and 8 bits
+# (fp16 on a CPU: 8e-4 off; the rest is room for other kernels). A wrong mask or layout is off by more than 1.
+TOLERANCE = {"fp32": 2e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1.5e-1}
+MAX_BATCH = 8
+
+
+@pytest.fixture(scope="session")
+def device() -> cuda.Device:
+    try:
+        return cuda.probe()
+    except BackendUnavailable as error:
+        pytest.skip(f"no GPU: {error}")
+
+
+@pytest.fixture(scope="session", params=list(MODULES))
+def flavour(request: pytest.FixtureRequest, device: cuda.Device) -> str:
+    name = str(request.param)
+    if importlib.util.find_spec(MODULES[name]) is None:
+        pytest.skip(f"{MODULES[name]} is not installed")
+    return name
+
+
+@pytest.fixture(scope="session", params=list(TOLERANCE))
+def built(request: pytest.FixtureRequest, flavour: str, tmp_path_factory: pytest.TempPathFactory) -> EngineInfo:
+    """An engine of the small network for this GPU."""
+    pytest.importorskip("onnx", reason="onnx is not installed: the small network can't be written")
+    from small_network import write_onnx
+
+    precision = str(request.param)
+    folder = tmp_path_factory.mktemp(f"{flavour}-{precision}")
+    graph = write_onnx(folder / "model.onnx", "fp32" if precision == "tf32" else precision)
+    return build_here(graph, folder / "small.engine", flavour, precision)
+
+
+def build_here(graph: Path, out: Path, flavour: str, precision: str) -> EngineInfo:
+    """Build for this GPU; skips where this library version lacks the precision or the GPU."""
+    settings: dict[str, Any] = {"flavour": flavour, "precision": precision, "profile": (1, 4, MAX_BATCH)}
+    if flavour == "tensorrt-rtx":
+        settings["compute_capabilities"] = ("current",)
+    try:
+        return build_engine(graph, out, **settings)
+    except ExportError as error:
+        if "does not support" in str(error) or "can't build for compute capability" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def artifact_of(info: EngineInfo, length: int) -> Artifact:
+    return info.artifact(name=f"{info.flavour}-{info.precision}", length=length)
+
+
+@pytest.fixture
+def small(built: EngineInfo) -> Iterator[TensorRTBackend]:
+    from small_network import SPEC
+
+    with TensorRTBackend.open(built.path, artifact_of(built, SPEC.length), SPEC) as backend:
+        yield backend
+
+
+def stress(batch: int, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Inputs of the small network that are hard: lengths from none to all, silence, large and tiny values."""
+    from small_network import SPEC
+
+    draw = np.random.default_rng(seed)
+    shapes = SPEC.input_shapes(batch)
+    visual, audio = (draw.standard_normal(shapes[name], dtype=np.float32) for name in ("visual", "audio"))
+    steps = np.arange(SPEC.length)[None, None]
+
+    def mask(*lengths: int) -> np.ndarray:
+        return steps < np.resize(lengths, batch)[:, None, None]
+
+    return {
+        "full": (visual, audio, mask(SPEC.length)),
+        "mixed lengths": (visual, audio, mask(SPEC.length, 17, 2)),
+        "one step": (visual, audio, mask(1)),
+        "silence": (visual, np.zeros_like(audio), mask(20)),
+        "large": (visual * 100, audio * 100, mask(SPEC.length, 9)),
+        "tiny": (visual * 1e-3, audio * 1e-3, mask(30)),
+    }
+
+
+def assert_close(backend: TensorRTBackend, arrays: tuple[np.ndarray, ...], name: str = "") -> None:
+    from small_network import reference
+
+    for got, want in zip(backend.infer(*arrays), reference(*arrays), strict=True):
+        assert np.isfinite(got).all(), name
+        np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE[backend.precision], err_msg=name)
+
+
+@pytest.mark.parametrize("batch", [1, 3, MAX_BATCH])
+def test_engine_against_reference(small: TensorRTBackend, batch: int) -> None:
+    for name, arrays in stress(batch).items():
+        assert_close(small, arrays, name)
+
+
+def test_recorded_graph_against_plain_run(built: EngineInfo) -> None:
+    from small_network import SPEC
+
+    artifact = artifact_of(built, SPEC.length)
+    with (
+        TensorRTBackend.open(built.path, artifact, SPEC) as recorded,
+        TensorRTBackend.open(built.path, artifact, SPEC, cuda_graph=False) as plain,
+    ):
+        for batch in (1, 4, MAX_BATCH):
+            for name, arrays in stress(batch, seed=batch).items():
+                for got, want in zip(recorded.infer(*arrays), plain.infer(*arrays), strict=True):
+                    # the same kernels on the same numbers
+                    np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE["fp32"] / 10, err_msg=name)
+        assert set(recorded.describe()["cuda_graphs"].values()) == {"replayed"}
+
+
+def test_two_batches_in_flight(small: TensorRTBackend) -> None:
+    from small_network import reference
+
+    cases = [stress(3, seed)["mixed lengths"] for seed in range(20)]
+    pending = [small.submit(*cases[0])]
+    for index, arrays in enumerate(cases):
+        if index + 1 < len(cases):
+            pending.append(small.submit(*cases[index + 1]))
+        for got, want in zip(small.collect(pending.pop(0)), reference(*arrays), strict=True):
+            np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE[small.precision])
+
+
+def test_two_threads(small: TensorRTBackend) -> None:
+    failures: list[BaseException] = []
+
+    def work(backend: TensorRTBackend, seed: int) -> None:
+        try:
+            with backend:
+                for turn in range(30):
+                    assert_close(backend, stress(1 + turn % 4, seed + turn)["mixed lengths"])
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(small.fork(), seed)) for seed in (0, 1000)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+
+
+def test_load_and_free_again_without_leaking(built: EngineInfo) -> None:
+    from small_network import SPEC
+
+    artifact = artifact_of(built, SPEC.length)
+
+    def cycle() -> int:
+        with TensorRTBackend.open(built.path, artifact, SPEC) as backend:
+            backend.infer(*stress(3)["full"])
+        return cuda.memory_info()[0]
+
+    for _ in range(3):  # the library's own pools settle
+        cycle()
+    before = cycle()
+    after = [cycle() for _ in range(10)][-1]
+    # one forgotten context, buffer or engine of this network is above 1 MiB each time
+    assert before - after < 8 << 20
+
+
+def test_engine_times_are_positive_and_graphs_do_not_change_them_much(small: TensorRTBackend) -> None:
+    times = small.engine_milliseconds(1, repeats=20)
+    assert times.shape == (20,)
+    assert (times > 0).all()
+    layers = small.layer_milliseconds(1, repeats=5)
+    assert layers
+    assert all(value >= 0 for value in layers.values())
+
+
+def test_an_engine_of_another_gpu_or_version(built: EngineInfo) -> None:
+    from small_network import SPEC
+
+    artifact = artifact_of(built, SPEC.length)
+    for changes in ({"library_version": "8.5.1"}, {"compute_capabilities": ("5.0",), "gpu_name": "Other GPU"}):
+        with pytest.raises(EngineMismatch, match="ccnet export"):
+            TensorRTBackend.open(built.path, dataclasses.replace(artifact, **changes), SPEC)
+
+
+@pytest.mark.parametrize("damage", ["short", "header"])
+def test_a_damaged_plan(built: EngineInfo, tmp_path: Path, damage: str) -> None:
+    """Damaged kernels the library would not notice: against those a bundle is verified by hash before this."""
+    from small_network import SPEC
+
+    content = bytearray(built.path.read_bytes())
+    if damage == "short":
+        content = content[: len(content) // 2]
+    else:
+        content[4:64] = bytes(60)
+    path = tmp_path / "damaged.engine"
+    path.write_bytes(content)
+    artifact = dataclasses.replace(artifact_of(built, SPEC.length), build={})
+    with pytest.raises((EngineError, BundleError, EngineMismatch)):
+        TensorRTBackend.open(path, artifact, SPEC)
+
+
+@pytest.mark.parametrize("precision", list(TOLERANCE))
+def test_the_real_network_against_its_recorded_reference(flavour: str, precision: str, tmp_path: Path) -> None:
+    folder, recorded = os.environ.get("CCNET_GPU_BUNDLE"), os.environ.get("CCNET_GPU_REFERENCE")
+    if not folder or not recorded:
+        pytest.skip("CCNET_GPU_BUNDLE and CCNET_GPU_REFERENCE name no bundle and reference")
+    from benchmarks.gpu_stages import gate_engine
+
+    bundle = read_bundle(folder)
+    graph = "fp32" if precision == "tf32" else precision
+    wanted = [a for a in bundle.manifest.artifacts if a.flavour == "onnx" and a.precision == graph]
+    if not wanted:
+        pytest.skip(f"the bundle has no {graph} graph")
+    info = build_here(bundle.path(wanted[0]), tmp_path / "real.engine", flavour, precision)
+    spec = bundle.spec.with_length(wanted[0].length)
+    try:
+        report = gate_engine(info.path, artifact_of(info, spec.length), spec, Path(recorded))
+    except CCNetError as error:
+        pytest.fail(str(error))
+    assert report["passed"], report
