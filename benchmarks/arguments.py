@@ -1,0 +1,45 @@
+"""The options that all benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.networks import Networks, benchmark_config
+from benchmarks.results import RESULTS
+from runtime.timing import Rules
+
+WORK = Path(__file__).resolve().parents[1] / "build" / "benchmarks"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What to benchmark, by which rules, and where the results go."""
+
+    networks: Networks
+    out: Path
+    rules: Rules
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="unav100", help="size of the network (default: the paper's)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--work", type=Path, help="folder of checkpoint and graphs, reused (default: build/benchmarks)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="measured seconds per candidate, at least")
+    parser.add_argument("--calls", type=int, default=10, help="measured calls per candidate, at least")
+
+
+def setting(options: argparse.Namespace) -> Setting:
+    """Raises ConfigError for an unknown preset."""
+    config = benchmark_config(options.preset)
+    work = options.work or WORK / options.preset
+    rules = Rules(warmup_seconds=min(0.5, options.seconds), seconds=options.seconds, calls=options.calls)
+    return Setting(Networks(work, config), options.out, rules)
+
+
+def parse(description: str | None, argv: list[str] | None) -> Setting:
+    """The shared options of one benchmark's command line."""
+    parser = argparse.ArgumentParser(description=description)
+    add_options(parser)
+    return setting(parser.parse_args(argv))

@@ -1,0 +1,124 @@
+"""The network in the forms that benchmarks compare: a random checkpoint, its straightforward and deployment graphs.
+
+Files are made once per preset in a work folder and used again by the other benchmarks of the same run.
+
+Shapes:  B batch   T steps (see `runtime.spec.ModelSpec`)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ccnet.config import Config, preset, with_overrides
+from runtime.files import write_json
+from runtime.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ccnet.model import CCNet
+
+TINY = {
+    "model.length": "64",
+    "model.levels": "4",
+    "model.dim": "16",
+    "model.heads": "2",
+    "model.visual_dim": "24",
+    "model.audio_dim": "8",
+    "model.num_classes": "5",
+    "model.head_dim": "16",
+    "model.tdm_dim": "8",
+    "model.self_layers": "1",
+}
+"""Overrides of the demo preset under the name `tiny`: seconds from end to end, for tests of the benchmarks."""
+
+BRANCH_SCALE = 0.3
+"""Spread of the residual branches' learned scales. They start at 1e-4, where every error inside a branch would hide."""
+AFFINE_NOISE = 0.1
+"""Added to biases and norm parameters, which start at exactly 0 and 1."""
+
+
+def benchmark_config(name: str) -> Config:
+    """A preset by name; `tiny` is for tests. Raises ConfigError for an unknown one."""
+    return with_overrides(preset("demo"), TINY) if name == "tiny" else preset(name)
+
+
+def random_network(config: Config, *, seed: int = 0) -> CCNet:
+    """An untrained network in eval mode whose every parameter is random, so that no part of it hides."""
+    import torch
+    from torch import nn
+
+    from ccnet.layers import ScaledDropPath
+    from ccnet.model import CCNet
+
+    torch.manual_seed(seed)
+    model = CCNet(config.model).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if isinstance(module, ScaledDropPath):
+                    parameter.normal_(0.0, BRANCH_SCALE)
+                elif name == "bias" or isinstance(module, nn.LayerNorm):
+                    parameter.add_(torch.empty_like(parameter).normal_(0.0, AFFINE_NOISE))
+    return model
+
+
+def labels(config: Config) -> tuple[str, ...]:
+    return tuple(f"class {i}" for i in range(config.model.num_classes))
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Where the files of one preset lie, and the facts about each graph."""
+
+    folder: Path
+    config: Config
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.config.spec(labels(self.config))
+
+    @property
+    def checkpoint(self) -> Path:
+        """Made on first use."""
+        path = self.folder / "checkpoint"
+        if not path.exists():
+            from ccnet.checkpoint import save_checkpoint
+
+            save_checkpoint(path, random_network(self.config), config=self.config, labels=labels(self.config))
+        return path
+
+    def eager(self) -> CCNet:
+        from ccnet.checkpoint import load_checkpoint
+
+        return load_checkpoint(self.checkpoint)
+
+    def graph(self, form: str, *, length: int | None = None) -> Path:
+        """ONNX file of a form: `straightforward` (the network as it is) or `deployment`, made on first use."""
+        name = form if length is None else f"{form}-{length}"
+        path = self.folder / name / "model.onnx"
+        if not path.with_suffix(".json").exists():
+            from export.to_onnx import export_onnx
+
+            spec = self.spec if length is None else self.spec.with_length(length)
+            info = export_onnx(self._module(form, length), spec, path, max_batch=32)
+            facts: dict[str, Any] = {**dataclasses.asdict(info), "path": path.name}
+            write_json(path.with_suffix(".json"), facts)
+        return path
+
+    def graph_facts(self, form: str, *, length: int | None = None) -> dict[str, Any]:
+        """Nodes, operators, weight bytes and export seconds of a graph."""
+        text = self.graph(form, length=length).with_suffix(".json").read_text(encoding="utf-8")
+        facts: dict[str, Any] = json.loads(text)
+        return facts
+
+    def _module(self, form: str, length: int | None) -> nn.Module:
+        if form == "straightforward":
+            return self.eager()
+        from export.deploy import deployment_form
+
+        return deployment_form(self.eager(), length=length)

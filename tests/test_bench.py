@@ -1,0 +1,240 @@
+"""`ccnet bench` on stand-in engines: what is measured, what gets no speed, what the report holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import runtime.bench
+from runtime.backends.base import check_batch
+from runtime.bench import Candidate, Plan, bench, rung_candidates
+from runtime.bench_report import bench_text, text_table
+from runtime.bundle import Artifact, Bundle, FileRecord, Manifest, Rung
+from runtime.cold_start import measure_cold_start
+from runtime.errors import BackendUnavailable, EngineError
+from runtime.spec import ModelSpec
+from runtime.timing import Rules
+from runtime.workload import sample_videos
+
+SPEC = ModelSpec(length=16, levels=2, visual_dim=6, audio_dim=3, labels=("a", "b"))
+QUICK = Plan(rules=Rules(warmup_seconds=0, warmup_calls=1, seconds=0, calls=4), batches=(1, 2), cold_starts=1)
+
+
+class FakeBackend:
+    """An engine that answers with constants."""
+
+    name, precision = "fake", "fp32"
+
+    def __init__(self, spec: ModelSpec = SPEC, max_batch: int = 2, seconds: float = 0.0) -> None:
+        self.spec, self.max_batch, self.seconds = spec, max_batch, seconds
+        self.batches: list[int] = []
+        self.closed = False
+
+    def infer(self, visual: Any, audio: Any, mask: Any) -> tuple[Any, Any]:
+        batch = check_batch(self.spec, self.max_batch, visual, audio, mask)
+        self.batches.append(batch)
+        time.sleep(self.seconds)
+        shapes = self.spec.output_shapes(batch)
+        return np.zeros(shapes["logits"], np.float32), np.ones(shapes["offsets"], np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        return {"backend": self.name}
+
+    def close(self) -> None:
+        self.closed = True
+
+    def __enter__(self) -> FakeBackend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def candidate(name: str, backend: FakeBackend, **changes: Any) -> Candidate:
+    facts: dict[str, Any] = {"open": lambda: backend, "length": SPEC.length, "gate": "passed", **changes}
+    return Candidate(name=name, **facts)
+
+
+def test_rows_for_every_batch_with_accuracy_beside_them() -> None:
+    fast, slow = FakeBackend(seconds=0.001), FakeBackend(seconds=0.02)
+    report = bench(
+        SPEC, [candidate("slow", slow, gate="reference"), candidate("fast", fast, accuracy={"matched": 1.0})], QUICK
+    )
+    assert [(r["candidate"], r["batch"]) for r in report["rows"]] == [
+        ("slow", 1), ("fast", 1), ("slow", 2), ("fast", 2),
+    ]  # fmt: skip
+    first, second = report["rows"][:2]
+    assert first["engine_ratio"]["median"] == 1.0
+    assert second["engine_ratio"]["to"] == "slow"
+    assert second["engine_ratio"]["median"] < 1
+    assert first["engine_ms"]["n"] == first["end_to_end_ms"]["n"] == 4
+    # The whole walk takes as long as the engine at least, and what is outside of it is not counted as engine.
+    assert first["end_to_end_ms"]["min"] >= 20
+    assert first["outside_engine_ms"]["p50"] < first["end_to_end_ms"]["p50"] - 19
+    assert second["stream_videos_per_second"]["per_second"] > first["stream_videos_per_second"]["per_second"]
+    assert {c["name"]: c["accuracy"] for c in report["candidates"]} == {"slow": {}, "fast": {"matched": 1.0}}
+    assert slow.closed
+    assert fast.closed
+    json.dumps(report, allow_nan=False)
+    text = bench_text(report)
+    assert "matched 1" in text
+    assert "slow" in text
+
+
+def test_batches_beyond_an_engine_are_left_out() -> None:
+    small, large = FakeBackend(max_batch=1), FakeBackend(max_batch=4)
+    report = bench(SPEC, [candidate("small", small), candidate("large", large)], QUICK)
+    assert [(r["candidate"], r["batch"]) for r in report["rows"]] == [("small", 1), ("large", 1), ("large", 2)]
+    assert set(small.batches) == {1}
+
+
+@pytest.mark.parametrize("gate", ["not-run", "failed"])
+def test_without_a_passed_gate_there_is_no_speed(gate: str) -> None:
+    unproven = FakeBackend()
+    report = bench(SPEC, [candidate("unproven", unproven, gate=gate), candidate("good", FakeBackend())], QUICK)
+    assert {r["candidate"] for r in report["rows"]} == {"good"}
+    assert unproven.batches == []
+    entry = report["candidates"][0]
+    assert gate in entry["not_measured"]
+    assert f"parity gate: {gate}" in bench_text(report)
+
+
+def test_peers_are_proven_before_they_are_measured() -> None:
+    good, bad = FakeBackend(), FakeBackend()
+    verdicts: dict[int, tuple[str, dict[str, Any]]] = {
+        id(good): ("passed", {"max_logits": 1e-6}),
+        id(bad): ("failed", {"max_logits": 0.5}),
+    }
+
+    def prove(backend: Any) -> tuple[str, dict[str, Any]]:
+        return verdicts[id(backend)]
+
+    report = bench(
+        SPEC,
+        [candidate("good", good, gate="to-prove", prove=prove), candidate("bad", bad, gate="to-prove", prove=prove)],
+        QUICK,
+    )
+    assert {r["candidate"] for r in report["rows"]} == {"good"}
+    assert [c["gate"] for c in report["candidates"]] == ["passed", "failed"]
+    assert report["candidates"][1]["accuracy"] == {"max_logits": 0.5}
+    assert bad.batches == []
+
+
+def test_what_does_not_open_here_is_listed_and_the_rest_goes_on() -> None:
+    def absent() -> FakeBackend:
+        raise BackendUnavailable("no such device")
+
+    report = bench(SPEC, [candidate("gpu", FakeBackend(), open=absent), candidate("cpu", FakeBackend())], QUICK)
+    assert report["candidates"][0]["not_measured"] == "no such device"
+    assert {r["candidate"] for r in report["rows"]} == {"cpu"}
+
+
+def test_lengths_are_measured_in_groups_of_their_own() -> None:
+    short = FakeBackend(SPEC.with_length(8))
+    report = bench(SPEC, [candidate("short", short, length=8), candidate("full", FakeBackend())], QUICK)
+    assert {(r["candidate"], r["length"], r["engine_ratio"]["to"]) for r in report["rows"]} == {
+        ("full", 16, "full"),
+        ("short", 8, "short"),
+    }
+
+
+def test_the_number_of_videos_is_the_same_for_every_batch() -> None:
+    plan = Plan(rules=Rules(calls=12, warmup_calls=4))
+    assert [plan.rules_for(b).calls for b in (1, 2, 4, 32)] == [12, 6, 3, 3]
+    assert [plan.rules_for(b).warmup_calls for b in (1, 2, 4, 32)] == [4, 2, 1, 1]
+
+
+def test_an_error_in_the_stream_is_not_counted_as_a_result() -> None:
+    class Broken(FakeBackend):
+        def infer(self, visual: Any, audio: Any, mask: Any) -> tuple[Any, Any]:
+            logits, offsets = super().infer(visual, audio, mask)
+            return np.full_like(logits, np.nan), offsets
+
+    with pytest.raises(EngineError):
+        bench(SPEC, [candidate("broken", Broken())], QUICK)
+
+
+def manifest_bundle(folder: Path, backends: tuple[str, ...]) -> Bundle:
+    artifact = Artifact(
+        name="onnx-fp32", flavour="onnx", files=("m.onnx", "m.onnx.data"), precision="fp32", length=16, max_batch=4
+    )
+    rungs = tuple(
+        Rung(
+            name=f"{b}-fp32",
+            backend=b,
+            precision="fp32",
+            artifact="onnx-fp32",
+            gate="passed",
+            accuracy={"matched": 1.0},
+        )
+        for b in backends
+    )
+    files = (FileRecord(name="m.onnx", size=5, sha256="aa"), FileRecord(name="m.onnx.data", size=7, sha256="bb"))
+    manifest = Manifest(
+        schema=1, spec=SPEC, model={}, checkpoint_sha256="c" * 64, versions={}, created="now",
+        files=files, artifacts=(artifact,), rungs=rungs,
+    )  # fmt: skip
+    return Bundle(folder, manifest)
+
+
+def test_candidates_of_a_bundle(tmp_path: Path) -> None:
+    bundle = manifest_bundle(tmp_path, ("onnxruntime", "openvino"))
+    first, second = rung_candidates(bundle)
+    assert (first.name, first.gate, first.accuracy) == ("onnxruntime-fp32", "passed", {"matched": 1.0})
+    assert first.files == {"m.onnx": "aa", "m.onnx.data": "bb"}
+    assert first.weight_bytes == 12
+    assert second.cold_start == (
+        str(tmp_path), "--backend", "openvino", "--precision", "fp32", "--length", "16",
+    )  # fmt: skip
+    assert [c.name for c in rung_candidates(bundle, ["openvino"])] == ["openvino-fp32"]
+
+
+def test_cold_start_goes_into_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = {"import_s": 0.1, "load_s": 2.0, "first_result_s": 0.5, "total_s": 3.0, "peak_bytes": 130e6}
+    monkeypatch.setattr(runtime.bench, "measure_cold_start", lambda arguments, repeats: {"runs": [run] * repeats})
+    measured = candidate("x", FakeBackend(), cold_start=("bundle",), weight_bytes=100_000_000)
+    unproven = candidate("y", FakeBackend(), cold_start=("bundle",), gate="not-run")
+    report = bench(SPEC, [measured, unproven], QUICK)
+    assert [c["cold_start"] for c in report["candidates"]] == [{"runs": [run]}, None]
+    assert "1.30" in bench_text(report)
+
+
+def test_cold_start_of_what_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"no bundle\.json|has no bundle"):
+        measure_cold_start([str(tmp_path)], repeats=1)
+
+
+def test_sample_videos_differ_and_are_reproducible() -> None:
+    first, second = sample_videos(SPEC, 2)
+    assert first.visual.shape == (16, 6)
+    assert first.audio.shape == (16, 3)
+    assert first.visual.min() >= 0
+    assert not np.array_equal(first.visual, second.visual)
+    assert np.array_equal(first.visual, sample_videos(SPEC, 1)[0].visual)
+    assert sample_videos(SPEC, 1, steps=5)[0].steps == 5
+
+
+def test_text_table_alignment() -> None:
+    assert text_table(("a", "bb"), [("xyz", "1")]) == "a    bb\nxyz   1"
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from ccnet.bench_plot import plot_bench
+
+    report = bench(SPEC, [candidate("cpu", FakeBackend())], QUICK)
+    plot_bench(report, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bench_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import runtime.bench, ccnet.commands.bench"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
