@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from runtime.backends.base import Bool, Float32, check_batch
+from runtime.backends.base import Bool, Float32
+from runtime.backends.checks import check_inputs
 from runtime.errors import BackendUnavailable, ConfigError, EngineError
 from runtime.spec import ModelSpec
 
@@ -59,8 +60,8 @@ class TorchBackend:
         """visual [B, Cv, T], audio [B, Ca, T], mask [B, 1, T] -> logits [B, P, C], offsets [B, P, C, 2], float32."""
         if self._model is None:
             raise EngineError("torch: the backend is closed")
-        check_batch(self.spec, self.max_batch, visual, audio, mask)
-        tensors = [torch.from_numpy(array.copy()).to(self.device) for array in (visual, audio, mask)]
+        arrays = check_inputs(visual, audio, mask, self.spec, self.max_batch)
+        tensors = [torch.tensor(array, device=self.device) for array in arrays]
         with torch.inference_mode(), _evaluating(self._model), self._arithmetic():
             logits, offsets = self._model(*tensors)
         return logits.float().cpu().numpy(), offsets.float().cpu().numpy()

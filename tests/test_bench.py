@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import runtime.bench
-from runtime.backends.base import check_batch
+from runtime.backends.checks import check_inputs
 from runtime.bench import Candidate, Plan, bench, rung_candidates
 from runtime.bench_report import bench_text, text_table
 from runtime.bundle import Artifact, Bundle, FileRecord, Manifest, Rung
@@ -38,7 +38,7 @@ class FakeBackend:
         self.closed = False
 
     def infer(self, visual: Any, audio: Any, mask: Any) -> tuple[Any, Any]:
-        batch = check_batch(self.spec, self.max_batch, visual, audio, mask)
+        batch = len(check_inputs(visual, audio, mask, self.spec, self.max_batch)[0])
         self.batches.append(batch)
         time.sleep(self.seconds)
         shapes = self.spec.output_shapes(batch)

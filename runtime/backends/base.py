@@ -11,8 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from runtime.errors import FeatureError
-from runtime.spec import AUDIO, MASK, VISUAL, ModelSpec
+from runtime.spec import ModelSpec
 
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
@@ -53,16 +52,3 @@ class Backend(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
-
-
-def check_batch(spec: ModelSpec, max_batch: int, visual: Float32, audio: Float32, mask: Bool) -> int:
-    """Number of videos B of one `infer` call. Raises FeatureError for a wrong shape, dtype or too large a batch."""
-    batch = int(visual.shape[0]) if visual.ndim == 3 else 0
-    if not 1 <= batch <= max_batch:
-        raise FeatureError(f"{VISUAL}: got shape {tuple(visual.shape)}, expected 1 to {max_batch} videos in a batch")
-    expected = spec.input_shapes(batch)
-    for name, array, dtype in ((VISUAL, visual, np.float32), (AUDIO, audio, np.float32), (MASK, mask, np.bool_)):
-        if tuple(array.shape) != expected[name] or array.dtype != dtype:
-            wanted = f"{expected[name]} {np.dtype(dtype).name}"
-            raise FeatureError(f"{name}: got shape {tuple(array.shape)} {array.dtype}, expected {wanted}")
-    return batch
