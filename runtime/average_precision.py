@@ -1,0 +1,143 @@
+"""Average precision over temporal IoU thresholds (reference section 8).
+
+Shapes:  N predictions   M ground-truth events   C classes   K thresholds
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.errors import AnnotationError, CCNetError, ConfigError, PredictionError
+
+DUPLICATE_SECONDS = 1e-3
+"""Ground truth of one video and class with both ends this close counts once."""
+
+
+def average_precision(
+    pred_video: npt.ArrayLike,
+    pred_segments: npt.ArrayLike,
+    pred_scores: npt.ArrayLike,
+    pred_labels: npt.ArrayLike,
+    gt_video: npt.ArrayLike,
+    gt_segments: npt.ArrayLike,
+    gt_labels: npt.ArrayLike,
+    num_classes: int,
+    tiou_thresholds: npt.ArrayLike,
+) -> npt.NDArray[np.float64]:
+    """Predictions (video [N], segments [N, 2] s, scores [N], labels [N]) against ground truth (video [M], segments
+    [M, 2] s, labels [M]) -> AP [K, num_classes].
+
+    Videos are integer ids; predictions for a video without ground truth count as wrong. Per class, predictions of all
+    videos go best first; each takes the not yet taken event of its video and class with the highest tIoU, if that is
+    at least the threshold. AP is the area under the interpolated precision-recall curve, all points.
+
+    A class without ground truth has no average precision: its column is NaN, and the mean over classes leaves it out
+    (`numpy.nanmean`), as the released evaluation does.
+
+    Ties: of equal scores the earlier prediction goes first; of equal tIoU the later event is taken.
+
+    Raises PredictionError or AnnotationError for arrays whose shapes, types or values do not fit (not finite, a
+    segment that ends before it starts, a label outside 0..C-1), ConfigError for thresholds outside (0, 1].
+    """
+    thresholds = _check_thresholds(tiou_thresholds)
+    video, segments, labels = _check("pred", pred_video, pred_segments, pred_labels, num_classes, PredictionError)
+    scores = np.asarray(pred_scores)
+    if scores.shape != video.shape or scores.dtype.kind not in "fiu":
+        raise PredictionError(f"pred_scores: got {scores.dtype} {list(scores.shape)}, expected numbers [{len(video)}]")
+    if not np.isfinite(scores).all():
+        raise PredictionError(f"pred_scores: entry {int(np.argmin(np.isfinite(scores)))} is not finite")
+    gt = _check("gt", gt_video, gt_segments, gt_labels, num_classes, AnnotationError)
+
+    from runtime.average_precision_kernels import average_precision_kernel
+
+    order = np.lexsort((-scores.astype(np.float64), labels))
+    truth = _GroundTruth(*gt, num_classes)
+    result = np.empty((len(thresholds), num_classes), np.float64)
+    average_precision_kernel(
+        segments[order],
+        truth.groups_of(video[order], labels[order]),
+        np.searchsorted(labels[order], np.arange(num_classes + 1)),
+        truth.segments,
+        truth.real,
+        truth.begin,
+        truth.positives,
+        thresholds,
+        np.zeros((len(thresholds), len(truth.segments)), np.bool_),
+        np.zeros((len(thresholds), len(order)), np.bool_),
+        result,
+    )
+    return result
+
+
+class _GroundTruth:
+    """Ground truth grouped by (class, video), in its original order within a group."""
+
+    def __init__(
+        self,
+        video: npt.NDArray[np.int64],
+        segments: npt.NDArray[np.float64],
+        labels: npt.NDArray[np.int64],
+        num_classes: int,
+    ) -> None:
+        from runtime.average_precision_kernels import mark_duplicates_kernel
+
+        self.videos, index = np.unique(video, return_inverse=True)
+        keys = labels * len(self.videos) + index
+        order = np.argsort(keys, kind="stable")
+        self.segments = segments[order]
+        self.keys, first = np.unique(keys[order], return_index=True)
+        self.begin = np.append(first, len(keys)).astype(np.int64)
+        self.real = np.empty(len(keys), np.bool_)
+        mark_duplicates_kernel(self.segments, self.begin, DUPLICATE_SECONDS, self.real)
+        self.positives = np.bincount(labels[order][self.real], minlength=num_classes)
+
+    def groups_of(self, video: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Group of each (video, label), -1 where there is no such ground truth."""
+        if len(self.keys) == 0:
+            return np.full(len(video), -1, np.int64)
+        index = np.searchsorted(self.videos, video).clip(max=len(self.videos) - 1)
+        keys = np.where(self.videos[index] == video, labels * len(self.videos) + index, -1)
+        group = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[group] == keys, group, -1)
+
+
+def _check_thresholds(tiou_thresholds: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    thresholds = np.asarray(tiou_thresholds)
+    good = thresholds.ndim == 1 and thresholds.size > 0 and thresholds.dtype.kind in "fiu"
+    if not good or not ((thresholds > 0) & (thresholds <= 1)).all():
+        raise ConfigError(f"tiou_thresholds: got {tiou_thresholds!r}, expected one or more numbers in (0, 1]")
+    return np.ascontiguousarray(thresholds, np.float64)
+
+
+def _check(
+    kind: str,
+    video: npt.ArrayLike,
+    segments: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    num_classes: int,
+    error: type[CCNetError],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    ids, boundaries, classes = np.asarray(video), np.asarray(segments), np.asarray(labels)
+    count = ids.shape[0] if ids.ndim == 1 else -1
+    if count < 0 or boundaries.shape != (count, 2) or classes.shape != (count,):
+        shapes = f"{list(ids.shape)}, {list(boundaries.shape)}, {list(classes.shape)}"
+        raise error(f"{kind}_video, {kind}_segments, {kind}_labels: got shapes {shapes}, expected [N], [N, 2], [N]")
+    for name, array, kinds in (("video", ids, "iu"), ("segments", boundaries, "fiu"), ("labels", classes, "iu")):
+        if count and array.dtype.kind not in kinds:
+            expected = "integers" if kinds == "iu" else "numbers"
+            raise error(f"{kind}_{name}: got dtype {array.dtype}, expected {expected}")
+    ends = boundaries[:, 1] > boundaries[:, 0] if kind == "gt" else boundaries[:, 1] >= boundaries[:, 0]
+    good = np.isfinite(boundaries).all(axis=1) & ends
+    if not good.all():
+        index = int(np.argmin(good))
+        relation = "start < end" if kind == "gt" else "start <= end"
+        raise error(f"{kind}_segments: entry {index} is {boundaries[index].tolist()}, expected finite, {relation}")
+    if count and not 0 <= classes.min() <= classes.max() < num_classes:
+        index = int(np.argmax((classes < 0) | (classes >= num_classes)))
+        raise error(f"{kind}_labels: entry {index} is {int(classes[index])}, expected 0 to {num_classes - 1}")
+    return (
+        np.ascontiguousarray(ids, np.int64),
+        np.ascontiguousarray(boundaries, np.float64),
+        np.ascontiguousarray(classes, np.int64),
+    )
