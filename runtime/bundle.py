@@ -131,12 +131,16 @@ class Bundle:
 
         Raises BundleError naming the file, what was found and what the manifest expects.
         """
-        records = {record.name: record for record in self.manifest.files}
-        names = tuple(records) if artifact is None else artifact.files
+        names = tuple(record.name for record in self.manifest.files) if artifact is None else artifact.files
         for name in names:
-            if name not in records:
-                raise BundleError(f"{self.folder / MANIFEST}: '{name}' has no file record")
-            _verify_file(self.folder, records[name])
+            self.verify_file(name)
+
+    def verify_file(self, name: str) -> None:
+        """Check one file of the bundle; raises BundleError as `verify`."""
+        for record in self.manifest.files:
+            if record.name == name:
+                return _verify_file(self.folder, record)
+        raise BundleError(f"{self.folder / MANIFEST}: '{name}' has no file record")
 
 
 def read_bundle(folder: str | Path) -> Bundle:

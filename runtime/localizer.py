@@ -6,7 +6,7 @@ Shapes:  n steps of one video   Cv, Ca visual / audio feature width   T steps of
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -21,7 +21,7 @@ from runtime.features import VideoFeatures, check_features, pack
 from runtime.machine import GPU_BACKENDS
 from runtime.postprocess import detect
 from runtime.spec import ModelSpec, PostProcessing, require
-from runtime.stream import Item, Localized, stream_videos
+from runtime.stream import Item, Results, stream_videos
 from runtime.windows import Window, merge_windows, plan_windows
 
 LongVideos = Literal["crop", "windows"]
@@ -149,9 +149,7 @@ class Localizer:
                     outputs[i].append((logits[row], offsets[row]))
         return [self.finish(job, found) for job, found in zip(jobs, outputs, strict=True)]
 
-    def stream(
-        self, videos: Iterable[Item], *, batch_size: int | None = None, workers: int | None = None
-    ) -> Iterator[Localized]:
+    def stream(self, videos: Iterable[Item], *, batch_size: int | None = None, workers: int | None = None) -> Results:
         """Events of a stream of videos, in their order, while reading, inference and post-processing overlap.
 
         An item is `(video id, source)` or `(video id, source, duration)`. The source is a `Video`, a function without
@@ -161,7 +159,7 @@ class Localizer:
 
         `batch_size`: windows per engine call; None: what the engine takes on a GPU, 1 on a CPU. `workers`: threads
         that read, and as many that pack and post-process. Results lag behind the input by some batches. Closing the
-        iterator stops all threads.
+        generator stops all threads.
         """
         return stream_videos(self, videos, batch_size=batch_size or self._batch_size(), workers=workers)
 

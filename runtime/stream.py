@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -42,6 +42,10 @@ class Localized:
     """What a person should know about the features, see `VideoFeatures.note`."""
 
 
+Results: TypeAlias = Generator[Localized, None, None]
+"""What a stream gives; its `close` stops the threads."""
+
+
 @dataclass(eq=False)
 class _Video:
     """A video under way."""
@@ -68,7 +72,7 @@ class _Batch:
 
 def stream_videos(
     localizer: Localizer, videos: Iterable[Item], *, batch_size: int, workers: int | None = None
-) -> Iterator[Localized]:
+) -> Results:
     """See `Localizer.stream`."""
     largest = min(backend.max_batch for backend in localizer.backends)
     require(1 <= batch_size <= largest, "batch_size", batch_size, f"1 to {largest}, what the engines take")
@@ -77,7 +81,7 @@ def stream_videos(
     return _run(localizer, videos, batch_size, workers)
 
 
-def _run(localizer: Localizer, videos: Iterable[Item], batch_size: int, workers: int) -> Iterator[Localized]:
+def _run(localizer: Localizer, videos: Iterable[Item], batch_size: int, workers: int) -> Results:
     # A generator, so that threads and engine contexts exist only once somebody iterates, and end when they stop.
     stream = _Stream(localizer, videos, batch_size, workers)
     try:

@@ -126,7 +126,7 @@ def test_memory_is_bounded_when_the_consumer_is_slow() -> None:
     assert [result.video_id for result in taken] == [f"v{i}" for i in range(50)]
     # 8 windows a batch at most held back, 8 more, and the read-ahead of 2 * 2 + 2.
     assert read <= 50 + 8 * 2 + 8 + 6
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
 
 
 def test_a_rare_length_is_not_held_up_for_ever() -> None:
@@ -135,7 +135,7 @@ def test_a_rare_length_is_not_held_up_for_ever() -> None:
     items = itertools.chain([("short", plant(5, [(0, 4, 1, 3.0)]))], ((f"v{i}", plant(30)) for i in itertools.count()))
     stream = Localizer(engines, SPEC).stream(items, batch_size=4)
     assert next(stream).video_id == "short"
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
 
 
 def alive() -> list[str]:
@@ -152,7 +152,7 @@ def test_closing_the_stream_stops_its_threads_and_leaves_the_engine_open() -> No
     stream = localizer.stream(((f"v{i}", video(i)) for i in itertools.count()), batch_size=1)
     next(stream)
     assert alive()
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert not alive()
     assert backend.closed == 0
     assert localizer(*video(1)).labels[0] == 1

@@ -1,14 +1,131 @@
-"""`ccnet inspect` (not written yet)."""
+"""`ccnet inspect`: what a bundle holds, what was proven about it, and whether its files are whole."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
 from typing import Any
+
+from runtime.bundle import Bundle, read_bundle
+from runtime.errors import BundleError
+from runtime.machine import machine_class
 
 
 def register(subparsers: Any) -> None:
-    subparsers.add_parser("inspect", help="not written yet")
+    parser = subparsers.add_parser("inspect", help="show what a bundle holds and verify its files")
+    parser.add_argument("bundle", help="bundle folder")
+    parser.add_argument("--json", action="store_true", help="print the manifest and the verdicts as JSON")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    raise NotImplementedError
+    """Exit status 0, or 2 when a file is missing or altered (after printing everything)."""
+    bundle = read_bundle(arguments.bundle)
+    problems = _problems(bundle)
+    if arguments.json:
+        print(json.dumps({"manifest": bundle.manifest.to_json(), "problems": problems}, indent=2))
+    else:
+        print("\n".join(_text(bundle, problems)))
+    if problems:
+        raise BundleError(f"{bundle.folder}: {len(problems)} file(s) are not what the manifest says")
+    return 0
+
+
+def _problems(bundle: Bundle) -> dict[str, str]:
+    """Name of each bad file -> what is wrong with it."""
+    problems = {}
+    for record in bundle.manifest.files:
+        problem = _problem(bundle, record.name)
+        if problem is not None:
+            problems[record.name] = problem
+    listed = {record.name for record in bundle.manifest.files}
+    for artifact in bundle.manifest.artifacts:
+        for name in artifact.files:
+            if name not in listed:
+                problems[name] = f"artifact '{artifact.name}' names it, but the manifest has no record of it"
+    return problems
+
+
+def _problem(bundle: Bundle, name: str) -> str | None:
+    try:
+        bundle.verify_file(name)
+    except BundleError as error:
+        return str(error)
+    return None
+
+
+def _text(bundle: Bundle, problems: dict[str, str]) -> list[str]:
+    manifest, spec, base = bundle.manifest, bundle.spec, bundle.spec.time_base
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    visual, audio = " + ".join(spec.layout.visual), " + ".join(spec.layout.audio)
+    return [
+        f"bundle      {bundle.folder}, made {manifest.created}",
+        f"by          {versions}",
+        f"checkpoint  {manifest.checkpoint_sha256[:16]}",
+        f"network     T = {spec.length} steps, {spec.levels} levels, {spec.num_classes} classes",
+        f"features    visual {spec.visual_dim} ({visual}), audio {spec.audio_dim} ({audio})",
+        f"time        one step every {base.step_seconds:g} s; T covers {base.covered_seconds(spec.length):.1f} s",
+        "",
+        *_table(
+            ("file", "bytes", "sha256", "state"),
+            [(f.name, f"{f.size:,}", f.sha256[:16], "BAD" if f.name in problems else "ok") for f in manifest.files],
+        ),
+        *(f"  {name}: {problem}" for name, problem in problems.items()),
+        "",
+        *_table(
+            ("artifact", "flavour", "precision", "T", "max batch", "built for", "facts"),
+            [
+                (a.name, a.flavour, a.precision, str(a.length), str(a.max_batch), _built_for(a), _facts(a.build))
+                for a in manifest.artifacts
+            ],
+        ),
+        "",
+        *_table(
+            ("rung", "backend", "precision", "T", "gate", "ms per video", "accuracy"),
+            [
+                (
+                    r.name,
+                    r.backend,
+                    r.precision,
+                    str(bundle.artifact(r.artifact).length),
+                    r.gate,
+                    _speed(r.speed, r.backend),
+                    _facts(r.accuracy),
+                )
+                for r in manifest.rungs
+            ],
+        ),
+        *(
+            ["", "not-run: built, but never proven; 'ccnet verify BUNDLE' does it on a machine that can run it"]
+            if any(r.gate == "not-run" for r in manifest.rungs)
+            else []
+        ),
+    ]
+
+
+def _built_for(artifact: Any) -> str:
+    if artifact.flavour == "onnx":
+        return f"opset {artifact.opset}"
+    where = artifact.gpu_name or ", ".join(artifact.compute_capabilities) or "any GPU"
+    return f"{artifact.library} {artifact.library_version}, {where}"
+
+
+def _speed(speed: dict[str, Any], backend: str) -> str:
+    if "ms_per_video" not in speed:
+        return "-"
+    here = speed.get("machine") == machine_class(backend)
+    return f"{speed['ms_per_video']:.2f}{'' if here else ' (elsewhere)'}"
+
+
+def _facts(facts: dict[str, Any]) -> str:
+    shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items() if _is_scalar(v)]
+    return ", ".join(shown) or "-"
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]

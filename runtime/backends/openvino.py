@@ -18,7 +18,7 @@ PerformanceHint = Literal["latency", "throughput"]
 
 # Precision -> (OpenVINO's name of the arithmetic, capability the processor must have). An int8 graph holds its own
 # quantization; what is not quantized in it runs in fp32.
-_PRECISIONS = {"fp32": ("f32", "FP32"), "bf16": ("bf16", "BF16"), "fp16": ("f16", "FP16"), "int8": ("f32", "INT8")}
+PRECISIONS = {"fp32": ("f32", "FP32"), "bf16": ("bf16", "BF16"), "fp16": ("f16", "FP16"), "int8": ("f32", "INT8")}
 # Layers of a compiled model whose precision decides what it costs and delivers.
 _PRODUCTS = {"FullyConnected", "MatMul", "Convolution", "Deconvolution", "GroupConvolution"}
 
@@ -62,7 +62,7 @@ class OpenVinoBackend:
         those of `spec`.
         """
         core = check_available(precision)
-        arithmetic = _PRECISIONS[precision][0]
+        arithmetic = PRECISIONS[precision][0]
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": hint.upper()}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
@@ -129,11 +129,11 @@ def check_available(precision: str) -> Any:
         import openvino
     except ImportError as error:
         raise MissingDependency("openvino", "openvino", "the OpenVINO backend") from error
-    if precision not in _PRECISIONS:
-        raise BackendUnavailable(f"openvino: got precision '{precision}', expected one of {', '.join(_PRECISIONS)}")
+    if precision not in PRECISIONS:
+        raise BackendUnavailable(f"openvino: got precision '{precision}', expected one of {', '.join(PRECISIONS)}")
     core = openvino.Core()
     present = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if _PRECISIONS[precision][1] not in present:
+    if PRECISIONS[precision][1] not in present:
         listed = ", ".join(sorted(present))
         raise BackendUnavailable(
             f"openvino: {core.get_property('CPU', 'FULL_DEVICE_NAME')} has no {precision} arithmetic "
@@ -144,7 +144,7 @@ def check_available(precision: str) -> Any:
 
 def _check_delivered(precision: str, hint: str, products: dict[str, int]) -> None:
     """Raises BackendUnavailable unless the compiled model really computes in `precision`."""
-    arithmetic = _PRECISIONS[precision][0]
+    arithmetic = PRECISIONS[precision][0]
     if hint != arithmetic:
         raise BackendUnavailable(f"openvino: asked for {precision}, OpenVINO delivers {hint} on this processor")
     if precision in _EVIDENCE and not _EVIDENCE[precision] & products.keys():

@@ -27,6 +27,8 @@ _GPU_PRECISIONS = ("fp16", "bf16", "int8", "tf32", "fp32")
 _CPU_PRECISIONS = ("int8", "bf16", "fp32", "fp16", "tf32")
 _EXACT_FIRST = ("fp32", "tf32", "fp16", "bf16", "int8")
 
+_REBUILD = (sys.executable, "-m", "ccnet", "export", "--rebuild")
+
 # (backend, precision) that run a graph typed with another precision.
 _RUNS_FP32_GRAPH = {("openvino", "bf16"), ("openvino", "fp16"), ("onnxruntime-cuda", "tf32")}
 
@@ -256,7 +258,7 @@ def rebuild_engine(bundle: Bundle, artifact: Artifact) -> Bundle:
     Runs the export command in a process of its own, because the runtime must not import the exporter. Raises
     BackendUnavailable with that command's output when it fails.
     """
-    command = [sys.executable, "-m", "ccnet", "export", "--rebuild", artifact.name, "--out", str(bundle.folder)]
+    command = [*_REBUILD, artifact.name, "--out", str(bundle.folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         shown = (done.stderr or done.stdout).strip()

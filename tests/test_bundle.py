@@ -1,0 +1,149 @@
+"""A bundle is whole or it is refused, with the file, what was found, and what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import SPEC, make_bundle, onnx_artifact, rung
+
+from runtime.backends import open_backend
+from runtime.bundle import MANIFEST, Bundle, read_bundle
+from runtime.errors import BundleError
+
+pytest.importorskip("onnx")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return make_bundle(tmp_path / "bundle", lengths=(32, 16))
+
+
+def test_a_whole_bundle_reads_back_and_verifies(bundle: Bundle) -> None:
+    assert read_bundle(bundle.folder).manifest == bundle.manifest
+    assert bundle.spec == SPEC
+    bundle.verify()
+    assert bundle.path(bundle.artifact("onnx-fp32-t16")) == bundle.folder / "model-t16.onnx"
+
+
+def test_a_bundle_can_be_copied_elsewhere(bundle: Bundle, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(bundle.folder, tmp_path / "copy")
+    read_bundle(tmp_path / "copy").verify()
+
+
+def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"absent: no such bundle folder; 'ccnet export"):
+        read_bundle(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BundleError, match="has no bundle.json"):
+        read_bundle(tmp_path / "empty")
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match="no such bundle folder"):
+        read_bundle(tmp_path / "file")
+
+
+def test_a_missing_file_is_named(bundle: Bundle) -> None:
+    (bundle.folder / "model-t16.onnx").unlink()
+    with pytest.raises(BundleError, match=r"model-t16\.onnx: missing; copy the bundle again"):
+        bundle.verify()
+    bundle.verify(bundle.artifact("onnx-fp32-t32"))
+
+
+def test_a_half_written_file_is_named_with_both_sizes(bundle: Bundle) -> None:
+    path = bundle.folder / "model-t32.onnx"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(
+        BundleError, match=rf"model-t32\.onnx: {len(content) // 2} bytes, the manifest says {len(content)}"
+    ):
+        bundle.verify()
+
+
+def test_an_altered_file_of_the_same_size_is_found(bundle: Bundle) -> None:
+    path = bundle.folder / "model-t32.onnx"
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(BundleError, match=r"model-t32\.onnx: SHA-256 [0-9a-f]{16}\.\.\., the manifest says"):
+        bundle.verify()
+
+
+def test_nothing_damaged_reaches_an_engine_library(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: pytest.fail("the damaged file was loaded"))
+    path = bundle.folder / "model-t32.onnx"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"model-t32\.onnx"):
+        open_backend(bundle, "onnxruntime")
+
+
+def manifest(bundle: Bundle) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((bundle.folder / MANIFEST).read_text())
+    return data
+
+
+def write(bundle: Bundle, content: Any) -> None:
+    text = content if isinstance(content, str) else json.dumps(content)
+    (bundle.folder / MANIFEST).write_text(text)
+
+
+def test_a_manifest_that_is_not_whole_json(bundle: Bundle) -> None:
+    text = (bundle.folder / MANIFEST).read_text()
+    write(bundle, text[: len(text) // 2])
+    with pytest.raises(BundleError, match="not valid JSON"):
+        read_bundle(bundle.folder)
+    (bundle.folder / MANIFEST).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BundleError, match="not valid JSON"):
+        read_bundle(bundle.folder)
+    write(bundle, "[1, 2]")
+    with pytest.raises(BundleError, match="got schema None"):
+        read_bundle(bundle.folder)
+
+
+def test_a_manifest_of_another_version(bundle: Bundle) -> None:
+    write(bundle, {**manifest(bundle), "schema": 2})
+    with pytest.raises(BundleError, match=r"got schema 2, this version reads 1; export the bundle again"):
+        read_bundle(bundle.folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("files"), r"missing key\(s\) files"),
+        (lambda m: m.update(extra=1), r"unknown key\(s\) extra"),
+        (lambda m: m["spec"].update(length=33), "length: got 33, expected a multiple of 8"),
+        (lambda m: m["spec"].pop("labels"), r"spec: missing key\(s\) labels"),
+        (lambda m: m["spec"]["time_base"].update(fps=0.0), "fps: got 0.0"),
+        (lambda m: m["spec"]["post"].update(method="best"), "'best'"),
+        (lambda m: m["rungs"][0].update(artifact="gone"), "names an unknown artifact 'gone'"),
+        (lambda m: m["rungs"][0].update(gate="failed"), "gate"),
+        (lambda m: m["files"][0].update(size="12"), r"size: got '12', expected int"),
+        (lambda m: m["files"][0].update(name="../other/model.onnx"), "leaves the bundle folder"),
+        (lambda m: m["artifacts"][0].update(files=["/etc/passwd"]), "leaves the bundle folder"),
+        (lambda m: m["artifacts"][0].update(files=[]), "lists no files"),
+    ],
+)
+def test_a_bad_manifest_says_which_key(bundle: Bundle, change: Any, message: str) -> None:
+    data = manifest(bundle)
+    change(data)
+    write(bundle, data)
+    with pytest.raises(BundleError, match=message):
+        read_bundle(bundle.folder)
+
+
+def test_an_artifact_whose_file_has_no_record_is_refused(bundle: Bundle) -> None:
+    stray = dataclasses.replace(onnx_artifact(32), files=("stray.onnx",))
+    with pytest.raises(BundleError, match=r"'stray\.onnx' has no file record"):
+        bundle.verify(stray)
+    with pytest.raises(BundleError, match="no artifact 'other'; it has: onnx-fp32-t32, onnx-fp32-t16"):
+        bundle.artifact("other")
+
+
+def test_rungs_keep_what_was_measured(tmp_path: Path) -> None:
+    measured = rung("openvino", accuracy={"logits_max": 1e-6}, speed={"ms_per_video": 12.5, "machine": "x"})
+    assert make_bundle(tmp_path / "b", [measured]).manifest.rungs == (measured,)

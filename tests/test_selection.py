@@ -1,0 +1,193 @@
+"""Which rung is taken: the proven, the fastest, the possible; and what is said about the others."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import OracleBackend, edit_manifest, make_bundle, onnx_artifact, rung
+
+from runtime.backends import open_backend, open_rung
+from runtime.backends.selection import matching_rungs, rebuild_engine, rung_lengths
+from runtime.bundle import Artifact, Bundle, Rung, read_bundle
+from runtime.errors import BackendUnavailable, EngineMismatch, MissingDependency
+from runtime.machine import machine_class
+
+pytest.importorskip("onnx")
+
+ENGINE = Artifact(
+    name="tensorrt-fp16",
+    flavour="tensorrt",
+    files=("tensorrt-fp16.engine",),
+    precision="fp16",
+    length=32,
+    max_batch=4,
+    library="tensorrt",
+    library_version="10.0",
+    gpu_name="NVIDIA H200",
+    compute_capabilities=("9.0",),
+    profile=(1, 1, 4),
+)
+ENGINE_RUNG = rung("tensorrt", "fp16", artifact="tensorrt-fp16")
+
+
+def here(backend: str, milliseconds: float) -> dict[str, Any]:
+    return {"ms_per_video": milliseconds, "machine": machine_class(backend)}
+
+
+def order(folder: Path, rungs: Sequence[Rung], **asked: Any) -> list[str]:
+    engines = [ENGINE] if any(r.artifact == ENGINE.name for r in rungs) else []
+    bundle = make_bundle(folder, rungs, engines=engines)
+    return [f"{r.backend} {r.precision}" for r in matching_rungs(bundle, **asked)]
+
+
+def test_measured_speed_on_this_class_of_machine_decides(tmp_path: Path) -> None:
+    rungs = [
+        rung("onnxruntime", speed=here("onnxruntime", 5.0)),
+        rung("openvino", speed=here("openvino", 7.0)),
+        rung("openvino", "bf16", speed={"ms_per_video": 1.0, "machine": "another machine"}),
+    ]
+    assert order(tmp_path, rungs) == ["onnxruntime fp32", "openvino fp32", "openvino bf16"]
+
+
+def test_without_measurements_the_documented_preference_decides(tmp_path: Path) -> None:
+    rungs = [rung("onnxruntime", "fp16"), rung("onnxruntime"), rung("openvino"), rung("openvino", "bf16"), ENGINE_RUNG]
+    expected = ["tensorrt fp16", "openvino bf16", "openvino fp32", "onnxruntime fp32", "onnxruntime fp16"]
+    assert order(tmp_path, rungs) == expected
+
+
+def test_proven_comes_before_unproven_however_fast(tmp_path: Path) -> None:
+    rungs = [
+        rung("openvino", gate="not-run", speed=here("openvino", 0.1)),
+        rung("onnxruntime", speed=here("onnxruntime", 50.0)),
+        rung("onnxruntime", "fp16", gate="not-run"),
+    ]
+    assert order(tmp_path, rungs) == ["onnxruntime fp32", "openvino fp32", "onnxruntime fp16"]
+
+
+def test_what_is_not_in_the_bundle_is_answered_with_what_is(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path, [rung("onnxruntime"), rung("openvino", gate="not-run")])
+    held = r"it has: onnxruntime fp32 T=32 \(passed\), openvino fp32 T=32 \(not-run\)"
+    for asked in ({"backend": "tensorrt"}, {"precision": "fp16"}, {"length": 16}, {"backend": "openvino", "length": 8}):
+        with pytest.raises(BackendUnavailable, match=held):
+            matching_rungs(bundle, **asked)  # type: ignore[arg-type]
+    with pytest.raises(BackendUnavailable, match="got 'onnx', expected auto or one of tensorrt"):
+        open_backend(bundle, "onnx")
+    with pytest.raises(BackendUnavailable, match="on_mismatch: got 'ignore'"):
+        open_backend(bundle, on_mismatch="ignore")  # type: ignore[arg-type]
+
+
+def test_auto_takes_the_next_one_when_a_library_is_missing_and_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    bundle = make_bundle(tmp_path, [rung("openvino"), rung("onnxruntime")])
+    opened = open_rung(bundle)
+    assert opened.backend.name == "onnxruntime"
+    assert opened.rung.name == "onnxruntime-fp32-t32"
+    assert len(opened.skipped) == 1
+    assert "openvino-fp32-t32: " in opened.skipped[0]
+    assert "pip install 'ccnet[openvino]'" in opened.skipped[0]
+    with pytest.raises(MissingDependency, match="openvino"):
+        open_backend(bundle, "openvino")
+
+
+def test_when_nothing_can_run_every_reason_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    bundle = make_bundle(tmp_path, [rung("openvino"), rung("onnxruntime")])
+    with pytest.raises(BackendUnavailable, match=r"(?s)none of its rungs can run.*ccnet\[openvino\].*ccnet\[cpu\]"):
+        open_backend(bundle)
+
+
+def test_an_unproven_rung_runs_with_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    bundle = make_bundle(tmp_path, [rung("onnxruntime", gate="not-run")])
+    with pytest.warns(RuntimeWarning, match="never proven .* 'ccnet verify BUNDLE'"):
+        open_backend(bundle).close()
+
+
+def test_an_onnx_backend_that_is_no_rung_can_be_asked_for_with_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    bundle = make_bundle(tmp_path, [rung("onnxruntime")])
+    with pytest.warns(RuntimeWarning, match="rung 'openvino-fp32' was never proven"):
+        backend = open_backend(bundle, "openvino")
+    assert (backend.name, backend.precision) == ("openvino", "fp32")
+    assert [r.precision for r in matching_rungs(bundle, "onnxruntime-cuda")] == ["fp32", "tf32"]
+
+
+def test_every_length_of_a_rung_is_found(tmp_path: Path) -> None:
+    rungs = [rung("onnxruntime", length=n) for n in (32, 8, 16)] + [rung("openvino")]
+    bundle = make_bundle(tmp_path, rungs, lengths=(32, 8, 16))
+    assert rung_lengths(bundle, bundle.manifest.rungs[0]) == [8, 16, 32]
+    assert rung_lengths(bundle, bundle.manifest.rungs[3]) == [32]
+
+
+@pytest.fixture
+def foreign_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TensorRT whose check refuses every engine that was not built 'here'."""
+
+    def check_engine(artifact: Artifact, **_: Any) -> None:
+        if artifact.gpu_name != "this GPU":
+            raise EngineMismatch(f"{artifact.name}: built on {artifact.gpu_name}, this machine has another GPU")
+
+    class FakeTensorRT(OracleBackend):
+        @classmethod
+        def open(cls, path: Path, artifact: Artifact, spec: Any, **_: Any) -> FakeTensorRT:
+            return cls(spec, name="tensorrt")
+
+    module = types.ModuleType("runtime.backends.tensorrt")
+    module.__dict__.update(check_engine=check_engine, TensorRTBackend=FakeTensorRT)
+    monkeypatch.setitem(sys.modules, "runtime.backends.tensorrt", module)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Bundle:
+    return make_bundle(tmp_path / "bundle", [ENGINE_RUNG, rung("onnxruntime")], engines=[ENGINE])
+
+
+@pytest.mark.usefixtures("foreign_engine")
+def test_a_mismatch_is_an_error_by_default(mixed: Bundle) -> None:
+    with pytest.raises(EngineMismatch, match="built on NVIDIA H200"):
+        open_backend(mixed, "tensorrt")
+
+
+@pytest.mark.usefixtures("foreign_engine")
+def test_a_mismatch_can_fall_back_to_the_onnx_file_with_a_warning(mixed: Bundle) -> None:
+    pytest.importorskip("onnxruntime")
+    with pytest.warns(RuntimeWarning, match=r"built on NVIDIA H200.*running 'onnxruntime-fp32-t32' instead"):
+        opened = open_rung(mixed, "tensorrt", on_mismatch="onnx")
+    assert opened.backend.name == "onnxruntime"
+    assert "tensorrt-fp16-t32" in opened.skipped[0]
+
+
+@pytest.mark.usefixtures("foreign_engine")
+def test_auto_warns_about_an_engine_that_does_not_fit(mixed: Bundle) -> None:
+    pytest.importorskip("onnxruntime")
+    with pytest.warns(RuntimeWarning, match="rung 'tensorrt-fp16-t32' is skipped"):
+        opened = open_rung(mixed)
+    assert opened.backend.name == "onnxruntime"
+
+
+@pytest.mark.usefixtures("foreign_engine")
+def test_a_rebuilt_engine_is_checked_verified_and_used(mixed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rebuild(bundle: Bundle, artifact: Artifact) -> Bundle:
+        import dataclasses
+
+        rebuilt = dataclasses.replace(artifact, gpu_name="this GPU")
+        edit_manifest(bundle.folder, artifacts=(onnx_artifact(32), rebuilt))
+        return read_bundle(bundle.folder)
+
+    monkeypatch.setattr("runtime.backends.selection.rebuild_engine", rebuild)
+    assert open_backend(mixed, "tensorrt", on_mismatch="rebuild").name == "tensorrt"
+
+
+def test_a_rebuild_that_fails_shows_what_the_command_said(mixed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.backends.selection._REBUILD", (sys.executable, "-c", "raise SystemExit('no GPU')"))
+    with pytest.raises(BackendUnavailable, match=r"(?s)building 'tensorrt-fp16' again failed.*no GPU"):
+        rebuild_engine(mixed, ENGINE)
