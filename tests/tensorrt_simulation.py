@@ -202,7 +202,7 @@ def cuda_module(sim: Simulation) -> types.ModuleType:
     module.cudaGetDeviceCount = lambda: (sim.device_status, 0 if sim.device_status else 1)  # type: ignore[attr-defined]
     module.cudaGetErrorString = lambda status: (0, f"simulated fault {int(status)}".encode())  # type: ignore[attr-defined]
     module.cudaStreamNonBlocking = 1  # type: ignore[attr-defined]
-    kinds = types.SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    kinds = types.SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     module.cudaMemcpyKind = kinds  # type: ignore[attr-defined]
     module.cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal="thread-local")  # type: ignore[attr-defined]
     return module

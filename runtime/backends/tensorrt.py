@@ -43,7 +43,7 @@ class TensorRTBackend:
 
     def __init__(self, engine: LoadedEngine, artifact: Artifact, spec: ModelSpec, *, cuda_graph: bool) -> None:
         """Use `open`. Takes over one use of `engine`."""
-        self.name = artifact.flavour
+        self.name: str = artifact.flavour
         self.precision = artifact.precision
         self.spec = spec
         self.max_batch = artifact.max_batch

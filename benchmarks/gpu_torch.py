@@ -1,0 +1,119 @@
+"""The torch side of `benchmarks.gpu_report`: one stage per process, run by the interpreter that has torch.
+
+`python -m benchmarks.gpu_torch STAGE SETTINGS.json RESULT.json`, like `benchmarks.gpu_stages`.
+
+Shapes:  B batch   T steps (see `runtime.spec.ModelSpec`)
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu_stages import Settings, gate_backend, main, time_backend
+from runtime.errors import ExportError
+
+MATRIX = 8192
+CPU_MATRIX = 512
+
+
+def products(settings: Settings) -> dict[str, Any]:
+    """Operations per second of a large square matrix product in each precision: the arithmetic roof."""
+    import torch
+
+    cpu = settings["device"] == "cpu"
+    side = CPU_MATRIX if cpu else MATRIX
+    found: dict[str, float] = {}
+    for name, dtype in (
+        ("fp16", torch.float16),
+        ("bf16", torch.bfloat16),
+        ("tf32", torch.float32),
+        ("fp32", torch.float32),
+    ):
+        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+        a, b = (torch.randn(side, side, device=settings["device"]).to(dtype) for _ in range(2))
+        seconds = [_seconds(lambda: a @ b, settings["device"]) for _ in range(12)][2:]  # noqa: B023 - called at once
+        found[name] = 2 * side**3 / float(np.median(seconds))
+    return {"side": side, "operations_per_second": found, "device": _device_name(settings["device"])}
+
+
+def _seconds(call: Callable[[], object], device: str) -> float:
+    import time
+
+    import torch
+
+    if device == "cpu":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    event: Any = torch.cuda.Event
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def export(settings: Settings) -> dict[str, Any]:
+    """Checkpoint -> bundle with a graph per precision, and the eager outputs to hold engines against."""
+    checkpoint, bundle, reference = settings["checkpoint"], settings["bundle"], settings["reference"]
+    precisions = [p for p in settings["precisions"] if p != "tf32"]
+    _ccnet(["export", checkpoint, "--out", bundle, "--format", "onnx", "--precision", *precisions,
+            "--opset", str(settings["opset"]), "--max-batch", str(max(settings["batches"]))])  # fmt: skip
+    _ccnet(["reference", checkpoint, "--out", reference])
+    return {"bundle": bundle, "files": sorted(path.name for path in Path(bundle).iterdir())}
+
+
+def _ccnet(arguments: Sequence[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "ccnet", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ExportError(
+            f"ccnet {' '.join(arguments)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}"
+        )
+
+
+def peer(settings: Settings) -> dict[str, Any]:
+    """Gate and times of PyTorch in one form (`eager`, `compiled`, `deployment`) and precision."""
+    import torch
+
+    from ccnet.checkpoint import read_checkpoint
+    from ccnet.torch_backend import TorchBackend
+
+    checkpoint = read_checkpoint(settings["checkpoint"])
+    model: Any = checkpoint.load_model()
+    if settings["form"] == "deployment":
+        from export.deploy import deployment_form
+
+        model = deployment_form(model)
+    elif settings["form"] == "compiled":
+        model = torch.compile(model, mode="max-autotune" if settings["device"] == "cuda" else "default")
+    with TorchBackend(
+        model,
+        checkpoint.spec,
+        device=settings["device"],
+        precision=settings["precision"],
+        max_batch=max(settings["batches"]),
+    ) as backend:
+        found: dict[str, Any] = {"describe": backend.describe()}
+        if settings.get("reference"):
+            found["gate"] = gate_backend(backend, Path(settings["reference"]))
+        return found | {"rows": time_backend(backend, checkpoint.spec, settings)}
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name()) if device == "cuda" else "cpu"
+
+
+STAGES: dict[str, Callable[[Settings], dict[str, Any]]] = {s.__name__: s for s in (products, export, peer)}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], STAGES))

@@ -1,0 +1,236 @@
+"""The report of a day on a GPU, as far as a CPU goes: stages, their isolation, the time budget, the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import fakes
+import pytest
+from tensorrt_simulation import Simulation, install
+from test_tensorrt_backend import ARTIFACT, SPEC, write_engine
+
+from benchmarks import gpu_report, gpu_stages
+from benchmarks.gpu_page import measurements, page
+from benchmarks.gpu_report import Stage
+from runtime.backends.tensorrt import TensorRTBackend
+
+SETTINGS: dict[str, Any] = {"device": "cpu", "batches": [1, 2], "seconds": 0.0}
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    """Of a run on the CPU over the stand-in network, one precision, no GPU tests but one that skips."""
+    fakes.make_bundle(tmp_path / "bundle")
+    (tmp_path / "test_nothing.py").write_text(
+        "import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    pytest.skip('no GPU')\n"
+    )
+    options = {
+        "--bundle": tmp_path / "bundle",
+        "--reference": tmp_path / "reference.npz",
+        "--out": tmp_path / "out",
+        "--work": tmp_path / "work",
+        "--device": "cpu",
+        "--flavours": "tensorrt-rtx",
+        "--precisions": "fp32",
+        "--seconds": 0,
+        "--tests": tmp_path / "test_nothing.py",
+    }
+    return [str(part) for pair in options.items() for part in pair] + ["--batches", "1", "2"]
+
+
+def report_of(arguments: list[str]) -> tuple[int, dict[str, Any], str]:
+    status = gpu_report.main(arguments)
+    out = Path(arguments[arguments.index("--out") + 1])
+    return status, json.loads((out / "gpu.json").read_text()), (out / "gpu.md").read_text()
+
+
+def test_dry_run_names_every_stage_and_does_nothing(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [*arguments, "--dry-run", "--torch-python", sys.executable, "--checkpoint", str(tmp_path)]
+    assert gpu_report.main(more) == 0
+    printed = capsys.readouterr().out
+    for stage in (
+        "machine",
+        "copy",
+        "products",
+        "tensorrt-rtx fp32 build",
+        "tests",
+        "torch eager fp32",
+        "onnxruntime fp32",
+    ):
+        assert f"{stage} " in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_day_without_a_gpu(arguments: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    status, report, text = report_of(arguments)
+    stages = report["stages"]
+    outcomes = {name: stage["status"] for name, stage in stages.items()}
+    assert status == 1
+    assert outcomes["machine"] == outcomes["copy"] == outcomes["tensorrt-rtx fp32 build"] == "done"
+    assert (tmp_path / "work" / "tensorrt-rtx-fp32.engine").is_file()
+    assert outcomes["tests"] == "skipped"
+    assert outcomes["tensorrt-rtx fp32 gate"] == "failed"
+    assert stages["tensorrt-rtx fp32 speed"] == {"status": "skipped", "error": "needs 'tensorrt-rtx fp32 gate'"}
+    assert "BackendUnavailable" in stages["tensorrt-rtx fp32 gate"]["error"]
+    assert report["machine"]["libraries"]["tensorrt-rtx"].startswith("1.")
+    assert report["commit"] != ""
+    assert "| tensorrt-rtx fp32 gate | failed |" in text
+    assert report["measurements"] == [] or all("onnxruntime" in m["name"] for m in report["measurements"])
+
+
+def test_no_time_left(arguments: list[str]) -> None:
+    status, report, _ = report_of([*arguments, "--minutes", "0"])
+    assert status == 0
+    assert {stage["status"] for stage in report["stages"].values()} == {"skipped"}
+    assert "0 minutes were used up" in report["stages"]["machine"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "text"),
+    [(["--out", "o"], "give --bundle"), (["--out", "o", "--bundle", "b"], "needs --reference")],
+)
+def test_what_must_be_given(missing: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_report.parse(missing)
+    assert text in capsys.readouterr().err
+
+
+def run_one(arguments: list[str], stage: Stage, limit: float = 60) -> dict[str, Any]:
+    options = gpu_report.parse(arguments)
+    options.work.mkdir(parents=True, exist_ok=True)
+    return gpu_report._run_stage(stage, options, {"device": "cpu", "bundle": "b", "reference": "r"}, limit)
+
+
+def test_a_crash_is_recorded_with_its_output(arguments: list[str]) -> None:
+    outcome = run_one(arguments, Stage("odd", "tensorrt", "no_such_stage", 60))
+    assert (outcome["status"], outcome["error"]) == ("failed", "ended with 1")
+    assert "no_such_stage" in outcome["output"]
+
+
+def test_a_stage_that_takes_too_long_is_ended(arguments: list[str]) -> None:
+    outcome = run_one(arguments, Stage("copy", "tensorrt", "copy", 60), limit=0.05)
+    assert outcome["status"] == "failed"
+    assert "took longer" in outcome["error"]
+
+
+def test_an_old_result_is_not_taken_for_a_new_one(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "odd.result.json").write_text('{"status": "done", "result": {}}')
+    assert run_one(arguments, Stage("odd", "tensorrt", "no_such_stage", 60))["status"] == "failed"
+
+
+def test_a_failed_gate_fails_its_stage(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(
+        stage: Stage, options: Any, common: Any, settings: Path, result: Path
+    ) -> tuple[list[str], dict[str, str]]:
+        text = '{"status": "done", "result": {"passed": false}}'
+        return [sys.executable, "-c", f"open({str(result)!r}, 'w').write({text!r})"], {}
+
+    monkeypatch.setattr(gpu_report, "_command", command)
+    outcome = run_one(arguments, Stage("x gate", "tensorrt", "gate", 60))
+    assert (outcome["status"], outcome["error"]) == ("failed", "the parity gate failed")
+    assert outcome["result"] == {"passed": False}
+
+
+def test_rows_of_any_backend() -> None:
+    with fakes.OracleBackend(max_batch=2) as backend:
+        rows = gpu_stages.time_backend(backend, fakes.SPEC, SETTINGS | {"batches": [1, 2, 4]})
+    assert [row["batch"] for row in rows] == [1, 2]  # 4 is above what the backend takes
+    for row in rows:
+        assert row["infer_ms"]["n"] >= 10
+        assert row["end_to_end_ms"]["p50"] >= row["infer_ms"]["min"]
+        assert row["videos_per_second"] > 0
+        assert row["end_to_end_videos_per_second"] > 0
+        assert "engine_ms" not in row
+
+
+def test_rows_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sim = Simulation()
+    install(monkeypatch, sim)
+    path = write_engine(tmp_path / "b" / "e.engine")
+    monkeypatch.setattr(gpu_stages, "_end_to_end", lambda *_: {})  # the stand-ins know one thread
+    with TensorRTBackend.open(path, ARTIFACT, SPEC) as backend:
+        (row,) = gpu_stages.time_backend(backend, SPEC, SETTINGS | {"batches": [2]})
+    assert row["engine_ms"]["p50"] == pytest.approx(0.5)
+    assert row["videos_per_second"] > 0
+
+
+def test_speed_and_layers_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sim = Simulation()
+    install(monkeypatch, sim)
+    monkeypatch.setattr(gpu_stages, "_end_to_end", lambda *_: {})
+    bundle = fakes.make_bundle(tmp_path / "bundle", spec=SPEC, lengths=(16,))
+    artifact = dataclasses.replace(ARTIFACT, files=("tensorrt-fp16.engine",))
+    path = write_engine(tmp_path / "work" / "tensorrt-fp16.engine")
+    path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(artifact)))
+    settings = SETTINGS | {
+        "bundle": str(bundle.folder),
+        "work": str(path.parent),
+        "flavour": "tensorrt",
+        "precision": "fp16",
+        "device": "cuda",
+    }
+    speed = gpu_stages.speed(settings)
+    assert [row["batch"] for row in speed["rows"]] == [1, 2]
+    assert speed["describe"]["cuda_graphs"] == {1: "replayed", 2: "replayed"}
+    assert all(row["engine_ms_without_graph"]["n"] == 100 for row in speed["rows"])
+    layers = gpu_stages.layers(settings)
+    assert layers["1"] == {"total_ms": 2.5, "layers": 2, "slowest": [("slow", 2.0), ("quick", 0.5)]}
+    assert sim.held["engines"] == 0
+
+
+def test_machine_and_copy_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    sim = Simulation()
+    install(monkeypatch, sim)
+    monkeypatch.setattr(gpu_stages, "COPY_BYTES", 4096)
+    facts = gpu_stages.machine(SETTINGS | {"device": "cuda"})
+    assert facts["cuda"]["name"] == "Simulated GPU"
+    assert facts["libraries"]["tensorrt"] == "10.9.0"
+    found = gpu_stages.copy(SETTINGS | {"device": "cuda"})
+    assert found["bytes_per_second"] == pytest.approx(2 * 4096 / 0.5e-3)
+    assert sim.held["device_memory"] == 0
+
+
+def summary(p50: float) -> dict[str, float]:
+    return {"p50": p50, "p99": 2 * p50}
+
+
+ROW = {"batch": 1, "infer_ms": summary(1.5), "engine_ms": summary(1.0), "videos_per_second": 800.0}
+DONE: dict[str, Any] = {
+    "copy": {"status": "done", "result": {"bytes": 1 << 30, "bytes_per_second": 3.9e12}},
+    "products": {"status": "done", "result": {"side": 8192, "operations_per_second": {"fp16": 7.9e14}}},
+    "tensorrt fp16 build": {"status": "done", "seconds": 60.0, "result": {"engine": {
+        "seconds": 58.0, "engine_bytes": 500 << 20, "scratch_bytes": 80 << 20, "delivered_precisions": {"fp16": 300}}}},
+    "tensorrt fp16 gate": {"status": "done", "result": {"passed": True}},
+    "tensorrt fp16 speed": {"status": "done", "result": {"rows": [ROW]}},
+    "tensorrt fp16 layers": {"status": "done", "result": {
+        "1": {"total_ms": 1.0, "layers": 2, "slowest": [["conv", 0.75], ["norm", 0.25]]}}},
+    "tensorrt bf16 build": {"status": "failed", "error": "ExportError: tensorrt 8.6.0 does not support | bfloat16"},
+    "torch eager fp32": {"status": "done", "result": {"gate": {"passed": False}, "rows": [ROW]}},
+}  # fmt: skip
+
+
+def test_page() -> None:
+    text = page({"commit": "abc"}, DONE)
+    assert "| tensorrt fp16 | 58 s | 500 MiB | 80 MiB | {'fp16': 300} | passed |" in text
+    assert "| batch 1, tensorrt fp16 | 1.000 / 2.000 |  | 1.500 / 3.000 |  | 800 |" in text
+    assert "3900 GB/s" in text
+    assert "fp16 product of 8192 x 8192: 790.0 TFLOP/s" in text
+    assert "| conv | 0.7500 | 75.0% |" in text
+    assert "does not support / bfloat16" in text
+    assert "batch 1, torch eager" not in text  # its gate failed: no speed without proof
+
+
+def test_measurements() -> None:
+    assert {m.name: m.value for m in measurements(DONE)} == {
+        "batch 1 / tensorrt fp16 / engine p50": 1.0,
+        "batch 1 / tensorrt fp16 / infer p50": 1.5,
+        "batch 1 / tensorrt fp16 / throughput": 800.0,
+    }
