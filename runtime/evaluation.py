@@ -1,0 +1,227 @@
+"""Predicted events against an annotation file: the paper's mAP table, AP per class, and recall by event duration.
+
+Shapes:  K tIoU thresholds   C classes   N predictions   M ground-truth events
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.annotations import Annotations, VideoAnnotation
+from runtime.average_precision import average_precision
+from runtime.detections import Detections
+from runtime.errors import AnnotationError, PredictionError
+
+TIOU = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Thresholds that the average is taken over."""
+REPORTED = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""Thresholds that the paper's table shows beside it."""
+BUCKETS = ((0.0, 5.0), (5.0, 20.0), (20.0, 60.0))
+"""Ground-truth durations (above, up to) of the paper's Fig. 3, in seconds."""
+BUCKET_TIOU = 0.5
+"""An event of a bucket is found by a prediction of its class with a tIoU above this."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Recall of the ground-truth events of one range of durations."""
+
+    above: float
+    """Seconds."""
+    up_to: float
+    """Seconds."""
+    events: int
+    found: int
+
+    @property
+    def recall(self) -> float | None:
+        """Share of the events that some prediction found; None where there is no such event."""
+        return self.found / self.events if self.events else None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result for one subset."""
+
+    subset: str
+    labels: tuple[str, ...]
+    ap: npt.NDArray[np.float64]
+    """[K, C] average precision at `TIOU`; NaN for classes without ground truth in the subset."""
+    class_events: tuple[int, ...]
+    """Ground-truth events of each class."""
+    buckets: tuple[Bucket, ...]
+    videos: int
+    """Videos of the subset."""
+    missing: int
+    """Videos of the subset without an entry in the predictions: they count as videos without detections."""
+    outside: int
+    """Predicted videos of other subsets, which were left out."""
+    predictions: int
+    """Predicted events that took part."""
+
+    @property
+    def map_at(self) -> dict[float, float]:
+        """Mean over the classes that have ground truth, by tIoU threshold."""
+        return dict(zip(TIOU, np.nanmean(self.ap, axis=1).tolist(), strict=True))
+
+    @property
+    def average_map(self) -> float:
+        """The mean of `map_at` over all thresholds, 0.1:0.1:0.9."""
+        return float(np.mean(list(self.map_at.values())))
+
+    @property
+    def per_class(self) -> dict[str, list[float] | None]:
+        """AP of each class at `TIOU`; None for a class without ground truth in the subset."""
+        columns = self.ap.T.tolist()
+        return {name: None if math.isnan(c[0]) else c for name, c in zip(self.labels, columns, strict=True)}
+
+    def table(self) -> str:
+        """The paper's columns in percent, the duration buckets, and what was counted."""
+        header = "".join(f"{t:>7}" for t in REPORTED)
+        values = "".join(f"{100 * self.map_at[t]:7.1f}" for t in REPORTED)
+        lines = [f"tIoU     {header}   Avg.", f"mAP (%)  {values}{100 * self.average_map:7.1f}", ""]
+        for b in self.buckets:
+            share = "-" if b.recall is None else f"{100 * b.recall:.1f} %"
+            name = f"({b.above:g}, {b.up_to:g}] s"
+            lines.append(f"events of {name:<11} {b.events:6}   found (tIoU > {BUCKET_TIOU}): {share}")
+        counted = f"{self.subset}: {self.videos} videos, {self.predictions} predicted events"
+        if self.missing:
+            counted += f"; {self.missing} video(s) without predictions"
+        if self.outside:
+            counted += f"; {self.outside} predicted video(s) of other subsets left out"
+        return "\n".join([*lines, counted])
+
+    def per_class_table(self) -> str:
+        """One line a class: events, AP in percent at the paper's thresholds, and the average."""
+        width = max(len(name) for name in self.labels)
+        lines = [f"{'class':<{width}}  events" + "".join(f"{t:>7}" for t in REPORTED) + "   Avg."]
+        for (name, values), events in zip(self.per_class.items(), self.class_events, strict=True):
+            if values is None:
+                lines.append(f"{name:<{width}}  {events:6}      - (no ground truth in this subset)")
+                continue
+            shown = [values[TIOU.index(t)] for t in REPORTED] + [sum(values) / len(values)]
+            lines.append(f"{name:<{width}}  {events:6}" + "".join(f"{100 * v:7.1f}" for v in shown))
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "subset": self.subset,
+            "average_map": self.average_map,
+            "map_at": {str(t): value for t, value in self.map_at.items()},
+            "per_class": self.per_class,
+            "buckets": [{**vars(bucket), "recall": bucket.recall} for bucket in self.buckets],
+            "videos": self.videos,
+            "missing": self.missing,
+            "outside": self.outside,
+            "predictions": self.predictions,
+        }
+
+
+def evaluate(predictions: Mapping[str, Detections], annotations: Annotations, subset: str) -> Evaluation:
+    """Score predictions, by video id, on one subset of an annotation file.
+
+    A video of the subset without predictions counts as one in which nothing was found; predictions for videos of other
+    subsets are left out; both are counted in the result. Raises PredictionError for a video that the annotation
+    file does not have or a class that is not the annotations', AnnotationError for an unknown or event-less subset.
+    """
+    videos = annotations.subset(subset)
+    _check_videos(predictions, annotations)
+    truth = _flatten([video.segments for video in videos], [video.labels for video in videos])
+    if len(truth.labels) == 0:
+        raise AnnotationError(f"{annotations.path}: subset {subset!r} has {len(videos)} videos but not a single event")
+    present = [(i, predictions[video.video_id]) for i, video in enumerate(videos) if video.video_id in predictions]
+    for index, found in present:
+        _check_labels(found, annotations, videos[index].video_id)
+    pred = _flatten([found.segments for _, found in present], [found.labels for _, found in present])
+    scores = np.concatenate([np.empty(0, np.float32), *(found.scores for _, found in present)])
+    number_of = np.array([index for index, _ in present], np.int64)
+    ap = average_precision(
+        number_of[pred.video],
+        pred.segments,
+        scores,
+        pred.labels,
+        truth.video,
+        truth.segments,
+        truth.labels,
+        len(annotations.labels),
+        TIOU,
+    )
+    return Evaluation(
+        subset=subset,
+        labels=annotations.labels,
+        ap=ap,
+        class_events=tuple(np.bincount(truth.labels, minlength=len(annotations.labels)).tolist()),
+        buckets=_buckets(videos, predictions),
+        videos=len(videos),
+        missing=len(videos) - len(present),
+        outside=len(predictions) - len(present),
+        predictions=len(scores),
+    )
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """Events of several videos in one table."""
+
+    video: npt.NDArray[np.int64]
+    segments: npt.NDArray[np.float64]
+    labels: npt.NDArray[np.int64]
+
+
+def _flatten(segments: Sequence[npt.NDArray[np.float64]], labels: Sequence[npt.NDArray[np.int64]]) -> _Flat:
+    video = np.repeat(np.arange(len(labels)), [len(values) for values in labels])
+    return _Flat(video, np.concatenate([np.empty((0, 2)), *segments]), np.concatenate([np.empty(0, np.int64), *labels]))
+
+
+def _check_videos(predictions: Mapping[str, Detections], annotations: Annotations) -> None:
+    unknown = [video_id for video_id in predictions if video_id not in annotations.videos]
+    if unknown:
+        shown = ", ".join(repr(video_id) for video_id in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        raise PredictionError(
+            f"{len(unknown)} predicted video(s) are not in {annotations.path}: {shown}; expected only videos it has"
+        )
+
+
+def _check_labels(found: Detections, annotations: Annotations, video_id: str) -> None:
+    if found.label_names == annotations.labels:
+        return
+    for label_id in np.unique(found.labels).tolist():
+        name = found.label_names[label_id]
+        expected = annotations.labels[label_id] if label_id < len(annotations.labels) else None
+        if name != expected:
+            raise PredictionError(
+                f"video {video_id!r}: predicted class {name!r} has id {label_id}, which in {annotations.path} is "
+                f"{'not used' if expected is None else repr(expected)}; expected predictions of the same classes"
+            )
+
+
+def _buckets(videos: Sequence[VideoAnnotation], predictions: Mapping[str, Detections]) -> tuple[Bucket, ...]:
+    lengths, found = [], []
+    for video in videos:
+        lengths.append(video.segments[:, 1] - video.segments[:, 0])
+        found.append(_found(video, predictions.get(video.video_id)))
+    length, hit = np.concatenate(lengths), np.concatenate(found)
+    buckets = []
+    for above, up_to in BUCKETS:
+        inside = (length > above) & (length <= up_to)
+        buckets.append(Bucket(above, up_to, int(inside.sum()), int(hit[inside].sum())))
+    return tuple(buckets)
+
+
+def _found(video: VideoAnnotation, predicted: Detections | None) -> npt.NDArray[np.bool_]:
+    """[M] whether some prediction of the event's class has a tIoU above `BUCKET_TIOU` with it."""
+    if predicted is None or len(predicted) == 0:
+        return np.zeros(len(video.labels), np.bool_)
+    start = np.maximum(video.segments[:, None, 0], predicted.segments[None, :, 0])
+    stop = np.minimum(video.segments[:, None, 1], predicted.segments[None, :, 1])
+    overlap = np.maximum(stop - start, 0)
+    union = np.ptp(video.segments, axis=1)[:, None] + np.ptp(predicted.segments, axis=1)[None] - overlap
+    same = video.labels[:, None] == predicted.labels[None]
+    hits: npt.NDArray[np.bool_] = (same & (overlap > BUCKET_TIOU * union)).any(axis=1)
+    return hits

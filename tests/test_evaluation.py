@@ -1,0 +1,166 @@
+"""Evaluation and `ccnet evaluate`: the table, the duration buckets, what is counted, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ccnet.cli import main
+from runtime.annotations import Annotations, VideoAnnotation, read_annotations
+from runtime.detections import Detections, write_events
+from runtime.errors import AnnotationError, PredictionError
+from runtime.evaluation import TIOU, evaluate
+
+NAMES = ("dog", "cat", "cow")
+
+
+def video(video_id: str, events: list[tuple[float, float, int]], subset: str = "test") -> VideoAnnotation:
+    table = np.array(events, float).reshape(-1, 3)
+    return VideoAnnotation(video_id, 60.0, subset, table[:, :2], table[:, 2].astype(np.int64))
+
+
+def annotations(*videos: VideoAnnotation) -> Annotations:
+    return Annotations(Path("annotations.json"), NAMES, {v.video_id: v for v in videos})
+
+
+def found(*events: tuple[float, float, int, float], names: tuple[str, ...] = NAMES) -> Detections:
+    table = np.array(events, float).reshape(-1, 4)
+    return Detections(table[:, :2], table[:, 3].astype(np.float32), table[:, 2].astype(np.int64), names)
+
+
+def perfect(videos: Iterable[VideoAnnotation], names: tuple[str, ...]) -> dict[str, Detections]:
+    return {
+        v.video_id: Detections(v.segments, np.full(len(v.labels), 0.9, np.float32), v.labels, names) for v in videos
+    }
+
+
+TRUTH = annotations(
+    video("a", [(0, 5, 0), (10, 30, 1)]),
+    video("b", [(0, 20, 0), (20, 40, 0)]),
+    video("c", []),
+    video("d", [(1, 2, 2)], subset="train"),
+)
+
+
+def test_perfect_predictions_score_one() -> None:
+    result = evaluate(perfect(TRUTH.subset("test"), NAMES), TRUTH, "test")
+    assert result.average_map == 1.0
+    assert result.map_at == dict.fromkeys(TIOU, 1.0)
+    assert result.per_class == {"dog": [1.0] * 9, "cat": [1.0] * 9, "cow": None}
+    assert [(b.events, b.found) for b in result.buckets] == [(1, 1), (3, 3), (0, 0)]
+    assert (result.videos, result.missing, result.outside, result.predictions) == (3, 0, 0, 4)
+
+
+def test_numbers_by_hand() -> None:
+    predictions = {
+        "a": found((0, 4, 0, 0.9), (10, 20, 1, 0.8)),  # tIoU 0.8; exactly 0.5: a match, but not "above" 0.5
+        "b": found((0, 20, 0, 0.7), (50, 60, 0, 0.95)),
+    }
+    result = evaluate(predictions, TRUTH, "test")
+    dog = {0.5: (1 / 3) * (2 / 3) * 2, 0.9: (1 / 3) * (1 / 3)}
+    assert result.map_at[0.5] == pytest.approx((dog[0.5] + 1) / 2)
+    assert result.map_at[0.9] == pytest.approx(dog[0.9] / 2)
+    assert result.average_map == pytest.approx(np.mean(list(result.map_at.values())))
+    assert [(b.events, b.found) for b in result.buckets] == [(1, 1), (3, 1), (0, 0)]
+    assert result.missing == 1
+
+
+def test_missing_and_outside_videos_are_counted() -> None:
+    predictions = {"a": perfect(TRUTH.subset("test"), NAMES)["a"], "d": found((1, 2, 2, 0.5))}
+    result = evaluate(predictions, TRUTH, "test")
+    assert (result.videos, result.missing, result.outside, result.predictions) == (3, 2, 1, 2)
+    assert result.map_at[0.5] == pytest.approx((1 / 3 + 1) / 2)
+    assert "2 video(s) without predictions; 1 predicted video(s) of other subsets left out" in result.table()
+    nothing = evaluate({}, TRUTH, "test")
+    assert (nothing.average_map, nothing.missing) == (0.0, 3)
+
+
+def test_table_and_json() -> None:
+    result = evaluate(perfect(TRUTH.subset("test"), NAMES), TRUTH, "test")
+    lines = result.table().splitlines()
+    assert lines[0].split() == ["tIoU", "0.5", "0.6", "0.7", "0.8", "0.9", "Avg."]
+    assert lines[1].split() == ["mAP", "(%)", *["100.0"] * 6]
+    assert "(0, 5] s" in lines[3]
+    assert lines[5].endswith("-")
+    per_class = result.per_class_table().splitlines()
+    assert per_class[1].split() == ["dog", "3", *["100.0"] * 6]
+    assert "no ground truth" in per_class[3]
+    data = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert data["average_map"] == 1.0
+    assert data["buckets"][1] == {"above": 5, "up_to": 20, "events": 3, "found": 3, "recall": 1.0}
+    assert data["per_class"]["cow"] is None
+
+
+def test_refuses_what_does_not_fit() -> None:
+    with pytest.raises(PredictionError, match=r"1 predicted video\(s\) are not in annotations.json: 'zzz'"):
+        evaluate({"zzz": found()}, TRUTH, "test")
+    with pytest.raises(PredictionError, match="predicted class 'hen' has id 1, which in annotations.json is 'cat'"):
+        evaluate({"a": found((0, 1, 1, 0.5), names=("dog", "hen"))}, TRUTH, "test")
+    with pytest.raises(PredictionError, match="predicted class 'pig' has id 3, .* is not used"):
+        evaluate({"a": found((0, 1, 3, 0.5), names=(*NAMES, "pig"))}, TRUTH, "test")
+    with pytest.raises(AnnotationError, match="no video of subset 'validation'"):
+        evaluate({}, TRUTH, "validation")
+    with pytest.raises(AnnotationError, match="subset 'test' has 1 videos but not a single event"):
+        evaluate({}, annotations(video("c", [])), "test")
+    # A class list that differs only where nothing was predicted is fine.
+    assert evaluate({"a": found((0, 5, 0, 0.5), names=("dog",))}, TRUTH, "test").predictions == 1
+
+
+def write_all(path: Path, predictions: dict[str, Detections], truth: Annotations) -> None:
+    write_events(path, ((video_id, truth.videos[video_id].duration, d) for video_id, d in predictions.items()))
+
+
+def test_command_on_the_published_test_split(
+    annotations_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth = read_annotations(annotations_file)
+    events = tmp_path / "events.jsonl"
+    write_all(events, perfect(truth.subset("test"), truth.labels), truth)
+    arguments = ["evaluate", str(events), "--annotations", str(annotations_file), "--subset", "test", "--per-class"]
+    assert main([*arguments, "--json", str(tmp_path / "result.json")]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[1].split() == ["mAP", "(%)", *["100.0"] * 6]
+    assert "test: 2167 videos" in out
+    assert "skateboarding" in out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["average_map"] == 1.0
+    assert sum(b["events"] for b in result["buckets"]) == sum(len(v.labels) for v in truth.subset("test"))
+    assert len(result["per_class"]) == 100
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> tuple[str, str]:
+    """An annotation file and an events file."""
+    content: dict[str, Any] = {"database": {}}
+    for v in TRUTH.videos.values():
+        events = [
+            {"segment": s, "label": NAMES[n], "label_id": n}
+            for s, n in zip(v.segments.tolist(), v.labels.tolist(), strict=True)
+        ]
+        content["database"][v.video_id] = {"duration": 60.0, "subset": v.subset, "annotations": events}
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    write_all(tmp_path / "events.jsonl", perfect(TRUTH.subset("test"), NAMES), TRUTH)
+    return str(tmp_path / "annotations.json"), str(tmp_path / "events.jsonl")
+
+
+def test_command_errors(small: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth, events = small
+    assert main(["evaluate", events, "--annotations", truth]) == 0
+    for arguments, message in (
+        ([str(tmp_path / "absent.jsonl"), "--annotations", truth], "no such events file"),
+        ([events, "--annotations", str(tmp_path / "absent.json")], "no such annotation file"),
+        ([events, "--annotations", truth, "--subset", "validation"], "no video of subset 'validation'"),
+        ([events, "--annotations", truth, "--features", str(tmp_path)], "is no bundle folder"),
+        ([str(tmp_path), "--annotations", truth], "--features is missing"),
+        ([str(tmp_path), "--annotations", truth, "--features", str(tmp_path)], "has no bundle.json"),
+    ):
+        assert main(["evaluate", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.startswith("ccnet evaluate: error: ")
+        assert "Traceback" not in error
