@@ -104,12 +104,15 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if finished:
         os.replace(partial, arguments.out)
     _report(corpus, len(videos))
-    if records.failure is not None:
-        print(f"ended by an error; {corpus.done} video(s) are kept in {partial}", file=sys.stderr)
-        raise records.failure
     if not finished:
         why = "interrupted" if stop else "stopped at a bad video (--on-error stop)"
-        print(f"{why}; {corpus.done} of {len(videos)} video(s) are kept in {partial}", file=sys.stderr)
+        why = "ended by an error" if records.failure is not None else why
+        kept = f"{corpus.done} of {len(videos)} video(s) are kept in {partial}" if corpus.done else "nothing is kept"
+        print(f"{why}; {kept}", file=sys.stderr)
+        if not corpus.done:
+            partial.unlink()
+        if records.failure is not None:
+            raise records.failure
         return 1
     print(
         f"{arguments.out}: {corpus.done} video(s), {records.events} event(s), by {engine['rung']} "

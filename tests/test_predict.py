@@ -1,0 +1,246 @@
+"""`ccnet predict`: every good video gets its events, every bad one is named, and no partial file looks whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import LABELS, SPEC, OracleBackend, make_bundle, plant, rung, write_features
+
+from ccnet.cli import main
+from runtime.backends.base import Bool, Float32
+from runtime.corpus import Corpus, CorpusVideo, folder_videos
+from runtime.detections import read_events
+from runtime.errors import ConfigError, EngineError, FeatureError
+from runtime.localizer import Localizer
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path / "bundle", lengths=(32, 16)).folder
+
+
+@pytest.fixture
+def features(tmp_path: Path) -> Path:
+    """v0 .. v5: video i has one event [2, 8] of class i % 4 and i + 12 steps."""
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for i in range(6):
+        write_features(folder, f"v{i}", plant(12 + i, [(2, 8, i % 4, 3.0)]))
+    return folder
+
+
+def predict(bundle: Path, features: Path, out: Path, *options: str) -> int:
+    return main(["predict", str(bundle), "--features", str(features), "--out", str(out), *options])
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_all_videos_of_a_folder(bundle: Path, features: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "events.jsonl"
+    assert predict(bundle, features, out, "--batch", "2") == 0
+    rows = lines(out)
+    assert [row["video_id"] for row in rows] == [f"v{i}" for i in range(6)]
+    assert [row["duration"] for row in rows] == [12.0 + i for i in range(6)]
+    for i, row in enumerate(rows):
+        (event,) = row["events"]
+        assert event["segment"] == [2.5, 8.5]
+        assert (event["label"], event["label_id"]) == (LABELS[i % 4], i % 4)
+        assert event["score"] == pytest.approx(1 / (1 + np.exp(-3)), rel=1e-5)
+    assert set(read_events(out)) == {f"v{i}" for i in range(6)}
+    assert "6 video(s), 6 event(s), by onnxruntime-fp32-t32 (gate: passed)" in capsys.readouterr().out
+
+
+def annotate(path: Path, videos: dict[str, tuple[float, str]]) -> Path:
+    database = {
+        video_id: {
+            "duration": duration,
+            "subset": subset,
+            "annotations": [{"segment": [0.0, 1.0 + i], "label": LABELS[i], "label_id": i} for i in range(4)],
+        }
+        for video_id, (duration, subset) in videos.items()
+    }
+    path.write_text(json.dumps({"version": "1", "database": database}))
+    return path
+
+
+def test_ids_and_durations_from_annotations(bundle: Path, features: Path, tmp_path: Path) -> None:
+    annotations = annotate(tmp_path / "a.json", {"v4": (7.5, "test"), "v1": (13.0, "train"), "v2": (14.0, "test")})
+    out = tmp_path / "events.jsonl"
+    assert predict(bundle, features, out, "--annotations", str(annotations), "--subset", "test") == 0
+    rows = lines(out)
+    assert [(row["video_id"], row["duration"]) for row in rows] == [("v4", 7.5), ("v2", 14.0)]
+    assert rows[0]["events"][0]["segment"] == [2.5, 7.5]
+    assert predict(bundle, features, out, "--annotations", str(annotations)) == 0
+    assert len(lines(out)) == 3
+    assert predict(bundle, features, out, "--subset", "test") == 2
+
+
+def spoil(features: Path) -> None:
+    (features / "v1_heard.npy").unlink()
+    np.save(features / "v3_seen.npy", np.full((9, 6), np.nan, np.float32))
+
+
+def test_bad_videos_are_reported_at_the_end_and_the_good_ones_are_kept(
+    bundle: Path, features: Path, tmp_path: Path, capsys: Any
+) -> None:
+    spoil(features)
+    out = tmp_path / "events.jsonl"
+    assert predict(bundle, features, out) == 1
+    assert [row["video_id"] for row in lines(out)] == ["v0", "v2", "v4", "v5"]
+    report = capsys.readouterr().err
+    assert "2 of 6 video(s) could not be used" in report
+    assert "v1_heard.npy: no such feature file" in report
+    assert "v3_seen.npy: nan at step 0, channel 0" in report
+
+
+def test_stopping_at_a_bad_video_keeps_the_good_ones_under_another_name(
+    bundle: Path, features: Path, tmp_path: Path, capsys: Any
+) -> None:
+    spoil(features)
+    out = tmp_path / "events.jsonl"
+    assert predict(bundle, features, out, "--on-error", "stop") == 1
+    assert not out.exists()
+    assert [row["video_id"] for row in lines(tmp_path / "events.jsonl.partial")] == ["v0"]
+    assert "stopped at a bad video (--on-error stop); 1 of 6" in capsys.readouterr().err
+
+
+def test_remarkable_features_are_used_and_reported(bundle: Path, features: Path, tmp_path: Path, capsys: Any) -> None:
+    np.save(features / "v2_heard.npy", np.zeros((40, 3), np.float32))
+    assert predict(bundle, features, tmp_path / "events.jsonl") == 0
+    assert "v2_heard.npy has 40" in capsys.readouterr().err
+
+
+def test_long_videos(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "long"
+    folder.mkdir()
+    write_features(folder, "long", plant(100, [(3, 8, 1, 3.0), (70, 90, 2, 2.0)]))
+    out = tmp_path / "events.jsonl"
+    assert predict(bundle, folder, out) == 0
+    assert [event["segment"] for event in lines(out)[0]["events"]] == [[3.5, 8.5]]
+    assert predict(bundle, folder, out, "--long-videos", "windows") == 0
+    assert [event["segment"] for event in lines(out)[0]["events"]] == [[3.5, 8.5], [70.5, 90.5]]
+
+
+def test_parquet(bundle: Path, features: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    out = tmp_path / "events.parquet"
+    assert predict(bundle, features, out) == 0
+    assert parquet.read_table(out).num_rows == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backend", "tensorrt"], "has no rung for tensorrt"),
+        (["--length", "64"], "has no rung for auto T=64"),
+        (["--batch", "99"], "batch_size: got 99, expected 1 to 4"),
+        (["--window-overlap", "1"], "window_overlap"),
+    ],
+)
+def test_what_can_not_be_done_is_said_before_anything_is_written(
+    options: list[str], message: str, bundle: Path, features: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert predict(bundle, features, tmp_path / "out" / "events.jsonl", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_folder_without_features(bundle: Path, tmp_path: Path, capsys: Any) -> None:
+    assert predict(bundle, tmp_path, tmp_path / "events.jsonl") == 2
+    assert "no feature files; expected <video id>_seen.npy" in capsys.readouterr().err
+
+
+def test_an_engine_failure_keeps_the_good_ones_and_is_raised(
+    bundle: Path, features: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def failing(self: Any, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
+        calls.append(1)
+        if len(calls) > 3:
+            raise EngineError("the device fell off the bus")
+        return OracleBackend(self.spec).infer(visual, audio, mask)
+
+    monkeypatch.setattr("runtime.backends.onnxruntime.OnnxRuntimeBackend.infer", failing)
+    out = tmp_path / "events.jsonl"
+    assert predict(bundle, features, out) == 2
+    assert not out.exists()
+    assert len(lines(tmp_path / "events.jsonl.partial")) == 3
+    assert "fell off the bus" in capsys.readouterr().err
+
+
+def test_an_interrupt_keeps_the_good_ones(
+    bundle: Path, features: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def interrupting(self: Any) -> None:
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("ccnet.commands.predict.Progress.advance", interrupting)
+    out = tmp_path / "events.jsonl"
+    assert predict(bundle, features, out) == 1
+    assert not out.exists()
+    kept = lines(tmp_path / "events.jsonl.partial")
+    assert [row["video_id"] for row in kept] == [f"v{i}" for i in range(len(kept))]
+    assert 2 <= len(kept) < 6
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_an_existing_result_survives_a_run_that_fails(
+    bundle: Path, features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "events.jsonl"
+    assert predict(bundle, features, out) == 0
+    before = out.read_bytes()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert predict(bundle, features, out) == 2
+    assert out.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "events.jsonl", "features"]
+
+
+def test_corpus_tells_what_happened(features: Path) -> None:
+    spoil(features)
+    with Localizer([OracleBackend()], SPEC) as localizer:
+        corpus = Corpus(localizer, features, folder_videos(features, SPEC), batch_size=2)
+        records = {video_id: (duration, found) for video_id, duration, found in corpus.records()}
+    assert list(records) == ["v0", "v2", "v4", "v5"]
+    assert records["v4"][0] == 16.0
+    assert corpus.complete
+    assert corpus.done == 4
+    assert [(video_id, type(error)) for video_id, error in corpus.failed] == [
+        ("v1", FeatureError),
+        ("v3", FeatureError),
+    ]
+
+
+def test_corpus_refuses_ids_that_leave_the_folder_and_unknown_policies(features: Path) -> None:
+    localizer = Localizer([OracleBackend()], SPEC)
+    corpus = Corpus(localizer, features, [CorpusVideo("../v0"), CorpusVideo("v1", 13.0)])
+    assert [video_id for video_id, _, _ in corpus.records()] == ["v1"]
+    assert "path separators" in str(corpus.failed[0][1])
+    with pytest.raises(ConfigError, match="on_error"):
+        Corpus(localizer, features, [], on_error="ignore")  # type: ignore[arg-type]
+
+
+def test_an_unproven_bundle_warns(tmp_path: Path, features: Path) -> None:
+    folder = make_bundle(tmp_path / "unproven", [rung("onnxruntime", gate="not-run")]).folder
+    with pytest.warns(RuntimeWarning, match="never proven"):
+        assert predict(folder, features, tmp_path / "events.jsonl") == 0
