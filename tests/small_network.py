@@ -1,23 +1,23 @@
 """A small ONNX network with CCNet's inputs and outputs, made with onnx.helper, and the same in numpy.
 
 One masked attention, one convolution, layer normalization and the two heads; precision lives in the graph as in the
-real one: float32 at the edges, half or bfloat16 inside.
+real one: float32 at the edges, half or bfloat16 inside. `python tests/small_network.py FOLDER` writes the graphs, for
+machines without the onnx package (tests/test_gpu.py reads them from CCNET_GPU_GRAPHS).
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
 
 from runtime.spec import ModelSpec
 
 SPEC = ModelSpec(length=32, levels=2, visual_dim=24, audio_dim=8, labels=("a", "b", "c", "d", "e"))
 WIDTH, HEADS = 64, 2
 OPSETS = {"fp32": 17, "fp16": 17, "bf16": 22}
-TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
 def weights() -> dict[str, np.ndarray]:
@@ -49,8 +49,11 @@ def write_onnx(
     spec: ModelSpec = SPEC,
 ) -> Path:
     """Write the network. `batch` fixes the batch size, `operator` puts an operator of that name in the middle."""
-    kind = TYPES[precision]
-    nodes: list[onnx.NodeProto] = []
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    kind = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[precision]
+    nodes: list[Any] = []
     initializers = [numpy_helper.from_array(np.array(v, np.int64), n) for n, v in _SHAPES.items()]
 
     def constant(name: str, values: np.ndarray) -> None:
@@ -111,7 +114,7 @@ def write_onnx(
 
     first: str | int = batch or "batch"
 
-    def value(name: str, shape: tuple[int, ...], element: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    def value(name: str, shape: tuple[int, ...], element: int = TensorProto.FLOAT) -> Any:
         return helper.make_tensor_value_info(name, element, [first, *shape[1:]])
 
     inputs = [
@@ -155,3 +158,8 @@ def reference(visual: np.ndarray, audio: np.ndarray, mask: np.ndarray) -> tuple[
     points = np.concatenate([fine, fine[:, ::2]], 1)
     offsets = np.maximum(points @ p["w_offsets"], 0).reshape(batch, -1, SPEC.num_classes, 2)
     return (points @ p["w_logits"]).astype(np.float32), offsets.astype(np.float32)
+
+
+if __name__ == "__main__":
+    for name in OPSETS:
+        write_onnx(Path(sys.argv[1]) / f"{name}.onnx", name)

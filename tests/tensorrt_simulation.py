@@ -370,5 +370,4 @@ def install(monkeypatch: pytest.MonkeyPatch, sim: Simulation) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", bindings.runtime)
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_module(sim))
-    cuda.bindings.cache_clear()
     monkeypatch.setattr(cuda, "bindings", lambda: bindings.runtime)

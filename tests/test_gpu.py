@@ -3,7 +3,8 @@
 The small network of `small_network.py` is built here for every precision that the installed libraries have. The real
 one comes from outside, made where torch is: CCNET_GPU_BUNDLE names a bundle with ONNX graphs (opset 17 for TensorRT
 8.6), CCNET_GPU_REFERENCE the file that `ccnet reference` recorded for the same checkpoint. Runs on Python 3.10 with
-numpy, onnx and TensorRT, without torch. Skips, saying why, where there is no GPU.
+numpy and TensorRT, without torch; without onnx too, if CCNET_GPU_GRAPHS names a folder that
+`python tests/small_network.py FOLDER` has filled. Skips, saying why, where there is no GPU.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_network import SPEC, reference, write_onnx
 
 from export.tensorrt_engine import EngineInfo, build_engine
 from runtime.backends import cuda
@@ -53,13 +55,19 @@ def flavour(request: pytest.FixtureRequest, device: cuda.Device) -> str:
 @pytest.fixture(scope="session", params=list(TOLERANCE))
 def built(request: pytest.FixtureRequest, flavour: str, tmp_path_factory: pytest.TempPathFactory) -> EngineInfo:
     """An engine of the small network for this GPU."""
-    pytest.importorskip("onnx", reason="onnx is not installed: the small network can't be written")
-    from small_network import write_onnx
-
     precision = str(request.param)
     folder = tmp_path_factory.mktemp(f"{flavour}-{precision}")
-    graph = write_onnx(folder / "model.onnx", "fp32" if precision == "tf32" else precision)
-    return build_here(graph, folder / "small.engine", flavour, precision)
+    return build_here(
+        small_graph("fp32" if precision == "tf32" else precision, folder), folder / "small.engine", flavour, precision
+    )
+
+
+def small_graph(precision: str, folder: Path) -> Path:
+    """Written here, or beforehand into CCNET_GPU_GRAPHS."""
+    if prepared := os.environ.get("CCNET_GPU_GRAPHS"):
+        return Path(prepared) / f"{precision}.onnx"
+    pytest.importorskip("onnx", reason="onnx is not installed, and CCNET_GPU_GRAPHS names no folder with the graphs")
+    return write_onnx(folder / "model.onnx", precision)
 
 
 def build_here(graph: Path, out: Path, flavour: str, precision: str) -> EngineInfo:
@@ -81,16 +89,12 @@ def artifact_of(info: EngineInfo, length: int) -> Artifact:
 
 @pytest.fixture
 def small(built: EngineInfo) -> Iterator[TensorRTBackend]:
-    from small_network import SPEC
-
     with TensorRTBackend.open(built.path, artifact_of(built, SPEC.length), SPEC) as backend:
         yield backend
 
 
 def stress(batch: int, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Inputs of the small network that are hard: lengths from none to all, silence, large and tiny values."""
-    from small_network import SPEC
-
     draw = np.random.default_rng(seed)
     shapes = SPEC.input_shapes(batch)
     visual, audio = (draw.standard_normal(shapes[name], dtype=np.float32) for name in ("visual", "audio"))
@@ -110,8 +114,6 @@ def stress(batch: int, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray,
 
 
 def assert_close(backend: TensorRTBackend, arrays: tuple[np.ndarray, ...], name: str = "") -> None:
-    from small_network import reference
-
     for got, want in zip(backend.infer(*arrays), reference(*arrays), strict=True):
         assert np.isfinite(got).all(), name
         np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE[backend.precision], err_msg=name)
@@ -124,8 +126,6 @@ def test_engine_against_reference(small: TensorRTBackend, batch: int) -> None:
 
 
 def test_recorded_graph_against_plain_run(built: EngineInfo) -> None:
-    from small_network import SPEC
-
     artifact = artifact_of(built, SPEC.length)
     with (
         TensorRTBackend.open(built.path, artifact, SPEC) as recorded,
@@ -140,8 +140,6 @@ def test_recorded_graph_against_plain_run(built: EngineInfo) -> None:
 
 
 def test_two_batches_in_flight(small: TensorRTBackend) -> None:
-    from small_network import reference
-
     cases = [stress(3, seed)["mixed lengths"] for seed in range(20)]
     pending = [small.submit(*cases[0])]
     for index, arrays in enumerate(cases):
@@ -171,8 +169,6 @@ def test_two_threads(small: TensorRTBackend) -> None:
 
 
 def test_load_and_free_again_without_leaking(built: EngineInfo) -> None:
-    from small_network import SPEC
-
     artifact = artifact_of(built, SPEC.length)
 
     def cycle() -> int:
@@ -198,8 +194,6 @@ def test_engine_times_are_positive_and_graphs_do_not_change_them_much(small: Ten
 
 
 def test_an_engine_of_another_gpu_or_version(built: EngineInfo) -> None:
-    from small_network import SPEC
-
     artifact = artifact_of(built, SPEC.length)
     for changes in ({"library_version": "8.5.1"}, {"compute_capabilities": ("5.0",), "gpu_name": "Other GPU"}):
         with pytest.raises(EngineMismatch, match="ccnet export"):
@@ -209,8 +203,6 @@ def test_an_engine_of_another_gpu_or_version(built: EngineInfo) -> None:
 @pytest.mark.parametrize("damage", ["short", "header"])
 def test_a_damaged_plan(built: EngineInfo, tmp_path: Path, damage: str) -> None:
     """Damaged kernels the library would not notice: against those a bundle is verified by hash before this."""
-    from small_network import SPEC
-
     content = bytearray(built.path.read_bytes())
     if damage == "short":
         content = content[: len(content) // 2]
