@@ -15,12 +15,15 @@ import dataclasses
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ccnet.cmcc import CrossModalLayer, Embedding
 from ccnet.config import ModelConfig
+from ccnet.layers import Block
 from ccnet.model import CCNet
 from ccnet.mtgc import CoarseToFine, FineToCoarse, TemporalDependency
 from export.deploy_mtgc import PackedCoarseToFine, PackedFineToCoarse
-from export.deploy_parts import EXCLUDED, Layout, Neighbours, NormRelu, Part, conv_matrix, strided_taps
+from export.deploy_parts import EXCLUDED, Layout, Neighbours, NormRelu, Part, conv_matrix, layer_norms
 from export.deploy_streams import StreamEmbedding, StreamLayer
 from export.deploy_tdm import PackedTemporalDependency
 from runtime.errors import ExportError
@@ -59,65 +62,62 @@ class Deployment(nn.Module):
         self.dtype = dtype
         strides = [2**level for level in range(trained.levels)]
         layout = Layout(tuple(length // s for s in strides), tuple(trained.length // s for s in strides))
-        self.layout = layout
+        self.lengths = layout.lengths
 
-        # The step whose mask a point takes; a halo reads the invalid step that is padded behind the last.
+        # The step whose mask a point takes; points behind a level's steps read an invalid step added at the end.
         steps = layout.position() * torch.tensor(strides)[layout.level()]
-        self.register_buffer("point_steps", steps.clamp(max=length))
-        real = layout.position() < torch.tensor(layout.steps)[layout.level()]
-        self.register_buffer("real_points", real.nonzero()[:, 0])
+        self.register_buffer("point_steps", torch.where(layout.is_step(), steps, length))
+        self.register_buffer("real_points", layout.is_step().nonzero()[:, 0])
+        self.has_extra = not bool(layout.is_step().all())
 
-        first = layout.part(0, 1).taps()
-        self.embed = StreamEmbedding([model.embed_visual, model.embed_audio], first, length, dtype)
-        pairs = zip(model.embed_visual.blocks, model.embed_audio.blocks, strict=True)
-        self.self_layers = nn.ModuleList(
-            StreamLayer(pair, [], first, rows=layout.lengths[0], cut=0, cross=False, dtype=dtype) for pair in pairs
-        )
-        self.cross_layers = nn.ModuleList()
-        for level, layer in enumerate(model.cmcc.layers):
-            finer = max(level - 1, 0)
-            taps = first if level == 0 else strided_taps(layout.lengths[finer], layout.lengths[level])
-            self.cross_layers.append(
-                StreamLayer(
-                    [layer.visual_block, layer.audio_block],
-                    [layer.visual_gate, layer.audio_gate] if layer.tcg else [],
-                    taps,
-                    rows=layout.lengths[finer],
-                    cut=layout.trained[level] - layout.steps[level],
-                    cross=layer.cmi,
-                    dtype=dtype,
-                )
+        self.embed = StreamEmbedding([model.embed_visual, model.embed_audio], layout.part(0, 1), dtype)
+        pairs = zip(blocks_of(model.embed_visual), blocks_of(model.embed_audio), strict=True)
+        self.self_layers = nn.ModuleList(StreamLayer(pair, [], layout, 0, cross=False, dtype=dtype) for pair in pairs)
+        layers = [layer for layer in model.cmcc.layers if isinstance(layer, CrossModalLayer)]
+        self.cross_layers = nn.ModuleList(
+            StreamLayer(
+                [layer.visual_block, layer.audio_block],
+                [layer.visual_gate, layer.audio_gate] if layer.tcg else [],
+                layout,
+                level,
+                cross=layer.cmi,
+                dtype=dtype,
             )
+            for level, layer in enumerate(layers)
+        )
         self.stages = nn.ModuleList(_packed(stage, layout, dtype) for stage in model.mtgc.stages.values())
         self.heads = PackedHeads(model, layout, dtype)
 
     def forward(self, visual: Tensor, audio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """visual [B, Cv, T], audio [B, Ca, T], mask [B, 1, T] bool -> logits [B, P, C], offsets [B, P, C, 2]."""
-        valid = mask.float()
-        if self.layout.halo:
-            valid = nn.functional.pad(valid, (0, 1))
-        allowed = valid.index_select(2, self.point_steps)  # [B, 1, P] float32
-        point_mask = allowed.transpose(1, 2).to(self.dtype)  # [B, P, 1]
-        masks = point_mask.split(self.layout.lengths, dim=1)
-        key_biases = ((allowed - 1) * -EXCLUDED).split(self.layout.lengths, dim=2)
+        valid = mask.unsqueeze(1).float()
+        if self.has_extra:
+            valid = F.pad(valid, (0, 1))
+        allowed = valid.index_select(3, self.point_steps)  # [B, 1, 1, P] float32
+        point_mask = allowed.transpose(2, 3).to(self.dtype)  # [B, 1, P, 1]
+        masks = torch.split_with_sizes(point_mask, self.lengths, dim=2)
+        key_biases = torch.split_with_sizes((1 - allowed) * EXCLUDED, self.lengths, dim=3)
 
-        mask_0, bias_0 = masks[0].unsqueeze(1), key_biases[0].unsqueeze(1)
-        streams = self.embed(visual, audio, mask_0)
+        streams = self.embed(visual, audio, masks[0])  # [B, 2, T, D]
         for layer in self.self_layers:
-            streams = layer(streams, mask_0, bias_0)
+            streams = layer(streams, masks[0], key_biases[0])
         levels = []
         for layer, level_mask, bias in zip(self.cross_layers, masks, key_biases, strict=True):
-            streams = layer(streams, level_mask.unsqueeze(1), bias.unsqueeze(1))
+            streams = layer(streams, level_mask, bias)
             levels.append(streams)
-        x = torch.cat(levels, dim=2).transpose(1, 2).flatten(2)  # [B, P, E]: visual, then audio channels
+        x = torch.cat(levels, dim=2).transpose(1, 2).flatten(2).unsqueeze(1)  # [B, 1, P, E]: visual, then audio
 
         for stage in self.stages:
             by_level = isinstance(stage, PackedFineToCoarse)
             x = stage(x, masks, key_biases) if by_level else stage(x, point_mask, allowed)
         logits, offsets = self.heads(x, point_mask)
-        if self.layout.halo:
+        if self.has_extra:
             logits, offsets = logits.index_select(1, self.real_points), offsets.index_select(1, self.real_points)
-        return logits, offsets.unflatten(2, (-1, 2))
+        return logits, offsets.reshape(-1, offsets.shape[1], offsets.shape[2] // 2, 2)
+
+
+def blocks_of(embedding: Embedding) -> list[Block]:
+    return [block for block in embedding.blocks if isinstance(block, Block)]
 
 
 def _packed(stage: nn.Module, layout: Layout, dtype: torch.dtype) -> nn.Module:
@@ -134,34 +134,35 @@ class PackedHeads(Part):
 
     first: Tensor
     second: Tensor
-    classes: Tensor
+    class_weight: Tensor
     class_bias: Tensor
-    offsets: Tensor
+    offset_weight: Tensor
     offset_bias: Tensor
     level_scale: Tensor
 
     def __init__(self, model: CCNet, layout: Layout, dtype: torch.dtype):
         super().__init__(dtype)
         heads = (model.class_head, model.offset_head)
-        for i, name in enumerate(("first", "second")):
-            self.keep(name, torch.stack([conv_matrix(head.convs[i].weight) for head in heads]))
-        self.first_norm = NormRelu([head.norms[0] for head in heads], dtype)
-        self.second_norm = NormRelu([head.norms[1] for head in heads], dtype)
+        convs = [[conv for conv in head.convs if isinstance(conv, nn.Conv1d)] for head in heads]
+        norms = [layer_norms(head.norms) for head in heads]
+        self.keep("first", torch.stack([conv_matrix(pair[0].weight) for pair in convs]))
+        self.keep("second", torch.stack([conv_matrix(pair[1].weight) for pair in convs]))
+        self.first_norm = NormRelu([pair[0] for pair in norms], dtype)
+        self.second_norm = NormRelu([pair[1] for pair in norms], dtype)
         for name, output in (("class", model.class_head.output), ("offset", model.offset_head.output)):
             assert output.bias is not None
-            self.keep("classes" if name == "class" else "offsets", conv_matrix(output.weight), torch.float32)
+            self.keep(f"{name}_weight", conv_matrix(output.weight), torch.float32)
             self.keep(f"{name}_bias", output.bias, torch.float32)
         scales = torch.stack([scale.detach() for scale in model.offset_head.scales])
         self.keep("level_scale", scales[layout.level()][:, None], torch.float32)
         self.neighbours = Neighbours(layout.taps())
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, P, E], mask [B, P, 1] -> float32 logits [B, P, C], offsets [B, P, 2 C]."""
-        stacked_mask = mask.unsqueeze(1)
-        x = self.first_norm(self.neighbours(x).unsqueeze(1) @ self.first, stacked_mask)  # [B, 2, P, head_dim]
-        x = self.second_norm(self.neighbours(x) @ self.second, stacked_mask)
-        class_rows, offset_rows = self.neighbours(x).float().split(1, dim=1)
+        """x [B, 1, P, E], mask [B, 1, P, 1] -> float32 logits [B, P, C], offsets [B, P, 2 C]."""
+        x = self.first_norm(self.neighbours(x) @ self.first, mask)  # [B, 2, P, head_dim]
+        x = self.second_norm(self.neighbours(x) @ self.second, mask)
+        class_rows, offset_rows = torch.chunk(self.neighbours(x).float(), 2, dim=1)
         mask = mask.float()
-        logits = (class_rows.squeeze(1) @ self.classes + self.class_bias) * mask
-        offsets = (offset_rows.squeeze(1) @ self.offsets + self.offset_bias) * (mask * self.level_scale)
-        return logits, torch.relu(offsets)
+        logits = (class_rows @ self.class_weight + self.class_bias) * mask
+        offsets = (offset_rows @ self.offset_weight + self.offset_bias) * (mask * self.level_scale)
+        return logits.squeeze(1), torch.relu(offsets).squeeze(1)

@@ -18,17 +18,20 @@ from torch.nn import functional as F
 from ccnet.layers import Block, CrossAttention
 
 KERNEL = 3
+ALIGNMENT = 8
+"""Points of a level are a multiple of this: engines else copy operands of matrix products into padded ones."""
 EXCLUDED = -3e4
 """Bias of an invalid key: vanishes in the softmax, is representable in half precision, and no sum of it overflows."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Points of some levels side by side, the finest first.
+    """Points of some levels side by side, the finest first; every level a multiple of ALIGNMENT, for the products.
 
-    A network cut to fewer steps keeps one point more per level: a *halo*, which is never valid and stands for all
-    the padding that was cut off. What an invalid step holds depends on biases, time-axis layers and valid steps
-    alone, so the halo holds what the first cut step would hold, and valid points beside it see what they saw before.
+    Points behind a level's steps are never valid. Behind the steps of a network that was cut to fewer of them, the
+    first such point is a *halo*, which stands for all the padding that was cut off: what an invalid step holds
+    depends on biases, time-axis layers and valid steps alone, so the halo holds what the first cut step would hold,
+    and valid points beside it see what they saw before. No valid point ever reads the other ones.
     """
 
     steps: tuple[int, ...]
@@ -37,13 +40,13 @@ class Layout:
     """Steps per level of the trained network."""
 
     @property
-    def halo(self) -> int:
-        return int(self.steps != self.trained)
+    def cut(self) -> bool:
+        return self.steps != self.trained
 
     @property
     def lengths(self) -> list[int]:
-        """Points per level: its steps and the halo."""
-        return [n + self.halo for n in self.steps]
+        """Points per level."""
+        return [-(-(n + self.cut) // ALIGNMENT) * ALIGNMENT for n in self.steps]
 
     @property
     def num_points(self) -> int:
@@ -61,23 +64,44 @@ class Layout:
         """[P] place of every point in its level."""
         return torch.cat([torch.arange(n) for n in self.lengths])
 
-    def taps(self) -> Tensor:
-        """[K, P] the points that a kernel-3 convolution reads; P, a zero row, outside the level."""
-        point, position = torch.arange(self.num_points), self.position()
-        last = torch.tensor(self.lengths)[self.level()] - 1
-        left = torch.where(position > 0, point - 1, self.num_points)
-        right = torch.where(position < last, point + 1, self.num_points)
-        return torch.stack([left, point, right])
+    def is_step(self) -> Tensor:
+        """[P] bool: the point is a step that an input can fill."""
+        return self.position() < torch.tensor(self.steps)[self.level()]
+
+    def is_trained(self) -> Tensor:
+        """[P] bool: the trained network has this step, too; elsewhere a point is there for alignment alone."""
+        return self.position() < torch.tensor(self.trained)[self.level()]
 
     def own_level(self) -> Tensor:
         """[P, P] bool: the two points are of the same level."""
         return self.level()[:, None] == self.level()
 
+    def taps(self) -> Tensor:
+        """[K, P] the points that a kernel-3 convolution reads; P, a zero row, outside the trained level."""
+        start = torch.arange(self.num_points) - self.position()
+        return self._taps(self.position(), start, torch.tensor(self.lengths)[self.level()], self.level())
 
-def strided_taps(fine: int, coarse: int) -> Tensor:
-    """[K, coarse] the points that a kernel-3, stride-2 convolution reads; `fine`, a zero row, outside."""
-    taps = 2 * torch.arange(coarse) + torch.arange(-1, 2)[:, None]
-    return torch.where((taps >= 0) & (taps < fine), taps, fine)
+    def strided_taps(self, level: int) -> Tensor:
+        """[K, points of `level` + 1] the points of `level` that a stride-2 convolution reads; else its length."""
+        points = 2 * torch.arange(self.lengths[level + 1])
+        return self.part(level, level + 1)._taps(points, torch.tensor(0), torch.tensor(self.lengths[level]), None)
+
+    def _taps(self, position: Tensor, start: Tensor, length: Tensor, level: Tensor | None) -> Tensor:
+        trained = torch.tensor(self.trained)[level if level is not None else 0]
+        taps = position + torch.arange(-1, 2)[:, None]
+        inside = (taps >= 0) & (taps < torch.minimum(length, trained))
+        return torch.where(inside, start + taps, self.num_points)
+
+    def pool_taps(self, level: int) -> Tensor:
+        """[K, points of `level` + 1] the points of `level` that max-pooling reads."""
+        taps = 2 * torch.arange(self.lengths[level + 1]) + torch.arange(-1, 2)[:, None]
+        return taps.clamp(0, self.lengths[level] - 1)
+
+
+def sequence_taps(length: int) -> Tensor:
+    """[K, length] the places that a kernel-3 convolution reads in a plain sequence; `length`, a zero row, outside."""
+    taps = torch.arange(length) + torch.arange(-1, 2)[:, None]
+    return torch.where((taps >= 0) & (taps < length), taps, length)
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -94,13 +118,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, S, T, C] -> [B S, H, T, C / H]."""
-    return x.reshape(-1, x.shape[2], heads, x.shape[3] // heads).transpose(1, 2)
+    """[B, S, T, C] -> [B, S H, T, C / H]."""
+    parted = x.reshape(-1, x.shape[1], x.shape[2], heads, x.shape[3] // heads).transpose(2, 3)
+    return parted.reshape(-1, x.shape[1] * heads, x.shape[2], x.shape[3] // heads)
 
 
-def merge_heads(x: Tensor, stack: int) -> Tensor:
-    """[B S, H, T, d] -> [B, S, T, H d]."""
-    return x.transpose(1, 2).reshape(-1, stack, x.shape[2], x.shape[1] * x.shape[3])
+def merge_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, S H, T, d] -> [B, S, T, H d]."""
+    parted = x.reshape(-1, x.shape[1] // heads, heads, x.shape[2], x.shape[3]).transpose(2, 3)
+    return parted.reshape(-1, x.shape[1] // heads, x.shape[2], heads * x.shape[3])
 
 
 class Part(nn.Module):
@@ -151,28 +177,57 @@ class Taps(Part):
     shift: Tensor
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, taps: Tensor, dtype: torch.dtype, *, rows: int, axis: int = -2
+        self, weight: Tensor, bias: Tensor, taps: Tensor, dtype: torch.dtype, *, rows: int, stack: int, point: bool
     ) -> None:
-        """weight, bias [K, N, .., 1 or P, C]: tap_k g and tap_k b; taps [K, P]; rows: length of `axis` in the input."""
+        """weight, bias [K, N, S or 1, 1 or P, C]: tap_k g and tap_k b; taps [K, P]; rows: length of the sequence.
+
+        stack: S; point: keep weights per point, for large sequences, whose zero row would cost a copy.
+        """
         super().__init__(dtype)
-        self.axis = axis
-        self.strided = not torch.equal(taps[1], torch.arange(rows))
-        inside = (taps < rows).double()[(slice(None), *(None,) * (weight.ndim - 3), slice(None), None)]
+        inside = (taps < rows).double()[:, None, None, :, None]
         shift = (bias * inside).sum(0)
-        if axis == -3:  # the sequence is not the last axis but the channels: every class has the same constants
-            weight, shift = weight.unsqueeze(-2), shift.unsqueeze(-2)
+        elsewhere = (taps[1] != torch.arange(taps.shape[1])) & (taps[1] < rows)
+        self.strided = taps.shape[1] != rows or bool(elsewhere.any())
+        # Weights per point are zero for what lies outside; one weight for all points needs a zero row to read.
+        self.padded = not point
+        if point:
+            weight, taps = weight * inside, taps.clamp(max=rows - 1)
+        self.stacked = stack > 1
+        if not self.stacked:
+            weight, shift = weight[:, :, 0], shift[:, 0]
         self.keep("shift", shift)
         for k, name in enumerate(("left", "centre", "right")):
             self.keep(name, weight[k])
             self.register_buffer(f"{name}_index", taps[k].contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, .., rows, C] -> [B, N, .., P, C]."""
-        padded = F.pad(x, (0, 0) * (-1 - self.axis) + (0, 1))  # one zero row behind the sequence
-        left = padded.index_select(self.axis, self.left_index).unsqueeze(1) * self.left
-        right = padded.index_select(self.axis, self.right_index).unsqueeze(1) * self.right
-        middle = padded.index_select(self.axis, self.centre_index) if self.strided else x
-        return left + middle.unsqueeze(1) * self.centre + right + self.shift
+        """x [B, S, rows, C] -> [B, N S, P, C]; the N are the outer ones."""
+        if self.stacked:
+            x = x.unsqueeze(1)
+        rows = F.pad(x, (0, 0, 0, 1)) if self.padded else x
+        left = rows.index_select(-2, self.left_index) * self.left
+        right = rows.index_select(-2, self.right_index) * self.right
+        middle = rows.index_select(-2, self.centre_index) if self.strided else x
+        y = left + middle * self.centre + right + self.shift
+        return y.flatten(1, 2) if self.stacked else y
+
+
+class MaxPool(nn.Module):
+    """Maximum over three points, stride 2, as gathers: they join the element-wise work around them."""
+
+    left: Tensor
+    centre: Tensor
+    right: Tensor
+
+    def __init__(self, taps: Tensor):
+        super().__init__()
+        for k, name in enumerate(("left", "centre", "right")):
+            self.register_buffer(name, taps[k].contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, fine, C] -> [B, S, coarse, C]."""
+        outer = torch.maximum(x.index_select(2, self.left), x.index_select(2, self.right))
+        return torch.maximum(outer, x.index_select(2, self.centre))
 
 
 def fold_taps(conv: nn.Conv1d, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
@@ -233,6 +288,11 @@ class OneHeadAttention:
         return cls(
             headed.query @ headed.key.T, headed.query_bias @ headed.key.T, headed.value @ headed.out, headed.out_bias
         )
+
+
+def layer_norms(modules: nn.ModuleList) -> list[nn.LayerNorm]:
+    """The norms of a list that holds nothing else."""
+    return [module for module in modules if isinstance(module, nn.LayerNorm)]
 
 
 def branch_scale(block: Block) -> Tensor:

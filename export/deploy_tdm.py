@@ -9,15 +9,16 @@ Shapes:  B batch   P points of a group   L levels of the network   T trained ste
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccnet.layers import Block
 from ccnet.mtgc import TemporalDependency
-from export.deploy_mtgc import stacked_taps
+from export.deploy_mtgc import block_taps, own_level_bias
 from export.deploy_parts import (
-    EXCLUDED,
     KERNEL,
     Layout,
     Mlp,
@@ -30,61 +31,112 @@ from export.deploy_parts import (
     conv_matrix,
     fold_taps,
     normalize,
+    sequence_taps,
 )
 
 
 class PackedTemporalDependency(Part):
     """TDM on all levels."""
 
+    def __init__(self, stage: TemporalDependency, layout: Layout, dtype: torch.dtype):
+        super().__init__(dtype)
+        groups = [layout.part(0, 1), layout.part(1)] if len(layout.steps) > 1 else [layout]
+        self.sizes = [group.num_points for group in groups]
+        self.neighbours = nn.ModuleList(Neighbours(group.taps()) for group in groups)
+        self.channels = ChannelBranch(stage, layout, groups, dtype) if stage.channel_branch else None
+        shared = SharedParts(stage, dtype)
+        self.groups = nn.ModuleList(Group(stage, shared, group, dtype) for group in groups)
+
+    def forward(self, x: Tensor, mask: Tensor, allowed: Tensor) -> Tensor:
+        """x [B, 1, P, E] (zero at invalid points), mask [B, 1, P, 1], allowed [B, 1, 1, P] -> [B, 1, P, E]."""
+        parts = torch.split_with_sizes(x, self.sizes, dim=2)
+        masks = torch.split_with_sizes(mask, self.sizes, dim=2)
+        alloweds = torch.split_with_sizes(allowed, self.sizes, dim=3)
+        rows = [neighbours(part) for neighbours, part in zip(self.neighbours, parts, strict=True)]
+        channels = self.channels(rows, masks) if self.channels is not None else [None] * len(rows)
+        done = [
+            group(*one)
+            for group, one in zip(self.groups, zip(rows, masks, alloweds, channels, strict=True), strict=True)
+        ]
+        return torch.cat(done, dim=2)
+
+
+class SharedParts(Part):
+    """What the groups share: the two wide convolutions, and the co-occurrence branch."""
+
     expand: Tensor
     squeeze: Tensor
 
-    def __init__(self, stage: TemporalDependency, layout: Layout, dtype: torch.dtype):
+    def __init__(self, stage: TemporalDependency, dtype: torch.dtype):
         super().__init__(dtype)
-        self.width = stage.squeeze.out_channels
-        several = len(layout.steps) > 1
-        self.groups = [layout.part(0, 1), layout.part(1)] if several else [layout]
-        self.sizes = [group.num_points for group in self.groups]
-        self.neighbours = nn.ModuleList(Neighbours(group.taps()) for group in self.groups)
+        self.classes, self.hidden = stage.classes, stage.hidden
         self.keep("expand", conv_matrix(stage.expand.weight))
-        self.temporal = nn.ModuleList(TemporalBranch(stage.temporal, group, dtype) for group in self.groups)
-        self.cooccurrence = CooccurrenceBranch(stage.cooccurrence, stage.classes, dtype)
         # The squeeze convolution multiplies first, [P, C H] -> [P, K E], and adds neighbours after.
         self.keep("squeeze", stage.squeeze.weight.detach().permute(1, 2, 0).flatten(1, 2))
-        self.shifts = nn.ModuleList(AddNeighbours(group.taps()) for group in self.groups)
-        self.classes, self.hidden = stage.classes, stage.hidden
-        self.channels = ChannelBranch(stage, layout, self.groups, dtype) if stage.channel_branch else None
+        self.temporal = DependencyBranch(stage.temporal, dtype)
+        self.cooccurrence = DependencyBranch(stage.cooccurrence, dtype)
 
-    def forward(self, x: Tensor, mask: Tensor, allowed: Tensor) -> Tensor:
-        """x [B, P, E] (zero at invalid points), mask [B, P, 1], allowed [B, 1, P], P of all levels -> [B, P, E]."""
-        xs, masks = x.split(self.sizes, dim=1), mask.split(self.sizes, dim=1)
-        alloweds = allowed.split(self.sizes, dim=2)
-        rows = [neighbours(part) for neighbours, part in zip(self.neighbours, xs, strict=True)]
-        channels = self.channels(rows, masks) if self.channels is not None else [None] * len(xs)
-        parts = zip(rows, masks, alloweds, channels, self.temporal, self.shifts, strict=True)
-        return torch.cat([self._group(*part) for part in parts], dim=1)
 
-    def _group(
-        self,
-        rows: Tensor,
-        mask: Tensor,
-        allowed: Tensor,
-        channels: Tensor | None,
-        temporal: nn.Module,
-        shift: nn.Module,
-    ) -> Tensor:
-        by_class = torch.relu(rows @ self.expand) * mask
+class Group(Part):
+    """TDM on the levels of one group."""
+
+    own_level: Tensor
+
+    def __init__(self, stage: TemporalDependency, shared: SharedParts, layout: Layout, dtype: torch.dtype):
+        super().__init__(dtype)
+        points, classes = layout.num_points, stage.classes
+        self.shared = shared
+        over_time, over_classes = layout.taps(), sequence_taps(classes)
+        self.keep("own_level", layout.own_level().float(), torch.float32)
+        temporal, cooccurrence = block_taps(stage.temporal, "qkv"), block_taps(stage.cooccurrence, "qkv")
+        self.time_taps = Taps(*temporal, over_time, dtype, rows=points, stack=classes, point=True)
+        self.class_taps = Taps(*cooccurrence, over_classes, dtype, rows=classes, stack=points, point=True)
+        self.shift = AddNeighbours(over_time)
+
+    def forward(self, rows: Tensor, mask: Tensor, allowed: Tensor, channels: Tensor | None) -> Tensor:
+        """rows [B, 1, P, K E], mask [B, 1, P, 1], allowed [B, 1, 1, P], channels [B, P, H, C] -> [B, 1, P, E]."""
+        shared = self.shared
+        by_class = (torch.relu(rows @ shared.expand) * mask).reshape(-1, rows.shape[2], shared.classes, shared.hidden)
         if channels is not None:
-            by_class = by_class + channels
-        by_class = by_class.reshape(-1, rows.shape[1], self.classes, self.hidden)
+            by_class = by_class + channels.reshape(-1, rows.shape[2], shared.classes, shared.hidden)
         normal = normalize(by_class)
-        total = temporal(by_class, normal, allowed) + self.cooccurrence(by_class, normal)
-        squeezed: Tensor = shift((total.flatten(2) * mask) @ self.squeeze)
+        bias = own_level_bias(self.own_level, allowed)
+        over_time = shared.temporal(self.time_taps(normal.transpose(1, 2)), bias).transpose(1, 2)
+        over_classes = shared.cooccurrence(self.class_taps(normal), None)
+        total = shared.temporal.residual(by_class, over_time) + shared.cooccurrence.residual(by_class, over_classes)
+        squeezed: Tensor = self.shift((total.flatten(2).unsqueeze(1) * mask) @ shared.squeeze)
         return squeezed * mask
 
 
+class DependencyBranch(Part):
+    """A branch of TDM, behind its depthwise convolutions: one-head attention over time or over classes, then MLP."""
+
+    query: Tensor
+    query_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
+
+    def __init__(self, block: Block, dtype: torch.dtype):
+        super().__init__(dtype)
+        folded = OneHeadAttention.fold(block.attention, branch_scale(block))
+        for name in ("query", "query_bias", "out", "out_bias"):
+            self.keep(name, getattr(folded, name))
+        self.mlp = Mlp([block], dtype)
+
+    def forward(self, sequences: Tensor, bias: Tensor | None) -> Tensor:
+        """Queries, keys and values, one after the other, [B, 3 S, T, H] -> [B, S, T, H]."""
+        query, key, value = torch.chunk(normalize(sequences), 3, dim=1)
+        return attend(query @ self.query + self.query_bias, key, value, bias)
+
+    def residual(self, x: Tensor, attended: Tensor) -> Tensor:
+        """[B, P, C, H] each -> [B, P, C, H]; anything at invalid points."""
+        y = x + (attended @ self.out + self.out_bias)
+        out: Tensor = y + self.mlp(y)
+        return out
+
+
 class AddNeighbours(nn.Module):
-    """The other half of a convolution that multiplied first: [B, P, K E] -> [B, P, E], each tap from its neighbour."""
+    """The rest of a convolution that multiplied first: [B, 1, P, K E] -> [B, 1, P, E], each tap from its neighbour."""
 
     left: Tensor
     centre: Tensor
@@ -96,60 +148,9 @@ class AddNeighbours(nn.Module):
             self.register_buffer(name, (taps[k] * KERNEL + k).clamp(max=KERNEL * taps.shape[1]))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = F.pad(x.reshape(-1, KERNEL * x.shape[1], x.shape[2] // KERNEL), (0, 0, 0, 1))  # a zero row at the end
-        return rows.index_select(1, self.left) + rows.index_select(1, self.centre) + rows.index_select(1, self.right)
-
-
-class TemporalBranch(Part):
-    """Every class is a sequence over time: C attentions over the points of a group, each point's own level allowed."""
-
-    query: Tensor
-    query_bias: Tensor
-    out: Tensor
-    out_bias: Tensor
-    own_level: Tensor
-
-    def __init__(self, block: Block, layout: Layout, dtype: torch.dtype):
-        super().__init__(dtype)
-        self.taps = stacked_taps(block, "qkv", layout.taps(), dtype, axis=-3)
-        self.keep("own_level", layout.own_level().float(), torch.float32)
-        folded = OneHeadAttention.fold(block.attention, branch_scale(block))
-        for name in ("query", "query_bias", "out", "out_bias"):
-            self.keep(name, getattr(folded, name))
-        self.mlp = Mlp([block], dtype)
-
-    def forward(self, x: Tensor, normal: Tensor, allowed: Tensor) -> Tensor:
-        """x and its normalised form [B, P, C, H], allowed [B, 1, P] -> [B, P, C, H]; anything at invalid points."""
-        query, key, value = (part.squeeze(1) for part in normalize(self.taps(normal)).split(1, dim=1))
-        query = query @ self.query + self.query_bias
-        bias = ((self.own_level * allowed - 1) * -EXCLUDED).unsqueeze(1)
-        attended = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias).transpose(1, 2)
-        x = x + (attended @ self.out + self.out_bias)
-        return x + self.mlp(x)
-
-
-class CooccurrenceBranch(Part):
-    """Every time step is a sequence over classes."""
-
-    query: Tensor
-    query_bias: Tensor
-    out: Tensor
-    out_bias: Tensor
-
-    def __init__(self, block: Block, classes: int, dtype: torch.dtype):
-        super().__init__(dtype)
-        self.taps = stacked_taps(block, "qkv", Layout((classes,), (classes,)).taps(), dtype, batched=True)
-        folded = OneHeadAttention.fold(block.attention, branch_scale(block))
-        for name in ("query", "query_bias", "out", "out_bias"):
-            self.keep(name, getattr(folded, name))
-        self.mlp = Mlp([block], dtype)
-
-    def forward(self, x: Tensor, normal: Tensor) -> Tensor:
-        """x and its normalised form [B, P, C, H] -> [B, P, C, H]; anything at invalid points."""
-        query, key, value = (part.squeeze(1) for part in normalize(self.taps(normal)).split(1, dim=1))
-        attended = attend(query @ self.query + self.query_bias, key, value, None)
-        x = x + (attended @ self.out + self.out_bias)
-        return x + self.mlp(x)
+        rows = x.reshape(-1, 1, KERNEL * x.shape[2], x.shape[3] // KERNEL)
+        rows = F.pad(rows, (0, 0, 0, 1))  # a zero row at the end
+        return rows.index_select(2, self.left) + rows.index_select(2, self.centre) + rows.index_select(2, self.right)
 
 
 class ChannelBranch(Part):
@@ -182,15 +183,11 @@ class ChannelBranch(Part):
         # Point that feature j of level l reads; all that is cut off reads the level's halo, where press is zero.
         starts = [sum(layout.lengths[:level]) for level in range(self.levels)]
         features = torch.arange(self.steps)
-        self.keep(
-            "spread",
-            torch.cat(
-                [
-                    start + (features % trained).clamp(max=length - 1)
-                    for start, trained, length in zip(starts, layout.trained, layout.lengths, strict=True)
-                ]
-            ),
-        )
+        spread = [
+            start + (features % trained).clamp(max=steps)
+            for start, trained, steps in zip(starts, layout.trained, layout.steps, strict=True)
+        ]
+        self.keep("spread", torch.cat(spread))
         linears = [linear for linear in stage.channel_linears if isinstance(linear, nn.Linear)]
         self.expanders = nn.ModuleList()
         first = 0
@@ -230,16 +227,16 @@ class ChannelBranch(Part):
             ]
             weights.append(torch.stack([repeated(weight) for weight, _ in pairs], dim=1))
             biases.append(torch.stack([repeated(bias) for _, bias in pairs], dim=1))
-        taps = Layout((self.hidden,), (self.hidden,)).taps()
         weight, bias = (torch.stack(values, dim=1).unsqueeze(-2) for values in (weights, biases))  # [K, 3, L, 1, T]
-        self.taps = Taps(weight, bias, taps, dtype, rows=self.hidden)
+        taps = sequence_taps(self.hidden)
+        self.taps = Taps(weight, bias, taps, dtype, rows=self.hidden, stack=self.levels, point=False)
 
-    def forward(self, rows: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
-        """Per group rows [B, P, K E] and mask [B, P, 1] -> per group [B, P, H C] to add to the expanded features."""
+    def forward(self, rows: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+        """Per group rows [B, 1, P, K E] and mask [B, 1, P, 1] -> per group [B, P, H, C] to add to the expanded ones."""
         pressed = [torch.relu(part @ self.press) * mask for part, mask in zip(rows, masks, strict=True)]
-        points = torch.cat(pressed, dim=1).index_select(1, self.spread)  # [B, L T, H]
+        points = torch.cat(pressed, dim=2).index_select(2, self.spread)  # [B, 1, L T, H]
         x = points.reshape(-1, self.levels, self.steps, self.hidden).transpose(2, 3)  # [B, L, H, T]
-        query, key, value = (part.squeeze(1) for part in normalize(self.taps(normalize(x))).split(1, dim=1))
+        query, key, value = torch.chunk(normalize(self.taps(normalize(x))), 3, dim=1)
         x = x + (attend(query @ self.query + self.query_bias, key, value, None) @ self.out + self.out_bias)
         x = x + (F.gelu(normalize(x) @ self.first + self.first_bias) @ self.second + self.second_bias)
         x = x.transpose(1, 2).flatten(2)  # [B, H, L T]
@@ -247,7 +244,7 @@ class ChannelBranch(Part):
 
 
 class ChannelExpand(Part):
-    """Linear T_l -> C T_l of some levels, made per point, so that its result is in place: [B, P, H, C] is [B, P, C H].
+    """Linear T_l -> C T_l of some levels, made per point, so that its result is in place.
 
     The released network reads the [H, C T] result as [C, H, T] without a transpose, so (channel, class) pairs keep
     their order and only the step moves to the front.
@@ -266,9 +263,10 @@ class ChannelExpand(Part):
         bias = torch.zeros(group.num_points, 1, classes, dtype=torch.float64)
         row = column = 0
         for linear, length, trained in zip(linears, group.lengths, group.trained, strict=True):
-            by_step = linear.weight.detach().double().view(classes, trained, trained)[:, :length]  # [C, t, j]
-            weight[row : row + length, column : column + trained] = by_step.permute(1, 2, 0)
-            bias[row : row + length, 0] = linear.bias.detach().double().view(classes, trained)[:, :length].T
+            kept = min(length, trained)
+            by_step = linear.weight.detach().double().view(classes, trained, trained)[:, :kept]  # [C, t, j]
+            weight[row : row + kept, column : column + trained] = by_step.permute(1, 2, 0)
+            bias[row : row + kept, 0] = linear.bias.detach().double().view(classes, trained)[:, :kept].T
             row, column = row + length, column + trained
         self.keep("weight", weight)
         self.keep("bias", bias)
@@ -276,6 +274,6 @@ class ChannelExpand(Part):
         self.keep("read", torch.cat([level * steps + torch.arange(trained) for level, trained in levels]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, H, L T] -> [B, P, H C]."""
+        """x [B, H, L T] -> [B, P, H, C]."""
         features = x.index_select(2, self.read).unsqueeze(1)
-        return torch.relu(features @ self.weight + self.bias).flatten(2)
+        return torch.relu(features @ self.weight + self.bias)
