@@ -35,6 +35,8 @@ class Tolerance:
     """Mean of the same."""
     matched: float
     """Least share of the reference's events above `EVENT_SCORE` found again (same class, tIoU > `EVENT_TIOU`)."""
+    matched_stress: float
+    """The same on the stress inputs."""
     score_drift: float
     """Largest score difference of a matched event."""
     average_map: float
@@ -56,6 +58,7 @@ TOLERANCES: dict[Precision, Tolerance] = {
         max_offsets=1e-4,
         mean_offsets=1e-5,
         matched=1.0,
+        matched_stress=1.0,
         score_drift=1e-4,
         average_map=1e-4,
     ),

@@ -22,7 +22,7 @@ MANIFEST = "bundle.json"
 PARITY = "parity.json"
 
 Flavour = Literal["onnx", "tensorrt", "tensorrt-rtx"]
-Gate = Literal["passed", "not-run"]
+Gate = Literal["passed", "not-run", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,8 @@ class Rung:
     artifact: str
     """Name of the artifact it runs."""
     gate: Gate
-    """`passed`: proven against the eager model; `not-run`: built, but never run where it was built."""
+    """`passed`: proven against the eager model; `not-run`: built, but never run where it was built; `failed`: only
+    among `Manifest.rejected`."""
     accuracy: dict[str, Any] = field(default_factory=dict)
     """Summary of the gate: differences per tensor, matched events, mAP difference."""
     speed: dict[str, Any] = field(default_factory=dict)
@@ -99,6 +100,9 @@ class Manifest:
     files: tuple[FileRecord, ...]
     artifacts: tuple[Artifact, ...]
     rungs: tuple[Rung, ...]
+    """Ways to run the bundle, the fastest measured one first."""
+    rejected: tuple[Rung, ...] = ()
+    """Rungs of the precision ladder that failed the gate: kept for the record, never run."""
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
@@ -168,7 +172,7 @@ def read_bundle(folder: str | Path) -> Bundle:
 
 def _check_names(folder: Path, manifest: Manifest) -> None:
     artifacts = {artifact.name for artifact in manifest.artifacts}
-    for rung in manifest.rungs:
+    for rung in manifest.rungs + manifest.rejected:
         if rung.artifact not in artifacts:
             raise BundleError(f"{folder / MANIFEST}: rung '{rung.name}' names an unknown artifact '{rung.artifact}'")
     for name in [record.name for record in manifest.files] + [f for a in manifest.artifacts for f in a.files]:

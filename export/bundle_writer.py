@@ -1,0 +1,161 @@
+"""Puts a bundle together, or changes one, in a folder beside it that takes its place only when it is whole.
+
+A kill, a full disk or a failed gate leaves what was there before: the old bundle, or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from runtime.bundle import MANIFEST, PARITY, SCHEMA, Artifact, Bundle, FileRecord, Manifest, Rung, read_bundle
+from runtime.errors import BundleError
+from runtime.files import atomic_folder, sha256_file, write_json
+from runtime.spec import ModelSpec
+
+PARITY_SCHEMA = 1
+
+
+class Draft:
+    """A bundle in the making. Files are written into `folder` by the caller; the manifest comes last."""
+
+    def __init__(self, folder: Path, manifest: Manifest, parity: dict[str, Any]) -> None:
+        """Use `new_bundle` or `changed_bundle`."""
+        self.folder = folder
+        self._manifest = manifest
+        self._parity = parity
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._manifest
+
+    def add_artifact(self, artifact: Artifact) -> None:
+        """Take up an artifact whose files are in `folder`; one of the same name is replaced.
+
+        Raises BundleError when a file is missing or belongs to another artifact.
+        """
+        others = tuple(a for a in self._manifest.artifacts if a.name != artifact.name)
+        for name in artifact.files:
+            owner = next((other.name for other in others if name in other.files), None)
+            if owner is not None:
+                raise BundleError(f"{self.folder.name}: file '{name}' of '{artifact.name}' belongs to '{owner}'")
+            if not (self.folder / name).is_file():
+                raise BundleError(f"{self.folder / name}: missing, though '{artifact.name}' lists it")
+        kept = {name for other in others for name in other.files} | {PARITY}
+        files = tuple(record for record in self._manifest.files if record.name in kept)
+        files += tuple(_file_record(self.folder / name) for name in artifact.files)
+        self._manifest = dataclasses.replace(self._manifest, files=files, artifacts=(*others, artifact))
+
+    def set_rung(self, rung: Rung, report: dict[str, Any] | None = None) -> None:
+        """Add or replace a rung and its report. One whose gate is `failed` goes among the rejected ones."""
+        rungs = [r for r in self._manifest.rungs if r.name != rung.name]
+        rejected = [r for r in self._manifest.rejected if r.name != rung.name]
+        (rejected if rung.gate == "failed" else rungs).append(rung)
+        self._manifest = dataclasses.replace(self._manifest, rungs=_ranked(rungs), rejected=tuple(rejected))
+        if report is None:
+            self._parity["rungs"].pop(rung.name, None)
+        else:
+            self._parity["rungs"][rung.name] = report
+
+    def bundle(self) -> Bundle:
+        """Write the reports and the manifest, and read the bundle as the runtime does."""
+        write_json(self.folder / PARITY, self._parity)
+        files = tuple(record for record in self._manifest.files if record.name != PARITY)
+        self._manifest = dataclasses.replace(self._manifest, files=(*files, _file_record(self.folder / PARITY)))
+        write_json(self.folder / MANIFEST, self._manifest.to_json())
+        return read_bundle(self.folder)
+
+
+@contextlib.contextmanager
+def new_bundle(
+    path: str | Path,
+    *,
+    spec: ModelSpec,
+    model: dict[str, Any],
+    checkpoint_sha256: str,
+    versions: dict[str, str],
+) -> Iterator[Draft]:
+    """A draft that becomes the bundle `path` when the block ends well; an earlier bundle there is replaced.
+
+    Raises BundleError when `path` is something else than a bundle or an empty folder, or the draft holds no artifact.
+    """
+    path = Path(path)
+    refuse_foreign(path)
+    manifest = Manifest(
+        schema=SCHEMA,
+        spec=spec,
+        model=model,
+        checkpoint_sha256=checkpoint_sha256,
+        versions=versions,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        files=(),
+        artifacts=(),
+        rungs=(),
+    )
+    with atomic_folder(path) as folder:
+        draft = Draft(folder, manifest, {"schema": PARITY_SCHEMA, "rungs": {}})
+        yield draft
+        _finish(draft, path)
+
+
+@contextlib.contextmanager
+def changed_bundle(path: str | Path) -> Iterator[Draft]:
+    """A draft that starts as the bundle `path` and takes its place when the block ends well.
+
+    Unchanged files are linked, not copied, where the file system can. A file must be replaced in the draft, never
+    written into: the bundle in use shares its content. Raises BundleError when `path` is no bundle.
+    """
+    path = Path(path)
+    bundle = read_bundle(path)
+    reports = path / PARITY
+    parity = {"schema": PARITY_SCHEMA, "rungs": {}}
+    if reports.is_file():
+        try:
+            parity["rungs"] = dict(json.loads(reports.read_text(encoding="utf-8"))["rungs"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"{reports}: not a file of parity reports ({error}); copy the bundle again") from error
+    with atomic_folder(path) as folder:
+        shutil.copytree(path, folder, copy_function=_link_or_copy, dirs_exist_ok=True)
+        draft = Draft(folder, bundle.manifest, parity)
+        yield draft
+        _finish(draft, path)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raises BundleError when `path` exists and is neither a bundle nor an empty folder: it would be replaced."""
+    if path.is_dir() and (not any(path.iterdir()) or (path / MANIFEST).is_file()):
+        return
+    if path.exists():
+        raise BundleError(f"{path}: exists and is no bundle; name another place with --out")
+
+
+def _finish(draft: Draft, path: Path) -> None:
+    bundle = draft.bundle()
+    if not bundle.manifest.artifacts:
+        raise BundleError(f"{path}: a bundle needs an artifact")
+    for record in bundle.manifest.files:
+        with open(bundle.folder / record.name, "rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def _ranked(rungs: list[Rung]) -> tuple[Rung, ...]:
+    """The fastest measured rung first; those without a speed stay in order behind."""
+    return tuple(sorted(rungs, key=lambda rung: float(rung.speed.get("ms_per_video", float("inf")))))
+
+
+def _file_record(path: Path) -> FileRecord:
+    return FileRecord(name=path.name, size=path.stat().st_size, sha256=sha256_file(path))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
