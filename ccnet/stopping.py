@@ -34,6 +34,11 @@ class StopRequest:
         """True once the work should stop."""
         return self.signal_number is not None
 
+    @property
+    def number(self) -> int:
+        """The signal that asked; SIGINT where none did."""
+        return self.signal_number or signal.SIGINT
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -29,7 +29,7 @@ from ccnet.optimization import learning_rate
 from ccnet.progress import LOSS_COLUMNS, Journal, ProgressBar, Row
 from ccnet.stopping import StopRequest
 from ccnet.training_state import Position, TrainingState, open_run, save_state
-from ccnet.validation import validate
+from ccnet.validation import evaluate_network
 from runtime.annotations import Annotations, read_annotations
 from runtime.errors import TrainingError, TrainingStopped
 from runtime.evaluation import Evaluation
@@ -213,12 +213,20 @@ class _Run:
         epoch = self.position.epoch + 1
         if epoch % self.config.train.validate_every and epoch < self.total_epochs:
             return None
-        evaluation = validate(
-            self.learner, self.annotations, self.features, text=f"validation {epoch}", quiet=self.quiet, stop=self.stop
-        )
-        if evaluation is None:
+        try:
+            return evaluate_network(
+                self.learner.average.model,
+                self.config.spec(self.annotations.labels),
+                self.annotations,
+                self.features,
+                "validation",
+                device=self.device,
+                precision=self.config.train.precision,
+                quiet=self.quiet,
+                stop=self.stop,
+            )
+        except TrainingStopped:
             self._save_and_stop()
-        return evaluation
 
     def _end_epoch(self, evaluation: Evaluation | None) -> None:
         position = self.position
@@ -271,7 +279,7 @@ class _Run:
     def _save_and_stop(self) -> NoReturn:
         self._save_last()
         self.journal.write()
-        number = self.stop.signal_number or signal.SIGINT
+        number = self.stop.number
         raise TrainingStopped(
             f"stopped by {signal.Signals(number).name} in epoch {self.position.epoch + 1} after step "
             f"{self.steps_done}; the state is in {self.out / 'last'}, add --resume to continue",
