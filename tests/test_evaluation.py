@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import LABELS, make_bundle, plant, write_features
 
 from ccnet.cli import main
 from runtime.annotations import Annotations, VideoAnnotation, read_annotations
@@ -164,3 +165,35 @@ def test_command_errors(small: tuple[str, str], tmp_path: Path, capsys: pytest.C
         assert message in error
         assert error.startswith("ccnet evaluate: error: ")
         assert "Traceback" not in error
+
+
+def test_command_on_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    bundle = make_bundle(tmp_path / "bundle").folder
+    features = tmp_path / "features"
+    features.mkdir()
+    database: dict[str, Any] = {}
+    for i in range(4):  # one event a video, at grid steps 2 to 8, that is 2.5 to 8.5 s
+        event = {"segment": [2.5, 8.5], "label": LABELS[i], "label_id": i}
+        database[f"v{i}"] = {"duration": 12.0, "subset": "test", "annotations": [event]}
+        write_features(features, f"v{i}", plant(12, [(2, 8, i, 3.0)]))
+    (tmp_path / "a.json").write_text(json.dumps({"database": database}))
+    command = ["evaluate", str(bundle), "--annotations", str(tmp_path / "a.json"), "--features", str(features)]
+    assert main([*command, "--json", str(tmp_path / "result.json")]) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["average_map"] == 1.0
+
+    (features / "v3_seen.npy").write_bytes(b"")  # a bad video costs its class, and is named
+    assert main([*command, "--json", str(tmp_path / "result.json")]) == 1
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["average_map"] == 0.75
+    assert list(result["unusable"]) == ["v3"]
+    captured = capsys.readouterr()
+    assert "1 video(s) could not be used and count as videos without detections" in captured.err
+    assert "v3: " in captured.err
+    assert "1 video(s) without predictions" in captured.out
+
+    for path in features.iterdir():
+        path.write_bytes(b"")
+    assert main(command) == 2
+    assert "none of the 4 videos could be used; the first, v0: " in capsys.readouterr().err

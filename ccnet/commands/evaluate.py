@@ -27,7 +27,7 @@ _SHOWN = 20
 
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser("evaluate", help="mAP of predicted events, or of a bundle, on an annotated subset")
-    parser.add_argument("source", metavar="BUNDLE|EVENTS", help="bundle folder, or an events.jsonl")
+    parser.add_argument("bundle", metavar="BUNDLE|EVENTS", help="bundle folder, or an events.jsonl")
     parser.add_argument("--annotations", required=True, metavar="F", help="annotation file")
     parser.add_argument("--subset", default="test", choices=SUBSETS, help="default: test")
     parser.add_argument("--features", metavar="DIR", help="folder of feature files; needed with a bundle")
@@ -40,23 +40,23 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     failed: list[tuple[str, CCNetError]] = []
     predictions: Mapping[str, Detections]
-    if Path(arguments.source).is_dir():
+    if Path(arguments.bundle).is_dir():
         if arguments.features is None:
-            raise ConfigError(f"--features is missing: {arguments.source} is a bundle, which needs videos to run on")
-        annotations = read_annotations(arguments.annotations, labels=read_bundle(arguments.source).spec.labels)
+            raise ConfigError(f"--features is missing: {arguments.bundle} is a bundle, which needs videos to run on")
+        annotations = read_annotations(arguments.annotations, labels=read_bundle(arguments.bundle).spec.labels)
         predictions, failed = _predict(arguments, annotations)
     else:
         if arguments.features is not None:
-            raise ConfigError(f"--features: {arguments.source} is no bundle folder; events are scored without features")
+            raise ConfigError(f"--features: {arguments.bundle} is no bundle folder; events are scored without features")
         annotations = read_annotations(arguments.annotations)
-        predictions = read_events(arguments.source, annotations.labels)
+        predictions = read_events(arguments.bundle, annotations.labels)
     evaluation = evaluate(predictions, annotations, arguments.subset)
     print(evaluation.table())
     if arguments.per_class:
         print(f"\n{evaluation.per_class_table()}")
     if arguments.json:
         unusable = {video_id: str(error) for video_id, error in failed}
-        write_json(arguments.json, {"source": str(arguments.source), **evaluation.to_json(), "unusable": unusable})
+        write_json(arguments.json, {"source": str(arguments.bundle), **evaluation.to_json(), "unusable": unusable})
     if failed:
         print(f"{len(failed)} video(s) could not be used and count as videos without detections:", file=sys.stderr)
         for video_id, error in failed[:_SHOWN]:
