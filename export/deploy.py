@@ -23,7 +23,7 @@ from ccnet.layers import Block
 from ccnet.model import CCNet
 from ccnet.mtgc import CoarseToFine, FineToCoarse, TemporalDependency
 from export.deploy_mtgc import PackedCoarseToFine, PackedFineToCoarse
-from export.deploy_parts import EXCLUDED, Layout, Neighbours, NormRelu, Part, conv_matrix, layer_norms
+from export.deploy_parts import EXCLUDED, Layout, Neighbours, NormRelu, Part, conv_matrix, layer_norms, stacked_product
 from export.deploy_streams import StreamEmbedding, StreamLayer
 from export.deploy_tdm import PackedTemporalDependency
 from runtime.errors import ExportError
@@ -90,22 +90,22 @@ class Deployment(nn.Module):
 
     def forward(self, visual: Tensor, audio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """visual [B, Cv, T], audio [B, Ca, T], mask [B, 1, T] bool -> logits [B, P, C], offsets [B, P, C, 2]."""
-        valid = mask.unsqueeze(1).float()
+        valid = mask.float()
         if self.has_extra:
             valid = F.pad(valid, (0, 1))
-        allowed = valid.index_select(3, self.point_steps)  # [B, 1, 1, P] float32
-        point_mask = allowed.transpose(2, 3).to(self.dtype)  # [B, 1, P, 1]
-        masks = torch.split_with_sizes(point_mask, self.lengths, dim=2)
-        key_biases = torch.split_with_sizes((1 - allowed) * EXCLUDED, self.lengths, dim=3)
+        allowed = valid.index_select(2, self.point_steps)  # [B, 1, P] float32
+        point_mask = allowed.transpose(1, 2).to(self.dtype)  # [B, P, 1]
+        masks = torch.split_with_sizes(point_mask, self.lengths, dim=1)
+        key_biases = torch.split_with_sizes((1 - allowed) * EXCLUDED, self.lengths, dim=2)
 
-        streams = self.embed(visual, audio, masks[0])  # [B, 2, T, D]
+        streams = self.embed(visual, audio, masks[0])  # [2, B, T, D]
         for layer in self.self_layers:
             streams = layer(streams, masks[0], key_biases[0])
         levels = []
         for layer, level_mask, bias in zip(self.cross_layers, masks, key_biases, strict=True):
             streams = layer(streams, level_mask, bias)
             levels.append(streams)
-        x = torch.cat(levels, dim=2).transpose(1, 2).flatten(2).unsqueeze(1)  # [B, 1, P, E]: visual, then audio
+        x = torch.cat(levels, dim=2).permute(1, 2, 0, 3).flatten(2)  # [B, P, E]: visual, then audio channels
 
         for stage in self.stages:
             by_level = isinstance(stage, PackedFineToCoarse)
@@ -158,11 +158,13 @@ class PackedHeads(Part):
         self.neighbours = Neighbours(layout.taps())
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, 1, P, E], mask [B, 1, P, 1] -> float32 logits [B, P, C], offsets [B, P, 2 C]."""
-        x = self.first_norm(self.neighbours(x) @ self.first, mask)  # [B, 2, P, head_dim]
-        x = self.second_norm(self.neighbours(x) @ self.second, mask)
-        class_rows, offset_rows = torch.chunk(self.neighbours(x).float(), 2, dim=1)
+        """x [B, P, E], mask [B, P, 1] -> float32 logits [B, P, C], offsets [B, P, 2 C]."""
+        shape = (2, -1, x.shape[1], self.first.shape[2])
+        rows = self.neighbours(x).flatten(0, 1)
+        x = self.first_norm((rows @ self.first).reshape(shape), mask)  # [2, B, P, head_dim]
+        x = self.second_norm(stacked_product(self.neighbours(x), self.second).reshape(shape), mask)
+        class_rows, offset_rows = torch.chunk(self.neighbours(x).float(), 2)
         mask = mask.float()
-        logits = (class_rows @ self.class_weight + self.class_bias) * mask
-        offsets = (offset_rows @ self.offset_weight + self.offset_bias) * (mask * self.level_scale)
-        return logits.squeeze(1), torch.relu(offsets).squeeze(1)
+        logits = (class_rows.squeeze(0) @ self.class_weight + self.class_bias) * mask
+        offsets = (offset_rows.squeeze(0) @ self.offset_weight + self.offset_bias) * (mask * self.level_scale)
+        return logits, torch.relu(offsets)

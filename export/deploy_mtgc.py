@@ -1,4 +1,4 @@
-"""Deployment form of the two collaborations of MTGC: all levels side by side, [B, 1, P, E].
+"""Deployment form of the two collaborations of MTGC: all levels side by side, [B, P, E].
 
 Shapes:  B batch   P points of all levels   T_l points of one level   E level width
 """
@@ -24,24 +24,28 @@ from export.deploy_parts import (
     attend,
     branch_scale,
     fold_taps,
-    merge_heads,
     normalize,
     split_heads,
+    stacked_product,
 )
 
 
-def block_taps(block: Block, parts: str) -> tuple[Tensor, Tensor]:
-    """Depthwise convolutions of some of a Block's queries, keys, values ("q", "kv", "qkv"): each [K, N, 1, 1, C]."""
+def block_taps(block: Block, parts: str, axes: int = 0) -> tuple[Tensor, Tensor]:
+    """Depthwise convolutions of some of a Block's queries, keys, values ("q", "kv", "qkv").
+
+    Returns weight and bias, each [K, N, 1, .., C] with `axes` axes of one.
+    """
     attention = block.attention
     convs = {"q": attention.query_conv, "k": attention.key_conv, "v": attention.value_conv}
     folded = [fold_taps(convs[part], block.norm_q if part == "q" else block.norm_kv) for part in parts]
-    weight, bias = (torch.stack(values, dim=1)[:, :, None, None] for values in zip(*folded, strict=True))
-    return weight, bias
+    weight, bias = (torch.stack(values, dim=1) for values in zip(*folded, strict=True))
+    ones = (1,) * axes
+    return weight.view(*weight.shape[:2], *ones, -1), bias.view(*bias.shape[:2], *ones, -1)
 
 
 def own_level_bias(own_level: Tensor, allowed: Tensor) -> Tensor:
-    """own_level [P, P], allowed [B, 1, 1, P] -> attention bias [B, 1, P, P]: valid keys of a query's own level."""
-    return own_level * allowed * -EXCLUDED + EXCLUDED
+    """own_level [P, P], allowed [B, 1, P] -> attention bias [B, 1, P, P]: valid keys of a query's own level."""
+    return (own_level * allowed * -EXCLUDED + EXCLUDED).unsqueeze(1)
 
 
 class PackedCoarseToFine(Part):
@@ -77,8 +81,8 @@ class PackedCoarseToFine(Part):
         self.keep("stretch_bias", bias)
         self.keep("refined", (level < len(layout.steps) - 1).float()[:, None])
         self.keep("own_level", layout.own_level().float(), torch.float32)
-        self.query_taps = Taps(*block_taps(block, "q"), layout.taps(), dtype, rows=points, stack=1, point=False)
-        self.key_value_taps = Taps(*block_taps(block, "kv"), layout.taps(), dtype, rows=points, stack=1, point=False)
+        self.query_taps = Taps(*block_taps(block, "q"), layout.taps(), dtype, rows=points)
+        self.key_value_taps = Taps(*block_taps(block, "kv", 2), layout.taps(), dtype, rows=points)
         folded = HeadedAttention.fold(block.attention, branch_scale(block))
         for name in ("query", "query_bias", "out", "out_bias"):
             self.keep(name, getattr(folded, name))
@@ -86,14 +90,16 @@ class PackedCoarseToFine(Part):
         self.mlp = Mlp([block], dtype)
 
     def forward(self, x: Tensor, mask: Tensor, allowed: Tensor) -> Tensor:
-        """x [B, 1, P, E] (zero at invalid points), mask [B, 1, P, 1], allowed [B, 1, 1, P] -> [B, 1, P, E]."""
+        """x [B, P, E] (zero at invalid points), mask [B, P, 1], allowed [B, 1, P] -> [B, P, E]."""
+        points = x.shape[1]
         guide = torch.relu(self.stretch @ x + self.stretch_bias)
-        query = normalize(self.query_taps(normalize(guide))) @ self.query + self.query_bias
-        key_value = split_heads(normalize(self.key_value_taps(normalize(x))) @ self.key_value, self.heads)
-        key, value = torch.chunk(key_value, 2, dim=1)
-        bias = own_level_bias(self.own_level, allowed)
-        attended = merge_heads(attend(split_heads(query, self.heads), key, value, bias), self.heads)
-        branch = attended @ self.out + self.out_bias
+        query = split_heads(
+            normalize(self.query_taps(normalize(guide))) @ self.query + self.query_bias, points, self.heads
+        )
+        key_value = stacked_product(normalize(self.key_value_taps(normalize(x))), self.key_value)
+        key, value = torch.chunk(split_heads(key_value, points, self.heads), 2)
+        attended = attend(query, key, value, own_level_bias(self.own_level, allowed))
+        branch = attended.transpose(1, 2).flatten(2) @ self.out + self.out_bias
         branch = branch + self.mlp(x + branch)
         out: Tensor = x + branch * (mask * self.refined)
         return out
@@ -109,21 +115,21 @@ class PackedFineToCoarse(Part):
         blocks = [block for block in stage.blocks if isinstance(block, Block)]
         per_level = [fold_taps(block.attention.query_conv, block.norm_q) for block in blocks]
         weight, bias = (
-            torch.stack(values)[coarse.level()].transpose(0, 1)[:, None, None]  # [K, 1, 1, P, E]
+            torch.stack(values)[coarse.level()].transpose(0, 1)  # [K, P, E]
             for values in zip(*per_level, strict=True)
         )
-        self.query_taps = Taps(weight, bias, coarse.taps(), dtype, rows=coarse.num_points, stack=1, point=True)
+        self.query_taps = Taps(weight, bias, coarse.taps(), dtype, rows=coarse.num_points, point=True)
         self.layers = nn.ModuleList(FineToCoarseLayer(block, layout, i, dtype) for i, block in enumerate(blocks))
 
     def forward(self, x: Tensor, masks: Sequence[Tensor], key_biases: Sequence[Tensor]) -> Tensor:
-        """x [B, 1, P, E], masks per level [B, 1, T_l, 1], key_biases [B, 1, 1, T_l] -> [B, 1, P, E]."""
+        """x [B, P, E], masks per level [B, T_l, 1], key_biases [B, 1, T_l] -> [B, P, E]."""
         finest, rest = _split(x, [self.lengths[0], sum(self.lengths[1:])])
         inputs = _split(rest, self.lengths[1:])
         queries = _split(normalize(self.query_taps(normalize(rest))), self.lengths[1:])
         levels = [finest]
         for layer, own, query, mask, bias in zip(self.layers, inputs, queries, masks[1:], key_biases[1:], strict=True):
             levels.append(layer(levels[-1], own, query, mask, bias))
-        return torch.cat(levels, dim=2)
+        return torch.cat(levels, dim=1)
 
 
 class FineToCoarseLayer(Part):
@@ -138,21 +144,21 @@ class FineToCoarseLayer(Part):
         super().__init__(dtype)
         self.pool = MaxPool(layout.pool_taps(finer))
         taps = layout.part(finer + 1, finer + 2).taps()
-        self.taps = Taps(*block_taps(block, "kv"), taps, dtype, rows=taps.shape[1], stack=1, point=False)
+        self.taps = Taps(*block_taps(block, "kv", 2), taps, dtype, rows=taps.shape[1])
         folded = OneHeadAttention.fold(block.attention, branch_scale(block))
         for name in ("query", "query_bias", "out", "out_bias"):
             self.keep(name, getattr(folded, name))
         self.mlp = Mlp([block], dtype)
 
     def forward(self, finer: Tensor, own: Tensor, query: Tensor, mask: Tensor, key_bias: Tensor) -> Tensor:
-        """finer [B, 1, T_{l-1}, E], own, query [B, 1, T_l, E], mask [B, 1, T_l, 1], key_bias [B, 1, 1, T_l] -> own."""
+        """finer [B, T_{l-1}, E], own, query [B, T_l, E], mask [B, T_l, 1], key_bias [B, 1, T_l] -> [B, T_l, E]."""
         pooled = self.pool(finer)
-        key, value = torch.chunk(normalize(self.taps(normalize(pooled))), 2, dim=1)
-        attended = attend(query @ self.query + self.query_bias, key, value, key_bias)
-        y = pooled + (attended @ self.out + self.out_bias)
+        key, value = torch.chunk(normalize(self.taps(normalize(pooled))), 2)  # [1, B, T_l, E]
+        attended = attend(query @ self.query + self.query_bias, key, value, key_bias).squeeze(0)
+        y = attended @ self.out + self.out_bias + pooled
         out: Tensor = own + (y + self.mlp(y)) * mask
         return out
 
 
 def _split(x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
-    return torch.split_with_sizes(x, lengths, dim=2)
+    return torch.split_with_sizes(x, lengths, dim=1)

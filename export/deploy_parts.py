@@ -2,8 +2,11 @@
 
 Every part folds weights of eager modules in float64 and keeps the result in the arithmetic type.
 
-Shapes:  B batch   P points of all levels side by side   T steps   C channels   H heads   K kernel taps (3)
-         N convolutions that read the same sequence   S stacked projections
+Stacks of sequences with weights of their own have their axis first, [S, B, T, C], and products have three axes,
+[S, B T, C]: engines then join bias, activation and residual to the product, which they do not with four axes.
+
+Shapes:  B batch   P points of all levels side by side   T points of a level   C channels   H heads   K kernel taps (3)
+         S stack
 """
 
 from __future__ import annotations
@@ -117,16 +120,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return torch.softmax(scores, dim=-1).to(v.dtype) @ v
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, S, T, C] -> [B, S H, T, C / H]."""
-    parted = x.reshape(-1, x.shape[1], x.shape[2], heads, x.shape[3] // heads).transpose(2, 3)
-    return parted.reshape(-1, x.shape[1] * heads, x.shape[2], x.shape[3] // heads)
-
-
-def merge_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, S H, T, d] -> [B, S, T, H d]."""
-    parted = x.reshape(-1, x.shape[1] // heads, heads, x.shape[2], x.shape[3]).transpose(2, 3)
-    return parted.reshape(-1, x.shape[1] // heads, x.shape[2], heads * x.shape[3])
+def split_heads(x: Tensor, steps: int, heads: int) -> Tensor:
+    """[S, B T, C] -> [S B, H, T, C / H]."""
+    return x.reshape(-1, steps, heads, x.shape[-1] // heads).transpose(1, 2)
 
 
 class Part(nn.Module):
@@ -144,6 +140,12 @@ class Part(nn.Module):
 def conv_matrix(weight: Tensor) -> Tensor:
     """Conv1d weight [out, in, K] -> [K in, out], for the rows that Neighbours makes."""
     return weight.detach().double().permute(2, 1, 0).flatten(0, 1)
+
+
+def stacked_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [S, B, T, C] @ weight [S, C, D] -> [S, B T, D]."""
+    product: Tensor = x.flatten(1, 2) @ weight
+    return product
 
 
 class Neighbours(nn.Module):
@@ -165,7 +167,7 @@ class Taps(Part):
     """Depthwise kernel-3 convolutions of LayerNorms of one sequence, as shifted multiply-adds.
 
     conv(g x + b) = sum_k (tap_k g) x_k + sum_k tap_k b, where the second sum leaves out the taps outside the level:
-    a constant per point. So one LayerNorm without affine part serves all N convolutions that read the sequence.
+    a constant per point. So one LayerNorm without affine part serves all convolutions that read the sequence.
     """
 
     left_index: Tensor
@@ -177,39 +179,32 @@ class Taps(Part):
     shift: Tensor
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, taps: Tensor, dtype: torch.dtype, *, rows: int, stack: int, point: bool
+        self, weight: Tensor, bias: Tensor, taps: Tensor, dtype: torch.dtype, *, rows: int, point: bool = False
     ) -> None:
-        """weight, bias [K, N, S or 1, 1 or P, C]: tap_k g and tap_k b; taps [K, P]; rows: length of the sequence.
+        """weight, bias: tap_k g and tap_k b, [K, .., 1 or P, C], to broadcast with what comes in; taps [K, P].
 
-        stack: S; point: keep weights per point, for large sequences, whose zero row would cost a copy.
+        rows: length of the sequence that comes in; point: keep weights per point, for large sequences, where the
+        zero row that is else put behind them would cost a copy.
         """
         super().__init__(dtype)
-        inside = (taps < rows).double()[:, None, None, :, None]
-        shift = (bias * inside).sum(0)
+        inside = (taps < rows).double().view(KERNEL, *(1,) * (weight.ndim - 3), -1, 1)
+        self.keep("shift", (bias * inside).sum(0))
         elsewhere = (taps[1] != torch.arange(taps.shape[1])) & (taps[1] < rows)
         self.strided = taps.shape[1] != rows or bool(elsewhere.any())
-        # Weights per point are zero for what lies outside; one weight for all points needs a zero row to read.
         self.padded = not point
         if point:
             weight, taps = weight * inside, taps.clamp(max=rows - 1)
-        self.stacked = stack > 1
-        if not self.stacked:
-            weight, shift = weight[:, :, 0], shift[:, 0]
-        self.keep("shift", shift)
         for k, name in enumerate(("left", "centre", "right")):
             self.keep(name, weight[k])
             self.register_buffer(f"{name}_index", taps[k].contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, S, rows, C] -> [B, N S, P, C]; the N are the outer ones."""
-        if self.stacked:
-            x = x.unsqueeze(1)
+        """x [.., rows, C] -> [.., P, C], with the axes of the weights before it: one result for each of them."""
         rows = F.pad(x, (0, 0, 0, 1)) if self.padded else x
         left = rows.index_select(-2, self.left_index) * self.left
         right = rows.index_select(-2, self.right_index) * self.right
         middle = rows.index_select(-2, self.centre_index) if self.strided else x
-        y = left + middle * self.centre + right + self.shift
-        return y.flatten(1, 2) if self.stacked else y
+        return left + middle * self.centre + right + self.shift
 
 
 class MaxPool(nn.Module):
@@ -225,9 +220,9 @@ class MaxPool(nn.Module):
             self.register_buffer(name, taps[k].contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, S, fine, C] -> [B, S, coarse, C]."""
-        outer = torch.maximum(x.index_select(2, self.left), x.index_select(2, self.right))
-        return torch.maximum(outer, x.index_select(2, self.centre))
+        """[.., fine, C] -> [.., coarse, C]."""
+        outer = torch.maximum(x.index_select(-2, self.left), x.index_select(-2, self.right))
+        return torch.maximum(outer, x.index_select(-2, self.centre))
 
 
 def fold_taps(conv: nn.Conv1d, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
@@ -328,7 +323,7 @@ class Mlp(Part):
         return first, first_bias, second, second_bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, .., T, C] -> the same; with stacked Blocks [B, S, T, C]."""
+        """[.., C] -> the same; with stacked Blocks [S, B T, C]."""
         hidden = F.gelu(normalize(x) @ self.first + self.first_bias)
         return hidden @ self.second + self.second_bias
 
@@ -341,9 +336,9 @@ class NormRelu(Part):
 
     def __init__(self, norms: Sequence[nn.LayerNorm], dtype: torch.dtype):
         super().__init__(dtype)
-        self.keep("gain", torch.stack([norm.weight for norm in norms])[:, None])
-        self.keep("bias", torch.stack([norm.bias for norm in norms])[:, None])
+        self.keep("gain", torch.stack([norm.weight for norm in norms])[:, None, None])
+        self.keep("bias", torch.stack([norm.bias for norm in norms])[:, None, None])
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, S, T, C], mask [B, 1, T, 1] -> [B, S, T, C] in the arithmetic type."""
+        """x [S, B, T, C], mask [B, T, 1] -> [S, B, T, C] in the arithmetic type."""
         return torch.relu(normalize(x).to(self.dtype) * mask * self.gain + self.bias)

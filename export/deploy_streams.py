@@ -1,4 +1,4 @@
-"""Deployment form of the embedding and of CMCC: the visual and the audio stream as one stack [B, 2, T, D].
+"""Deployment form of the embedding and of CMCC: the visual and the audio stream as one stack [2, B, T, D].
 
 Shapes:  B batch   T points of a level   D model width   H heads   d = D / H   A attentions of a layer: two Blocks, and
          two gates where present
@@ -30,9 +30,9 @@ from export.deploy_parts import (
     conv_matrix,
     fold_taps,
     layer_norms,
-    merge_heads,
     normalize,
     split_heads,
+    stacked_product,
 )
 
 
@@ -63,11 +63,12 @@ class StreamEmbedding(Part):
         self.second_norm = NormRelu([pair[1] for pair in norms], dtype)
 
     def forward(self, visual: Tensor, audio: Tensor, mask: Tensor) -> Tensor:
-        """visual [B, Cv, steps], audio [B, Ca, steps], mask [B, 1, T, 1] -> [B, 2, T, D]."""
+        """visual [B, Cv, steps], audio [B, Ca, steps], mask [B, T, 1] -> [2, B, T, D]."""
         first_visual = self.input_neighbours(visual.transpose(1, 2)) @ self.visual
         first_audio = self.input_neighbours(audio.transpose(1, 2)) @ self.audio
-        x: Tensor = self.first_norm(torch.stack([first_visual, first_audio], dim=1), mask)
-        x = self.second_norm(self.neighbours(x) @ self.second, mask)
+        x: Tensor = self.first_norm(torch.stack([first_visual, first_audio]), mask)
+        x = stacked_product(self.neighbours(x), self.second).view(x.shape)
+        x = self.second_norm(x, mask)
         return x + self.positions * mask
 
 
@@ -80,10 +81,12 @@ class StreamLayer(Part):
     """
 
     project: Tensor
-    query_bias: Tensor
-    query_order: Tensor
+    project_bias: Tensor
+    order: Tensor
     out: Tensor
     out_bias: Tensor
+    exclude: Tensor
+    extra: Tensor
 
     def __init__(
         self,
@@ -98,7 +101,7 @@ class StreamLayer(Part):
         """blocks, gates: of the visual and the audio stream; level: the one written."""
         super().__init__(dtype)
         self.heads = blocks[0].attention.heads
-        self.crossed, self.gated = cross, bool(gates)
+        self.crossed = cross
         strided = blocks[0].stride == 2
         own = layout.part(level, level + 1)
         taps = layout.strided_taps(level - 1) if strided else own.taps()
@@ -107,74 +110,85 @@ class StreamLayer(Part):
 
         asking: list[Block | ConsistencyGate] = [*(reversed(blocks) if cross else blocks), *gates]
         asked: list[Block | ConsistencyGate] = [*blocks, *gates]
-        self.stacked_heads = len(asked) * self.heads
+        self.attentions = len(asked)
         folded = {id(m): HeadedAttention.fold(m.attention, _scale(m)) for m in asked}
         convs = [fold_taps(m.attention.query_conv, m.norm_q) for m in asking]
         convs += [fold_taps(m.attention.key_conv, m.norm_kv) for m in asked]
         convs += [fold_taps(m.attention.value_conv, m.norm_kv) for m in asked]
-        weight, bias = (torch.stack(part, dim=1)[:, :, None] for part in zip(*convs, strict=True))  # [K, 3 A, 1, D]
-        shape = (len(weight), -1, 2, 1, weight.shape[-1])
-        self.taps = Taps(weight.view(shape), bias.view(shape), taps, dtype, rows=rows, stack=2, point=False)
+        weight, bias = (torch.stack(part, dim=1) for part in zip(*convs, strict=True))  # [K, 3 A, D]
+        shape = (len(weight), -1, 2, 1, 1, weight.shape[-1])
+        self.taps = Taps(weight.view(shape), bias.view(shape), taps, dtype, rows=rows)
 
         project = [folded[id(m)].query for m in asking]
         project += [folded[id(m)].key for m in asked] + [folded[id(m)].value for m in asked]
         self.keep("project", torch.stack(project))
-        self.keep("query_bias", self._by_head([folded[id(m)].query_bias for m in asking]))
-        block_order = [1, 0] if cross else [0, 1]
-        order = torch.tensor([*block_order, *range(2, len(asked))])
-        self.keep("query_order", (order[:, None] * self.heads + torch.arange(self.heads)).flatten())
+        # Values of gates need their bias per key; those of Blocks are in their output bias.
+        value_biases = [folded[id(m)].value_bias * float(isinstance(m, ConsistencyGate)) for m in asked]
+        query_biases = [folded[id(m)].query_bias for m in asking]
+        no_biases = [torch.zeros_like(b) for b in value_biases]
+        self.keep("project_bias", torch.stack(query_biases + no_biases + value_biases)[:, None])
+        self.keep("order", torch.tensor([1, 0, *range(2, 3 * len(asked))]))
         self.keep("out", torch.stack([folded[id(m)].out for m in blocks]))
         self.keep("out_bias", torch.stack([folded[id(m)].out_bias for m in blocks])[:, None])
         self.mlp = Mlp(blocks, dtype)
-        self.gate = Gates(gates, [folded[id(gate)] for gate in gates], own, dtype) if gates else None
+        self.gate = Gates(gates, [folded[id(gate)] for gate in gates], dtype) if gates else None
+        self._keep_key_biases(asked, own)
 
-    def _by_head(self, biases: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(biases)).view(self.stacked_heads, 1, -1)
+    def _keep_key_biases(self, asked: Sequence[Block | ConsistencyGate], own: Layout) -> None:
+        """Which attentions exclude invalid keys, and the biases of the points behind the steps for those that do not.
+
+        Strided gates exclude no invalid key. The halo's counts for all the steps that were cut off, by a bias of
+        log(number); the points for alignment are excluded.
+        """
+        excludes = torch.tensor([m.attention.exclude_invalid_keys for m in asked]).view(-1, 1, 1, 1, 1)
+        steps, trained = own.steps[0], own.trained[0]
+        extra = torch.zeros(own.num_points)
+        extra[steps:] = EXCLUDED
+        if own.cut:
+            extra[steps] = math.log(trained - steps)
+        self.has_extra = own.num_points > steps and not bool(excludes.all())
+        self.keep("exclude", excludes.float(), torch.float32)
+        self.keep("extra", torch.where(excludes, 0.0, extra), torch.float32)
 
     def forward(self, x: Tensor, mask: Tensor, key_bias: Tensor) -> Tensor:
-        """x [B, 2, rows, D], mask [B, 1, T, 1], key_bias [B, 1, 1, T] -> [B, 2, T, D]."""
-        sequences = normalize(self.taps(normalize(x)))
+        """x [2, B, rows, D], mask [B, T, 1], key_bias [B, 1, T] -> [2, B, T, D]."""
+        steps, flat_mask = mask.shape[1], mask.flatten(0, 1)
+        sequences = normalize(self.taps(normalize(x))).flatten(0, 1)  # [3 A, B, T, D]
+        projected = stacked_product(sequences, self.project) + self.project_bias
         if self.gate is not None:
-            sequences = sequences * mask  # keys of invalid steps are zero, as the gates need them
-        projected = split_heads(sequences @ self.project, self.heads)  # [B, 3 A H, T, d]
-        query, key, value = torch.chunk(projected, 3, dim=1)
-        query = query + self.query_bias
+            projected = projected * flat_mask  # keys and values of invalid steps are zero, as the gates need them
         if self.crossed:
-            query = query.index_select(1, self.query_order)
-        if self.gate is not None:
-            value, key_bias = value + self.gate.value_bias * mask, self.gate.key_bias(key_bias)
-        attended = merge_heads(attend(query, key, value, key_bias), self.heads)  # [B, A, T, D]
+            projected = projected.index_select(0, self.order)
+        query, key, value = torch.chunk(split_heads(projected, steps, self.heads), 3)  # [A B, H, T, d]
+        attended = attend(query, key, value, self._key_bias(key_bias))
+        attended = attended.transpose(1, 2).reshape(self.attentions, -1, x.shape[3])  # [A, B T, D]
 
-        gain = mask
+        gain = flat_mask
         if self.gate is not None:
-            attended, for_gates = torch.chunk(attended, 2, dim=1)
-            gain = mask + mask * self.gate(for_gates)
-        skip = x if self.pool is None else self.pool(x)
-        y = skip + (attended @ self.out + self.out_bias)
-        y = y + self.mlp(y)
-        out: Tensor = y * gain
-        return out
+            attended, for_gates = torch.chunk(attended, 2)
+            gain = flat_mask + flat_mask * self.gate(for_gates)
+        skip = (x if self.pool is None else self.pool(x)).flatten(1, 2)
+        y = attended @ self.out + self.out_bias + skip
+        out: Tensor = (y + self.mlp(y)) * gain
+        return out.reshape(2, -1, steps, x.shape[3])
+
+    def _key_bias(self, key_bias: Tensor) -> Tensor:
+        """[B, 1, T] -> the biases of all attentions, [A B, 1, 1, T]."""
+        biases = self.exclude * key_bias.unsqueeze(1)
+        if self.has_extra:
+            biases = biases + self.extra
+        return biases.reshape(-1, 1, 1, key_bias.shape[2])
 
 
 class Gates(Part):
-    """Both gates of a layer, behind their attention: sigmoid(w (Wp o + bp) + b) with u = Wp^T w one vector.
-
-    Strided gates do not exclude invalid keys; those are zero up to a bias that all keys share. The halo's key counts
-    for all the steps that were cut off, by a bias of log(number). Value biases count where the key is valid.
-    """
+    """Both gates of a layer, behind their attention: sigmoid(w (Wp o + bp) + b), where u = Wp^T w is one vector."""
 
     vector: Tensor
     bias: Tensor
     order: Tensor
-    value_bias: Tensor
-    exclude: Tensor
-    extra: Tensor
 
-    def __init__(
-        self, gates: Sequence[ConsistencyGate], folded: Sequence[HeadedAttention], own: Layout, dtype: torch.dtype
-    ):
+    def __init__(self, gates: Sequence[ConsistencyGate], folded: Sequence[HeadedAttention], dtype: torch.dtype):
         super().__init__(dtype)
-        heads = gates[0].attention.heads
         weights = [gate.linear.weight.detach().double()[0] for gate in gates]
         self.keep("vector", torch.stack([f.out @ w for f, w in zip(folded, weights, strict=True)])[:, None])
         biases = [
@@ -183,31 +197,11 @@ class Gates(Part):
         ]
         self.keep("bias", torch.stack(biases).view(2, 1, 1))
         self.keep("order", torch.tensor([1, 0]))  # the gate of one stream is for the other
-        value_bias = torch.stack([f.value_bias for f in folded])
-        value_bias = torch.cat([torch.zeros_like(value_bias), value_bias])  # those of Blocks are in their output bias
-        self.keep("value_bias", value_bias.view(4 * heads, 1, -1))
-
-        self.excludes = gates[0].attention.exclude_invalid_keys
-        self.keep("exclude", torch.tensor([1.0, 1.0, 0.0, 0.0]).repeat_interleave(heads).view(-1, 1, 1), torch.float32)
-        steps, trained = own.steps[0], own.trained[0]
-        extra = torch.zeros(4 * heads, 1, own.num_points)
-        extra[2 * heads :, :, steps:] = EXCLUDED
-        if own.cut:
-            extra[2 * heads :, :, steps] = math.log(trained - steps)
-        self.has_extra = own.num_points > steps
-        self.keep("extra", extra, torch.float32)
-
-    def key_bias(self, key_bias: Tensor) -> Tensor:
-        """[B, 1, 1, T] -> the biases of all attentions of the layer, [B, 1 or A H, 1, T]."""
-        if self.excludes:
-            return key_bias
-        key_bias = key_bias * self.exclude
-        return key_bias + self.extra if self.has_extra else key_bias
 
     def forward(self, attended: Tensor) -> Tensor:
-        """[B, 2, T, D] of the visual and the audio gate -> [B, 2, T, 1] for the visual and the audio stream."""
+        """[2, B T, D] of the visual and the audio gate -> [2, B T, 1] for the visual and the audio stream."""
         logits = (attended * self.vector).sum(-1, keepdim=True) + self.bias
-        return torch.sigmoid(logits.index_select(1, self.order))
+        return torch.sigmoid(logits.index_select(0, self.order))
 
 
 def _scale(module: Block | ConsistencyGate) -> Tensor | float:

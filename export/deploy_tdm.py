@@ -32,6 +32,7 @@ from export.deploy_parts import (
     fold_taps,
     normalize,
     sequence_taps,
+    stacked_product,
 )
 
 
@@ -48,17 +49,17 @@ class PackedTemporalDependency(Part):
         self.groups = nn.ModuleList(Group(stage, shared, group, dtype) for group in groups)
 
     def forward(self, x: Tensor, mask: Tensor, allowed: Tensor) -> Tensor:
-        """x [B, 1, P, E] (zero at invalid points), mask [B, 1, P, 1], allowed [B, 1, 1, P] -> [B, 1, P, E]."""
-        parts = torch.split_with_sizes(x, self.sizes, dim=2)
-        masks = torch.split_with_sizes(mask, self.sizes, dim=2)
-        alloweds = torch.split_with_sizes(allowed, self.sizes, dim=3)
+        """x [B, P, E] (zero at invalid points), mask [B, P, 1], allowed [B, 1, P] -> [B, P, E]."""
+        parts = torch.split_with_sizes(x, self.sizes, dim=1)
+        masks = torch.split_with_sizes(mask, self.sizes, dim=1)
+        alloweds = torch.split_with_sizes(allowed, self.sizes, dim=2)
         rows = [neighbours(part) for neighbours, part in zip(self.neighbours, parts, strict=True)]
         channels = self.channels(rows, masks) if self.channels is not None else [None] * len(rows)
         done = [
             group(*one)
             for group, one in zip(self.groups, zip(rows, masks, alloweds, channels, strict=True), strict=True)
         ]
-        return torch.cat(done, dim=2)
+        return torch.cat(done, dim=1)
 
 
 class SharedParts(Part):
@@ -88,23 +89,23 @@ class Group(Part):
         self.shared = shared
         over_time, over_classes = layout.taps(), sequence_taps(classes)
         self.keep("own_level", layout.own_level().float(), torch.float32)
-        temporal, cooccurrence = block_taps(stage.temporal, "qkv"), block_taps(stage.cooccurrence, "qkv")
-        self.time_taps = Taps(*temporal, over_time, dtype, rows=points, stack=classes, point=True)
-        self.class_taps = Taps(*cooccurrence, over_classes, dtype, rows=classes, stack=points, point=True)
+        self.time_taps = Taps(*block_taps(stage.temporal, "qkv", 3), over_time, dtype, rows=points, point=True)
+        pairs = block_taps(stage.cooccurrence, "qkv", 3)
+        self.class_taps = Taps(*pairs, over_classes, dtype, rows=classes, point=True)
         self.shift = AddNeighbours(over_time)
 
     def forward(self, rows: Tensor, mask: Tensor, allowed: Tensor, channels: Tensor | None) -> Tensor:
-        """rows [B, 1, P, K E], mask [B, 1, P, 1], allowed [B, 1, 1, P], channels [B, P, H, C] -> [B, 1, P, E]."""
+        """rows [B, P, K E], mask [B, P, 1], allowed [B, 1, P], channels [B, P, H, C] -> [B, P, E]."""
         shared = self.shared
-        by_class = (torch.relu(rows @ shared.expand) * mask).reshape(-1, rows.shape[2], shared.classes, shared.hidden)
+        by_class = (torch.relu(rows @ shared.expand) * mask).reshape(-1, rows.shape[1], shared.classes, shared.hidden)
         if channels is not None:
-            by_class = by_class + channels.reshape(-1, rows.shape[2], shared.classes, shared.hidden)
+            by_class = by_class + channels.reshape(-1, rows.shape[1], shared.classes, shared.hidden)
         normal = normalize(by_class)
         bias = own_level_bias(self.own_level, allowed)
         over_time = shared.temporal(self.time_taps(normal.transpose(1, 2)), bias).transpose(1, 2)
         over_classes = shared.cooccurrence(self.class_taps(normal), None)
         total = shared.temporal.residual(by_class, over_time) + shared.cooccurrence.residual(by_class, over_classes)
-        squeezed: Tensor = self.shift((total.flatten(2).unsqueeze(1) * mask) @ shared.squeeze)
+        squeezed: Tensor = self.shift((total.flatten(2) * mask) @ shared.squeeze)
         return squeezed * mask
 
 
@@ -124,8 +125,8 @@ class DependencyBranch(Part):
         self.mlp = Mlp([block], dtype)
 
     def forward(self, sequences: Tensor, bias: Tensor | None) -> Tensor:
-        """Queries, keys and values, one after the other, [B, 3 S, T, H] -> [B, S, T, H]."""
-        query, key, value = torch.chunk(normalize(sequences), 3, dim=1)
+        """Stacked queries, keys and values [3, B, S, T, H] of S sequences -> [B, S, T, H]."""
+        query, key, value = torch.chunk(normalize(sequences).flatten(0, 1), 3)
         return attend(query @ self.query + self.query_bias, key, value, bias)
 
     def residual(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ class DependencyBranch(Part):
 
 
 class AddNeighbours(nn.Module):
-    """The rest of a convolution that multiplied first: [B, 1, P, K E] -> [B, 1, P, E], each tap from its neighbour."""
+    """The rest of a convolution that multiplied first: [B, P, K E] -> [B, P, E], each tap from its neighbour."""
 
     left: Tensor
     centre: Tensor
@@ -148,9 +149,9 @@ class AddNeighbours(nn.Module):
             self.register_buffer(name, (taps[k] * KERNEL + k).clamp(max=KERNEL * taps.shape[1]))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, 1, KERNEL * x.shape[2], x.shape[3] // KERNEL)
+        rows = x.reshape(-1, KERNEL * x.shape[1], x.shape[2] // KERNEL)
         rows = F.pad(rows, (0, 0, 0, 1))  # a zero row at the end
-        return rows.index_select(2, self.left) + rows.index_select(2, self.centre) + rows.index_select(2, self.right)
+        return rows.index_select(1, self.left) + rows.index_select(1, self.centre) + rows.index_select(1, self.right)
 
 
 class ChannelBranch(Part):
@@ -227,20 +228,21 @@ class ChannelBranch(Part):
             ]
             weights.append(torch.stack([repeated(weight) for weight, _ in pairs], dim=1))
             biases.append(torch.stack([repeated(bias) for _, bias in pairs], dim=1))
-        weight, bias = (torch.stack(values, dim=1).unsqueeze(-2) for values in (weights, biases))  # [K, 3, L, 1, T]
-        taps = sequence_taps(self.hidden)
-        self.taps = Taps(weight, bias, taps, dtype, rows=self.hidden, stack=self.levels, point=False)
+        weight, bias = (torch.stack(values, dim=1)[:, :, :, None, None] for values in (weights, biases))
+        self.taps = Taps(weight, bias, sequence_taps(self.hidden), dtype, rows=self.hidden)
 
     def forward(self, rows: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-        """Per group rows [B, 1, P, K E] and mask [B, 1, P, 1] -> per group [B, P, H, C] to add to the expanded ones."""
+        """Per group rows [B, P, K E] and mask [B, P, 1] -> per group [B, P, H, C] to add to the expanded features."""
         pressed = [torch.relu(part @ self.press) * mask for part, mask in zip(rows, masks, strict=True)]
-        points = torch.cat(pressed, dim=2).index_select(2, self.spread)  # [B, 1, L T, H]
-        x = points.reshape(-1, self.levels, self.steps, self.hidden).transpose(2, 3)  # [B, L, H, T]
-        query, key, value = torch.chunk(normalize(self.taps(normalize(x))), 3, dim=1)
-        x = x + (attend(query @ self.query + self.query_bias, key, value, None) @ self.out + self.out_bias)
-        x = x + (F.gelu(normalize(x) @ self.first + self.first_bias) @ self.second + self.second_bias)
-        x = x.transpose(1, 2).flatten(2)  # [B, H, L T]
-        return [expand(x) for expand in self.expanders]
+        points = torch.cat(pressed, dim=1).index_select(1, self.spread)  # [B, L T, H]
+        x = points.reshape(-1, self.levels, self.steps, self.hidden).permute(1, 0, 3, 2)  # [L, B, H, T]
+        query, key, value = torch.chunk(normalize(self.taps(normalize(x))).flatten(0, 1), 3)
+        asked = stacked_product(query, self.query) + self.query_bias
+        attended = attend(asked.reshape(query.shape), key, value, None)
+        y = stacked_product(attended, self.out) + self.out_bias + x.flatten(1, 2)  # [L, B H, T]
+        y = y + (F.gelu(normalize(y) @ self.first + self.first_bias) @ self.second + self.second_bias)
+        features = y.reshape(x.shape).permute(1, 2, 0, 3).flatten(2)  # [B, H, L T]
+        return [expand(features) for expand in self.expanders]
 
 
 class ChannelExpand(Part):
