@@ -31,7 +31,7 @@ from ccnet.stopping import StopRequest
 from ccnet.training_state import Position, TrainingState, open_run, save_state
 from ccnet.validation import evaluate_network
 from runtime.annotations import Annotations, read_annotations
-from runtime.errors import TrainingError, TrainingStopped
+from runtime.errors import AnnotationError, TrainingError, TrainingStopped
 from runtime.evaluation import Evaluation
 from runtime.files import sha256_file
 
@@ -78,6 +78,9 @@ def train(
     videos = read_annotations(Path(annotations))
     labels = videos.labels
     config.spec(labels)  # before anything is written: as many classes as the network has
+    for subset in ("train", "validation"):
+        if not any(len(video.labels) for video in videos.subset(subset)):
+            raise AnnotationError(f"{annotations}: the videos of subset '{subset}' have no events")
     check_folder(features, videos.subset("validation"), config)
     device = choose_device(config.train.device)
     identity = sha256_file(annotations)

@@ -366,6 +366,12 @@ def test_data_that_do_not_fit(data: Data, tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(json.dumps(only_training))
     with pytest.raises(AnnotationError, match="validation"):
         train(CONFIG, tmp_path / "train.json", data.features, tmp_path / "run", quiet=True)
+    without_events = json.loads(data.annotations.read_text())
+    for video in without_events["database"].values():
+        video["annotations"] = [] if video["subset"] == "validation" else video["annotations"]
+    (tmp_path / "quiet.json").write_text(json.dumps(without_events))
+    with pytest.raises(AnnotationError, match="the videos of subset 'validation' have no events"):
+        train(CONFIG, tmp_path / "quiet.json", data.features, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
