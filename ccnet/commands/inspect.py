@@ -92,7 +92,7 @@ def _text(bundle: Bundle, problems: dict[str, str]) -> list[str]:
                     _speed(r.speed, r.backend),
                     _facts(r.accuracy),
                 )
-                for r in manifest.rungs
+                for r in (*manifest.rungs, *manifest.rejected)
             ],
         ),
         *(

@@ -27,7 +27,7 @@ _GPU_PRECISIONS = ("fp16", "bf16", "int8", "tf32", "fp32")
 _CPU_PRECISIONS = ("int8", "bf16", "fp32", "fp16", "tf32")
 _EXACT_FIRST = ("fp32", "tf32", "fp16", "bf16", "int8")
 
-_REBUILD = (sys.executable, "-m", "ccnet", "export", "--rebuild")
+_REBUILD = (sys.executable, "-m", "export.rebuild")
 
 # (backend, precision) that run a graph typed with another precision.
 _RUNS_FP32_GRAPH = {("openvino", "bf16"), ("openvino", "fp16"), ("onnxruntime-cuda", "tf32")}
@@ -75,7 +75,7 @@ def open_rung(
     `ONNX_BACKENDS` by name runs any ONNX file of the bundle, with that warning where it is not among the rungs.
     `length`: T of the engine, default the bundle's own. `threads`: CPU threads of one operator. `on_mismatch`: for
     an engine of another library version or GPU: raise EngineMismatch, run the bundle's ONNX file instead (with a
-    RuntimeWarning), or build the engine again here (needs the `export` extra; the bundle is updated).
+    RuntimeWarning), or build the engine again here (the bundle is updated).
 
     Raises BackendUnavailable (listing what the bundle has and why each could not be taken), MissingDependency,
     EngineMismatch, BundleError when a file was altered, EngineError when an engine does not load.
@@ -255,10 +255,10 @@ class _Opener:
 def rebuild_engine(bundle: Bundle, artifact: Artifact) -> Bundle:
     """Build an engine of the bundle again for this machine, from the bundle's ONNX file, and read the bundle anew.
 
-    Runs the export command in a process of its own, because the runtime must not import the exporter. Raises
+    Runs `export.rebuild` in a process of its own, because the runtime must not import the exporter. Raises
     BackendUnavailable with that command's output when it fails.
     """
-    command = [*_REBUILD, artifact.name, "--out", str(bundle.folder)]
+    command = [*_REBUILD, str(bundle.folder), artifact.name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         shown = (done.stderr or done.stdout).strip()

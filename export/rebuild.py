@@ -1,0 +1,75 @@
+"""Builds an engine of a bundle again for this machine: `python -m export.rebuild BUNDLE ARTIFACT`.
+
+The runtime runs this in a process of its own for `on_mismatch="rebuild"`. It needs the engine library, but no torch
+and no checkpoint, and so can't prove the new engine: its rungs are `not-run` until `ccnet verify` has run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import cast
+
+from export.bundle_writer import changed_bundle
+from export.engine_request import EnginePrecision
+from export.tensorrt_engine import build_engine
+from runtime.bundle import Artifact, Bundle, read_bundle
+from runtime.errors import BundleError, CCNetError
+
+
+def rebuild(folder: str | Path, name: str) -> Artifact:
+    """Replace the engine `name` of the bundle by one built here from the same ONNX file, and return its entry.
+
+    The bundle changes as a whole or not at all. Raises BundleError when there is no such engine or its ONNX file is
+    not in the bundle, and what `build_engine` raises.
+    """
+    bundle = read_bundle(folder)
+    engine = bundle.artifact(name)
+    if engine.flavour == "onnx":
+        raise BundleError(f"{bundle.folder}: '{name}' is an ONNX file; only engines are built")
+    source = _source(bundle, engine)
+    bundle.verify(source)
+    with changed_bundle(folder) as draft:
+        info = build_engine(
+            draft.folder / source.files[0],
+            draft.folder / engine.files[0],
+            flavour=engine.flavour,
+            precision=cast(EnginePrecision, engine.precision),
+            profile=cast("tuple[int, int, int]", engine.profile or (1, 1, engine.max_batch)),
+            compute_capabilities=("current",) if engine.flavour == "tensorrt-rtx" else (),
+        )
+        built = info.artifact(name=name, length=engine.length)
+        draft.add_artifact(built)
+        for rung in (*bundle.manifest.rungs, *bundle.manifest.rejected):
+            if rung.artifact == name:
+                draft.set_rung(dataclasses.replace(rung, gate="not-run", accuracy={}, speed={}))
+    return built
+
+
+def _source(bundle: Bundle, engine: Artifact) -> Artifact:
+    """The ONNX file that an engine was built from, recognised by its hash."""
+    digests = {record.name: record.sha256 for record in bundle.manifest.files}
+    for artifact in bundle.manifest.artifacts:
+        if artifact.flavour == "onnx" and digests.get(artifact.files[0]) == engine.onnx_sha256:
+            return artifact
+    raise BundleError(f"{bundle.folder}: the ONNX file that '{engine.name}' was built from is not in the bundle")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m export.rebuild", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("bundle")
+    parser.add_argument("artifact", help="name of the engine, as 'ccnet inspect' shows it")
+    arguments = parser.parse_args(argv)
+    try:
+        built = rebuild(arguments.bundle, arguments.artifact)
+    except CCNetError as error:
+        print(f"rebuild: error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{built.name}: built with {built.library} {built.library_version}; prove it with 'ccnet verify'")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

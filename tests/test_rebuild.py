@@ -1,0 +1,99 @@
+"""An engine built again in its bundle: from the same graph, as a whole or not at all, and unproven afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import make_bundle, rung
+
+import export.rebuild
+from export.tensorrt_engine import EngineInfo
+from runtime.bundle import Artifact, Bundle, read_bundle
+from runtime.errors import BundleError, ExportError
+from runtime.files import sha256_file
+
+pytest.importorskip("onnx")
+
+ENGINE = Artifact(
+    name="tensorrt-fp32",
+    flavour="tensorrt",
+    files=("tensorrt-fp32.engine",),
+    precision="fp32",
+    length=32,
+    max_batch=4,
+    gpu_name="another GPU",
+    profile=(1, 2, 4),
+)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    folder = tmp_path / "bundle"
+    graph = make_bundle(tmp_path / "plain").folder / "model-t32.onnx"
+    proven = rung("tensorrt", artifact=ENGINE.name, accuracy={"logits_max": 1e-6}, speed={"ms_per_video": 1.0})
+    engine = dataclasses.replace(ENGINE, onnx_sha256=sha256_file(graph))
+    return make_bundle(folder, [proven, rung("onnxruntime")], engines=[engine])
+
+
+def fake_build(asked: dict[str, Any]) -> Any:
+    def build_engine(onnx_path: Path, out_path: Path, **options: Any) -> EngineInfo:
+        asked.update(options, onnx=sha256_file(onnx_path))
+        out_path.unlink()  # a file of a draft is replaced, never written into
+        out_path.write_bytes(b"built here")
+        return EngineInfo(
+            path=out_path,
+            flavour=options["flavour"],
+            precision=options["precision"],
+            library="tensorrt",
+            library_version="10.9",
+            gpu_name="this GPU",
+            compute_capabilities=("9.0",),
+            profile=options["profile"],
+            opset=17,
+            onnx_sha256=sha256_file(onnx_path),
+            build={},
+        )
+
+    return build_engine
+
+
+def test_the_engine_is_replaced_and_its_rung_waits_for_proof(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(export.rebuild, "build_engine", fake_build(asked))
+    assert export.rebuild.main([str(bundle.folder), ENGINE.name]) == 0
+    assert asked["profile"] == (1, 2, 4)
+    assert (asked["flavour"], asked["precision"]) == ("tensorrt", "fp32")
+    after = read_bundle(bundle.folder)
+    after.verify()
+    assert after.artifact(ENGINE.name).gpu_name == "this GPU"
+    assert asked["onnx"] == after.artifact(ENGINE.name).onnx_sha256
+    gates = {r.backend: (r.gate, r.accuracy, r.speed) for r in after.manifest.rungs}
+    assert gates["tensorrt"] == ("not-run", {}, {})
+    assert gates["onnxruntime"][0] == "passed"
+
+
+def test_a_build_that_fails_leaves_the_bundle_as_it_was(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def failing(*_: Any, **__: Any) -> EngineInfo:
+        raise ExportError("node 12: no implementation")
+
+    monkeypatch.setattr(export.rebuild, "build_engine", failing)
+    assert export.rebuild.main([str(bundle.folder), ENGINE.name]) == 2
+    assert "node 12" in capsys.readouterr().err
+    assert read_bundle(bundle.folder).manifest == bundle.manifest
+    bundle.verify()
+    assert [path.name for path in bundle.folder.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_is_no_engine_or_lost_its_graph_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is an ONNX file"):
+        export.rebuild.rebuild(bundle.folder, "onnx-fp32-t32")
+    with pytest.raises(BundleError, match="no artifact 'gone'"):
+        export.rebuild.rebuild(bundle.folder, "gone")
+    orphan = make_bundle(tmp_path / "orphan", [rung("onnxruntime")], engines=[ENGINE])
+    with pytest.raises(BundleError, match="built from is not in the bundle"):
+        export.rebuild.rebuild(orphan.folder, ENGINE.name)
