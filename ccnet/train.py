@@ -9,6 +9,7 @@ steps.csv and TensorBoard events. A run that was stopped and resumed ends with t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -87,7 +88,7 @@ def train(
     state = open_run(out, config, annotations_sha256=identity, resume=resume)
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
-        torch.backends.cudnn.flags(benchmark=True),
+        _measured_convolutions(),
         StopRequest() as stop,
     ):
         run = _Run(config, videos, Path(features), out, device, state, identity=identity, quiet=quiet, stop=stop)
@@ -95,6 +96,17 @@ def train(
             return run.finish()
         finally:
             run.journal.close()
+
+
+@contextlib.contextmanager
+def _measured_convolutions() -> Iterator[None]:
+    """cuDNN tries its kernels on the first batch and keeps the fastest; the shapes stay the same from then on."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class _Run:
