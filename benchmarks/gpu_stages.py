@@ -22,13 +22,13 @@ import numpy as np
 
 from export.outputs import load_reference
 from export.parity import compare
-from export.tensorrt_engine import build_engine
+from export.tensorrt_engine import EngineInfo, build_engine
 from runtime.backends import cuda
 from runtime.backends.base import Backend
 from runtime.backends.tensorrt import TensorRTBackend
-from runtime.backends.tensorrt_library import load_library
+from runtime.backends.tensorrt_library import TensorRTFlavour, load_library
 from runtime.bundle import Artifact, Bundle, read_bundle
-from runtime.errors import BackendUnavailable, CCNetError, ExportError
+from runtime.errors import BackendUnavailable, CCNetError, ExportError, MissingDependency
 from runtime.features import pack
 from runtime.files import write_json
 from runtime.machine import machine_facts
@@ -86,21 +86,28 @@ def build(settings: Settings) -> dict[str, Any]:
     bundle, graph = _graph(settings)
     flavour, precision = settings["flavour"], settings["precision"]
     largest = max(settings["batches"])
-    options: dict[str, Any] = {"profile": (1, min(8, largest), largest)}
-    if flavour == "tensorrt-rtx" and settings["device"] == "cuda":
-        options["compute_capabilities"] = ("current",)
     path = _engine_path(settings)
-    try:
-        info = build_engine(bundle.path(graph), path, flavour=flavour, precision=precision, **options)
-    except ExportError as error:
-        if "can't build for compute capability" not in str(error):
-            raise
-        # RTX names no target for this GPU: whether a portable engine runs on it is found out by running it
-        options.pop("compute_capabilities")
-        info = build_engine(bundle.path(graph), path, flavour=flavour, precision=precision, **options)
+    info = build_here(
+        bundle.path(graph), path, flavour, precision, (1, min(8, largest), largest), gpu=settings["device"] == "cuda"
+    )
     artifact = info.artifact(name=f"{flavour}-{precision}", length=graph.length)
     write_json(path.with_suffix(".json"), dataclasses.asdict(artifact))
     return {"engine": info.build, "profile": info.profile, "opset": info.opset, "onnx_sha256": info.onnx_sha256}
+
+
+def build_here(
+    graph: Path, out: Path, flavour: TensorRTFlavour, precision: Any, profile: tuple[int, int, int], *, gpu: bool = True
+) -> EngineInfo:
+    """Build for this GPU. RTX names no target for some GPUs: there, and without a GPU, a portable engine is built.
+
+    Whether a portable engine runs on a GPU is found out by running it.
+    """
+    if flavour == "tensorrt-rtx":
+        with contextlib.suppress(ExportError):
+            if gpu:
+                return build_engine(graph, out, flavour=flavour, precision=precision, profile=profile,
+                                    compute_capabilities=("current",))  # fmt: skip
+    return build_engine(graph, out, flavour=flavour, precision=precision, profile=profile)
 
 
 def gate(settings: Settings) -> dict[str, Any]:
@@ -258,7 +265,9 @@ def main(argv: list[str], stages: dict[str, Callable[[Settings], dict[str, Any]]
     try:
         result = {"status": "done", "result": (stages or STAGES)[name](settings)}
     except CCNetError as error:
-        result = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        # a library that is not installed, or that has no such precision, is a fact about it and no failure
+        absent = isinstance(error, MissingDependency) or "does not support" in str(error)
+        result = {"status": "absent" if absent else "failed", "error": f"{type(error).__name__}: {error}"}
     write_json(result_path, result)
     return 0 if result["status"] == "done" else 1
 

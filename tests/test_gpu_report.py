@@ -19,6 +19,7 @@ from benchmarks.gpu_report import Stage
 from export.inputs import planted_inputs, stress_inputs
 from export.outputs import Reference, record, save_reference
 from runtime.backends.tensorrt import TensorRTBackend
+from runtime.errors import ExportError
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "batches": [1, 2], "seconds": 0.0}
 
@@ -125,6 +126,20 @@ def test_a_stage_that_takes_too_long_is_ended(arguments: list[str]) -> None:
     outcome = run_one(arguments, Stage("copy", "tensorrt", "copy", 60), limit=0.05)
     assert outcome["status"] == "failed"
     assert "took longer" in outcome["error"]
+
+
+def test_what_a_library_lacks_is_no_failure(tmp_path: Path) -> None:
+    def lacks(settings: Any) -> dict[str, Any]:
+        raise ExportError("tensorrt 8.6.0 does not support bfloat16; use fp16")
+
+    def breaks(settings: Any) -> dict[str, Any]:
+        raise ExportError("tensorrt 8.6.0 built no engine")
+
+    (tmp_path / "settings.json").write_text("{}")
+    for stage, status in ((lacks, "absent"), (breaks, "failed")):
+        files = [str(tmp_path / "settings.json"), str(tmp_path / "result.json")]
+        assert gpu_stages.main([stage.__name__, *files], {stage.__name__: stage}) == 1
+        assert json.loads((tmp_path / "result.json").read_text())["status"] == status
 
 
 def test_an_old_result_is_not_taken_for_a_new_one(arguments: list[str], tmp_path: Path) -> None:
@@ -241,3 +256,20 @@ def test_measurements() -> None:
         "batch 1 / tensorrt fp16 / infer p50": 1.5,
         "batch 1 / tensorrt fp16 / throughput": 800.0,
     }
+
+
+@pytest.mark.slow  # tens of seconds of eager PyTorch, compiled post-processing and torch imports
+def test_the_torch_side(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    from benchmarks import gpu_torch
+    from benchmarks.networks import Networks, benchmark_config
+
+    products = gpu_torch.products(SETTINGS)
+    assert set(products["operations_per_second"]) == {"fp16", "bf16", "tf32", "fp32"}
+    assert all(rate > 0 for rate in products["operations_per_second"].values())
+    networks = Networks(tmp_path, benchmark_config("tiny"))
+    settings = SETTINGS | {"checkpoint": str(networks.checkpoint), "precision": "fp32"}
+    for form in ("eager", "deployment"):
+        found = gpu_torch.peer(settings | {"form": form})
+        assert [row["batch"] for row in found["rows"]] == [1, 2]
+        assert found["describe"]["precision"] == "fp32"

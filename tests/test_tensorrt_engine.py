@@ -379,3 +379,24 @@ def test_the_small_network_is_what_it_says(models: Path) -> None:
     found = session.run(["logits", "offsets"], {"visual": visual, "audio": audio, "mask": mask})
     for got, want in zip(found, reference(visual, audio, mask), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.slow  # the export
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_the_real_network_at_a_tiny_size(rtx: Any, tmp_path: Path, precision: str) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from benchmarks.networks import benchmark_config, labels, random_network
+    from export.deploy import deployment_form
+    from export.to_onnx import export_onnx
+
+    config = benchmark_config("tiny")
+    types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    network = deployment_form(random_network(config), dtype=types[precision])
+    opset = 22 if precision == "bf16" else 17
+    path = tmp_path / "model.onnx"
+    export_onnx(network, config.spec(labels(config)), path, opset=opset, max_batch=4)
+    facts = build(tmp_path, tmp_path, precision, graph=path).build
+    assert facts["capturable"]
+    assert facts["delivered_precisions"][precision] >= 20
+    # statistics, exponentials and the last layers stay in full precision
+    assert facts["requested_precisions"]["fp32"] > 0
