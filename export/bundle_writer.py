@@ -64,6 +64,12 @@ class Draft:
         else:
             self._parity["rungs"][rung.name] = report
 
+    def drop_rung(self, name: str) -> None:
+        """Remove a rung and its report."""
+        rungs = tuple(rung for rung in self._manifest.rungs if rung.name != name)
+        self._manifest = dataclasses.replace(self._manifest, rungs=rungs)
+        self._parity["rungs"].pop(name, None)
+
     def bundle(self) -> Bundle:
         """Write the reports and the manifest, and read the bundle as the runtime does."""
         write_json(self.folder / PARITY, self._parity)

@@ -30,6 +30,21 @@ from runtime.spec import ModelSpec
 MIXED_VIDEOS, MIXED_BATCH = 8, 4
 """Stress videos that are run again in batches of different lengths, and the size of those batches."""
 
+TITLES = {
+    "nonfinite": "values that are NaN or infinite",
+    "max_logits": "logits, largest difference",
+    "mean_logits": "logits, mean difference",
+    "max_offsets": "offsets, largest difference",
+    "mean_offsets": "offsets, mean difference",
+    "batch_logits": "logits, alone or in a mixed batch",
+    "batch_offsets": "offsets, alone or in a mixed batch",
+    "events": "events found",
+    "stress_events": "events found, stress inputs",
+    "score_drift": "score drift of the events found",
+    "map_difference": "mAP difference",
+}
+"""Checks by name, in words."""
+
 Bools = npt.NDArray[np.bool_]
 
 
@@ -38,6 +53,7 @@ class Check:
     """One comparison with a limit."""
 
     name: str
+    """One of `TITLES`."""
     value: float | None
     """None where it could not be computed; that fails."""
     limit: float
@@ -56,7 +72,7 @@ class Check:
         value = "not computed" if self.value is None else f"{self.value:.3g}"
         sign = ">=" if self.at_least else "<="
         detail = f"  ({self.detail})" if self.detail else ""
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.name:<38} {value:>12}  {sign} {self.limit:g}{detail}"
+        return f"{'ok  ' if self.passed else 'FAIL'} {TITLES[self.name]:<36} {value:>12}  {sign} {self.limit:g}{detail}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +176,7 @@ def _valid_points(videos: Sequence[ParityVideo], spec: ModelSpec) -> Bools:
 def _finite_check(found: Outputs) -> Check:
     """Everywhere, at padded points too: an engine that makes NaN anywhere will make it elsewhere tomorrow."""
     bad = int(np.count_nonzero(~np.isfinite(found.logits)) + np.count_nonzero(~np.isfinite(found.offsets)))
-    return Check(name="values that are NaN or infinite", value=bad, limit=0)
+    return Check(name="nonfinite", value=bad, limit=0)
 
 
 def _differences(found: Outputs, expected: Outputs, valid: Bools) -> dict[str, npt.NDArray[np.floating[Any]]]:
@@ -187,7 +203,7 @@ def _tensor_checks(
             ("mean", float(difference.sum(dtype=np.float64) / entries), ""),
         ):
             limit = getattr(limits, f"{kind}_{name}")
-            checks.append(Check(name=f"{name}, {kind} difference", value=value, limit=limit, detail=detail))
+            checks.append(Check(name=f"{kind}_{name}", value=value, limit=limit, detail=detail))
     return checks
 
 
@@ -208,8 +224,7 @@ def _batch_checks(
         for name, difference in _differences(together, apart, valid[rows]).items():
             worst[name] = max(worst[name], float(np.nan_to_num(difference, nan=np.inf).max()))
     return [
-        Check(name=f"{name}, alone or in a mixed batch", value=value, limit=getattr(limits, f"max_{name}"))
-        for name, value in worst.items()
+        Check(name=f"batch_{name}", value=value, limit=getattr(limits, f"max_{name}")) for name, value in worst.items()
     ]
 
 
@@ -242,18 +257,21 @@ def _compare_events(
 
 def _event_checks(events: dict[str, EventAgreement], metric: MapAgreement | None, limits: Tolerance) -> list[Check]:
     checks = []
-    for kind, least in (("videos", limits.matched), ("stress inputs", limits.matched_stress)):
+    for name, kind, least in (
+        ("events", "videos", limits.matched),
+        ("stress_events", "stress inputs", limits.matched_stress),
+    ):
         found = events.get(kind)
         detail = "" if found is None else f"{found.matched} of {found.events} above score {found.threshold:.3g}"
         if found is not None and found.lost:
             detail += f"; first lost: {found.lost[0]}"
         value = None if found is None else found.share
-        checks.append(Check(name=f"{kind}: events found", value=value, limit=least, at_least=True, detail=detail))
+        checks.append(Check(name=name, value=value, limit=least, at_least=True, detail=detail))
     drift = None if "videos" not in events else events["videos"].max_score_drift
-    checks.append(Check(name="videos: score drift", value=drift, limit=limits.score_drift))
+    checks.append(Check(name="score_drift", value=drift, limit=limits.score_drift))
     detail = "" if metric is None else f"{metric.candidate:.4f} for {metric.reference:.4f} on {metric.ground_truth}"
     value = None if metric is None else metric.difference
-    checks.append(Check(name="videos: mAP difference", value=value, limit=limits.average_map, detail=detail))
+    checks.append(Check(name="map_difference", value=value, limit=limits.average_map, detail=detail))
     return checks
 
 

@@ -175,6 +175,8 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
     for rung in manifest.rungs + manifest.rejected:
         if rung.artifact not in artifacts:
             raise BundleError(f"{folder / MANIFEST}: rung '{rung.name}' names an unknown artifact '{rung.artifact}'")
+        if (rung.gate == "failed") != (rung in manifest.rejected):
+            raise BundleError(f"{folder / MANIFEST}: rung '{rung.name}' has gate '{rung.gate}' in the wrong list")
     for name in [record.name for record in manifest.files] + [f for a in manifest.artifacts for f in a.files]:
         if Path(name).name != name or name in ("", ".", ".."):
             raise BundleError(f"{folder / MANIFEST}: file name {name!r} leaves the bundle folder")
