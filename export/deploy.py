@@ -24,7 +24,7 @@ from ccnet.model import CCNet
 from ccnet.mtgc import CoarseToFine, FineToCoarse, TemporalDependency
 from export.deploy_mtgc import PackedCoarseToFine, PackedFineToCoarse
 from export.deploy_parts import EXCLUDED, Layout, Neighbours, NormRelu, Part, conv_matrix, layer_norms, stacked_product
-from export.deploy_streams import StreamEmbedding, StreamLayer
+from export.deploy_streams import KeyBiases, StreamEmbedding, StreamLayer
 from export.deploy_tdm import PackedTemporalDependency
 from runtime.errors import ExportError
 
@@ -85,6 +85,7 @@ class Deployment(nn.Module):
             )
             for level, layer in enumerate(layers)
         )
+        self.key_biases = KeyBiases(layout, trained.heads, gated=trained.tcg, dtype=dtype)
         self.stages = nn.ModuleList(_packed(stage, layout, dtype) for stage in model.mtgc.stages.values())
         self.heads = PackedHeads(model, layout, dtype)
 
@@ -96,13 +97,15 @@ class Deployment(nn.Module):
         allowed = valid.index_select(2, self.point_steps)  # [B, 1, P] float32
         point_mask = allowed.transpose(1, 2).to(self.dtype)  # [B, P, 1]
         masks = torch.split_with_sizes(point_mask, self.lengths, dim=1)
-        key_biases = torch.split_with_sizes((1 - allowed) * EXCLUDED, self.lengths, dim=2)
+        key_bias = (1 - allowed) * EXCLUDED
+        key_biases = torch.split_with_sizes(key_bias, self.lengths, dim=2)
+        cross_biases = self.key_biases(key_bias.unsqueeze(1))
 
         streams = self.embed(visual, audio, masks[0])  # [2, B, T, D]
         for layer in self.self_layers:
-            streams = layer(streams, masks[0], key_biases[0])
+            streams = layer(streams, masks[0], key_biases[0].unsqueeze(1))
         levels = []
-        for layer, level_mask, bias in zip(self.cross_layers, masks, key_biases, strict=True):
+        for layer, level_mask, bias in zip(self.cross_layers, masks, cross_biases, strict=True):
             streams = layer(streams, level_mask, bias)
             levels.append(streams)
         x = torch.cat(levels, dim=2).permute(1, 2, 0, 3).flatten(2)  # [B, P, E]: visual, then audio channels

@@ -93,11 +93,10 @@ class PackedCoarseToFine(Part):
         """x [B, P, E] (zero at invalid points), mask [B, P, 1], allowed [B, 1, P] -> [B, P, E]."""
         points = x.shape[1]
         guide = torch.relu(self.stretch @ x + self.stretch_bias)
-        query = split_heads(
-            normalize(self.query_taps(normalize(guide))) @ self.query + self.query_bias, points, self.heads
-        )
+        query = normalize(self.query_taps(normalize(guide))) @ self.query + self.query_bias
+        query = split_heads(query.unsqueeze(0), points, self.heads)
         key_value = stacked_product(normalize(self.key_value_taps(normalize(x))), self.key_value)
-        key, value = torch.chunk(split_heads(key_value, points, self.heads), 2)
+        key, value = torch.chunk(split_heads(key_value, points, self.heads), 2, dim=1)
         attended = attend(query, key, value, own_level_bias(self.own_level, allowed))
         branch = attended.transpose(1, 2).flatten(2) @ self.out + self.out_bias
         branch = branch + self.mlp(x + branch)

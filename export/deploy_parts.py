@@ -121,8 +121,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def split_heads(x: Tensor, steps: int, heads: int) -> Tensor:
-    """[S, B T, C] -> [S B, H, T, C / H]."""
-    return x.reshape(-1, steps, heads, x.shape[-1] // heads).transpose(1, 2)
+    """[S, B T, C] or [S, B, T, C] -> [B, S H, T, C / H]."""
+    stack, dim = x.shape[0], x.shape[-1] // heads
+    parted = x.reshape(stack, -1, steps, heads, dim).permute(1, 0, 3, 2, 4)
+    return parted.reshape(-1, stack * heads, steps, dim)
+
+
+def merge_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, S H, T, d] -> [S, B T, H d]."""
+    stack, steps, dim = x.shape[1] // heads, x.shape[2], x.shape[3]
+    parted = x.reshape(-1, stack, heads, steps, dim).permute(1, 0, 3, 2, 4)
+    return parted.reshape(stack, -1, heads * dim)
 
 
 class Part(nn.Module):

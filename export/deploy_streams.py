@@ -6,7 +6,6 @@ Shapes:  B batch   T points of a level   D model width   H heads   d = D / H   A
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +29,7 @@ from export.deploy_parts import (
     conv_matrix,
     fold_taps,
     layer_norms,
+    merge_heads,
     normalize,
     split_heads,
     stacked_product,
@@ -85,8 +85,6 @@ class StreamLayer(Part):
     order: Tensor
     out: Tensor
     out_bias: Tensor
-    exclude: Tensor
-    extra: Tensor
 
     def __init__(
         self,
@@ -101,7 +99,6 @@ class StreamLayer(Part):
         """blocks, gates: of the visual and the audio stream; level: the one written."""
         super().__init__(dtype)
         self.heads = blocks[0].attention.heads
-        self.crossed = cross
         strided = blocks[0].stride == 2
         own = layout.part(level, level + 1)
         taps = layout.strided_taps(level - 1) if strided else own.taps()
@@ -127,41 +124,30 @@ class StreamLayer(Part):
         query_biases = [folded[id(m)].query_bias for m in asking]
         no_biases = [torch.zeros_like(b) for b in value_biases]
         self.keep("project_bias", torch.stack(query_biases + no_biases + value_biases)[:, None])
-        self.keep("order", torch.tensor([1, 0, *range(2, 3 * len(asked))]))
+        # Queries of the Blocks go to the other stream; the gates change places, as each is for the other stream.
+        swapped = [1, 0] if cross else [0, 1]
+        gate_order, plain = ([3, 2] if gates else []), [0, 1]
+        in_thirds = [[*swapped, *gate_order], [*plain, *gate_order], [*plain, *gate_order]]
+        self.keep(
+            "order", torch.tensor([third * len(asked) + i for third, order in enumerate(in_thirds) for i in order])
+        )
+        self.reordered = cross or bool(gates)
         self.keep("out", torch.stack([folded[id(m)].out for m in blocks]))
         self.keep("out_bias", torch.stack([folded[id(m)].out_bias for m in blocks])[:, None])
         self.mlp = Mlp(blocks, dtype)
         self.gate = Gates(gates, [folded[id(gate)] for gate in gates], dtype) if gates else None
-        self._keep_key_biases(asked, own)
-
-    def _keep_key_biases(self, asked: Sequence[Block | ConsistencyGate], own: Layout) -> None:
-        """Which attentions exclude invalid keys, and the biases of the points behind the steps for those that do not.
-
-        Strided gates exclude no invalid key. The halo's counts for all the steps that were cut off, by a bias of
-        log(number); the points for alignment are excluded.
-        """
-        excludes = torch.tensor([m.attention.exclude_invalid_keys for m in asked]).view(-1, 1, 1, 1, 1)
-        steps, trained = own.steps[0], own.trained[0]
-        extra = torch.zeros(own.num_points)
-        extra[steps:] = EXCLUDED
-        if own.cut:
-            extra[steps] = math.log(trained - steps)
-        self.has_extra = own.num_points > steps and not bool(excludes.all())
-        self.keep("exclude", excludes.float(), torch.float32)
-        self.keep("extra", torch.where(excludes, 0.0, extra), torch.float32)
 
     def forward(self, x: Tensor, mask: Tensor, key_bias: Tensor) -> Tensor:
-        """x [2, B, rows, D], mask [B, T, 1], key_bias [B, 1, T] -> [2, B, T, D]."""
+        """x [2, B, rows, D], mask [B, T, 1], key_bias [B, 1 or A H, 1, T] -> [2, B, T, D]."""
         steps, flat_mask = mask.shape[1], mask.flatten(0, 1)
-        sequences = normalize(self.taps(normalize(x))).flatten(0, 1)  # [3 A, B, T, D]
-        projected = stacked_product(sequences, self.project) + self.project_bias
+        sequences = normalize(self.taps(normalize(x))).reshape(3 * self.attentions, -1, x.shape[3])  # [3 A, B T, D]
+        projected = sequences @ self.project + self.project_bias
         if self.gate is not None:
             projected = projected * flat_mask  # keys and values of invalid steps are zero, as the gates need them
-        if self.crossed:
+        if self.reordered:
             projected = projected.index_select(0, self.order)
-        query, key, value = torch.chunk(split_heads(projected, steps, self.heads), 3)  # [A B, H, T, d]
-        attended = attend(query, key, value, self._key_bias(key_bias))
-        attended = attended.transpose(1, 2).reshape(self.attentions, -1, x.shape[3])  # [A, B T, D]
+        query, key, value = torch.chunk(split_heads(projected, steps, self.heads), 3, dim=1)  # [B, A H, T, d]
+        attended = merge_heads(attend(query, key, value, key_bias), self.heads)  # [A, B T, D]
 
         gain = flat_mask
         if self.gate is not None:
@@ -172,36 +158,60 @@ class StreamLayer(Part):
         out: Tensor = (y + self.mlp(y)) * gain
         return out.reshape(2, -1, steps, x.shape[3])
 
-    def _key_bias(self, key_bias: Tensor) -> Tensor:
-        """[B, 1, T] -> the biases of all attentions, [A B, 1, 1, T]."""
-        biases = self.exclude * key_bias.unsqueeze(1)
-        if self.has_extra:
-            biases = biases + self.extra
-        return biases.reshape(-1, 1, 1, key_bias.shape[2])
-
 
 class Gates(Part):
-    """Both gates of a layer, behind their attention: sigmoid(w (Wp o + bp) + b), where u = Wp^T w is one vector."""
+    """Both gates of a layer, behind their attention: sigmoid(w (Wp o + bp) + b), where u = Wp^T w is one vector.
+
+    They come in the order of the streams they are for: first the one made from audio, for the visual stream.
+    """
 
     vector: Tensor
     bias: Tensor
-    order: Tensor
 
     def __init__(self, gates: Sequence[ConsistencyGate], folded: Sequence[HeadedAttention], dtype: torch.dtype):
+        """gates: made from the visual, and from the audio stream."""
         super().__init__(dtype)
         weights = [gate.linear.weight.detach().double()[0] for gate in gates]
-        self.keep("vector", torch.stack([f.out @ w for f, w in zip(folded, weights, strict=True)])[:, None])
+        vectors = [f.out @ w for f, w in zip(folded, weights, strict=True)]
         biases = [
             gate.attention.proj.bias.detach().double() @ w + gate.linear.bias.detach().double()
             for gate, w in zip(gates, weights, strict=True)
         ]
-        self.keep("bias", torch.stack(biases).view(2, 1, 1))
-        self.keep("order", torch.tensor([1, 0]))  # the gate of one stream is for the other
+        self.keep("vector", torch.stack(vectors[::-1])[:, None])
+        self.keep("bias", torch.stack(biases[::-1]).view(2, 1, 1))
 
     def forward(self, attended: Tensor) -> Tensor:
-        """[2, B T, D] of the visual and the audio gate -> [2, B T, 1] for the visual and the audio stream."""
-        logits = (attended * self.vector).sum(-1, keepdim=True) + self.bias
-        return torch.sigmoid(logits.index_select(0, self.order))
+        """[2, B T, D] -> [2, B T, 1]."""
+        return torch.sigmoid((attended * self.vector).sum(-1, keepdim=True) + self.bias)
+
+
+class KeyBiases(Part):
+    """Attention biases of the CMCC layers, of all levels at once: invalid keys are excluded, but in strided gates.
+
+    There they count, zero as they are, and the halo's key counts for all the steps that were cut off, by a bias of
+    log(number); the points for alignment are excluded. Always float32.
+    """
+
+    exclude: Tensor
+    extra: Tensor
+
+    def __init__(self, layout: Layout, heads: int, *, gated: bool, dtype: torch.dtype):
+        super().__init__(dtype)
+        self.lengths, self.gated = layout.lengths, gated
+        of_level = layout.level()
+        keeps_invalid = (of_level > 0).repeat(4 * heads, 1, 1)  # [A H, 1, P]: gates of all levels but the finest
+        keeps_invalid[: 2 * heads] = False
+        cut = (torch.tensor(layout.trained) - torch.tensor(layout.steps))[of_level]
+        is_halo = layout.cut & (layout.position() == torch.tensor(layout.steps)[of_level])
+        behind = torch.where(layout.is_step(), 0.0, torch.where(is_halo, cut.clamp(min=1).double().log(), EXCLUDED))
+        self.keep("exclude", (~keeps_invalid).float(), torch.float32)
+        self.keep("extra", torch.where(keeps_invalid, behind, 0.0), torch.float32)
+
+    def forward(self, key_bias: Tensor) -> tuple[Tensor, ...]:
+        """[B, 1, 1, P] -> per level [B, 1 or A H, 1, T_l]."""
+        if self.gated:
+            key_bias = key_bias * self.exclude + self.extra
+        return torch.split_with_sizes(key_bias, self.lengths, dim=3)
 
 
 def _scale(module: Block | ConsistencyGate) -> Tensor | float:

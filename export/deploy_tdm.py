@@ -126,7 +126,7 @@ class DependencyBranch(Part):
 
     def forward(self, sequences: Tensor, bias: Tensor | None) -> Tensor:
         """Stacked queries, keys and values [3, B, S, T, H] of S sequences -> [B, S, T, H]."""
-        query, key, value = torch.chunk(normalize(sequences).flatten(0, 1), 3)
+        query, key, value = (part.squeeze(0) for part in torch.chunk(normalize(sequences), 3))
         return attend(query @ self.query + self.query_bias, key, value, bias)
 
     def residual(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class ChannelBranch(Part):
         pressed = [torch.relu(part @ self.press) * mask for part, mask in zip(rows, masks, strict=True)]
         points = torch.cat(pressed, dim=1).index_select(1, self.spread)  # [B, L T, H]
         x = points.reshape(-1, self.levels, self.steps, self.hidden).permute(1, 0, 3, 2)  # [L, B, H, T]
-        query, key, value = torch.chunk(normalize(self.taps(normalize(x))).flatten(0, 1), 3)
+        query, key, value = (part.squeeze(0) for part in torch.chunk(normalize(self.taps(normalize(x))), 3))
         asked = stacked_product(query, self.query) + self.query_bias
         attended = attend(asked.reshape(query.shape), key, value, None)
         y = stacked_product(attended, self.out) + self.out_bias + x.flatten(1, 2)  # [L, B H, T]

@@ -48,7 +48,7 @@ def test_equals_the_eager_network(switch: str) -> None:
     config = dataclasses.replace(TINY, **SWITCHES[switch])
     eager = randomized(config)
     # Measured: 1.3e-6 with values around 1.
-    assert largest_difference(eager, deployment_form(eager), inputs(config, LENGTHS)) < 1e-5
+    assert largest_difference(eager, deployment_form(eager), inputs(config, LENGTHS)) < 5e-6
 
 
 @pytest.mark.parametrize("length", [8, 16, 24])
@@ -59,7 +59,7 @@ def test_a_shorter_network_is_exact_for_every_video_that_fits(switch: str, lengt
     fitting = [i for i, n in enumerate(LENGTHS) if n <= length]
     deployed = deployment_form(eager, length=length)
     assert deployed.config.length == length
-    assert largest_difference(eager, deployed, inputs(config, LENGTHS), videos=fitting) < 1e-5
+    assert largest_difference(eager, deployed, inputs(config, LENGTHS), videos=fitting) < 5e-6
 
 
 def test_the_comparison_would_see_a_missing_halo(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_golden_weights_with_values_of_hundreds(shared: Path) -> None:
         valid, logits = torch.from_numpy(golden["point_mask"]), torch.from_numpy(golden["cls_logits"])
     eager = CCNet(ModelConfig(length=64, visual_dim=48, audio_dim=16, dim=32, num_classes=7, head_dim=24)).eval()
     load_released(eager, parameters)
-    # Measured: float32 4e-6; float16 0.010; bfloat16 0.085, also that of a plain conversion of the network.
+    # Measured: float32 4e-6; float16 0.010; bfloat16 0.069.
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 0.03), (torch.bfloat16, 0.25)):
         with torch.inference_mode():
             got, _ = deployment_form(eager, dtype=dtype)(visual, audio, mask)
