@@ -44,15 +44,15 @@ CONFIG = Config(
         dim=32,
         heads=4,
         self_layers=1,
-        num_classes=8,
+        num_classes=4,
         head_dim=32,
         tdm_dim=8,
     ),
     train=TrainConfig(
-        epochs=19,
+        epochs=15,
         warmup_epochs=1,
-        learning_rate=2e-3,
-        ema=0.98,
+        learning_rate=5e-3,
+        ema=0.95,
         workers=0,
         device="cpu",
         validate_every=1000,  # only after the last epoch
@@ -61,10 +61,10 @@ CONFIG = Config(
     time_base=TimeBase(fps=25.0, stride_frames=24.0, window_frames=24.0),
 )
 """Videos of 10 to 60 s in steps of 0.96 s."""
-PLANTING = Planting(seed=1, signal=7.5, distractors=2.0, distractor_strength=1.75, tails=0.5)
+PLANTING = Planting(seed=1, signal=10.0, distractors=2.0, distractor_strength=1.75, tails=0.5)
 """Of what one modality shows, two thirds is no event, and it shows more strongly than the events do: the sum of both
 modalities does not tell them apart."""
-VIDEOS = {"train": 256, "validation": 16, "test": 200}
+VIDEOS = {"train": 240, "validation": 16, "test": 160}
 
 
 @dataclass(frozen=True)
