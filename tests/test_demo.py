@@ -1,0 +1,66 @@
+"""The demo's chain of commands, with a network too small and too little trained to reach the goal."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytest.importorskip("matplotlib")
+
+from ccnet.cli import main
+from ccnet.commands import demo
+from ccnet.config import PRESETS, Config
+from runtime.annotations import read_annotations
+from runtime.bundle import read_bundle
+from runtime.detections import read_events
+
+
+@pytest.fixture
+def small(monkeypatch) -> Config:
+    config = PRESETS["demo"]
+    model = dataclasses.replace(config.model, length=64, dim=8, heads=2, head_dim=8, tdm_dim=4, self_layers=0)
+    train = dataclasses.replace(config.train, epochs=1, warmup_epochs=0, batch_size=4, workers=0)
+    config = dataclasses.replace(config, model=model, train=train)
+    monkeypatch.setitem(PRESETS, "demo", config)
+    monkeypatch.setattr(demo, "VIDEOS", {"train": 8, "validation": 4, "test": 12})
+    return config
+
+
+@pytest.mark.slow
+def test_a_network_that_misses_the_goal_fails_the_demo_after_all_its_steps(small, tmp_path, capfd):
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 1
+    printed = capfd.readouterr().out
+    assert "NOT REACHED" in printed
+    assert "tIoU" in printed  # the paper's table
+    annotations = read_annotations(tmp_path / "demo" / "annotations.json")
+    spec = read_bundle(tmp_path / "demo" / "bundle").spec
+    assert spec.length == 64
+    events = read_events(tmp_path / "demo" / "events.jsonl", spec.labels)
+    assert set(events) == {video.video_id for video in annotations.subset("test")}
+    assert (tmp_path / "demo" / "timeline.png").stat().st_size > 5000
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("...")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "other files" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_step_that_fails_ends_the_demo(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "DIFFICULTY", 7)
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 2
+    assert "ccnet plant ended with exit status 2" in capsys.readouterr().err
+
+
+def test_predicting_happens_where_torch_cannot_be_imported():
+    import subprocess
+    import sys
+
+    code = demo._WITHOUT_TORCH.replace("from ccnet.cli import main; sys.exit(main(sys.argv[1:]))", "import torch")
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert failed.returncode != 0
+    assert "torch" in failed.stderr
