@@ -9,10 +9,13 @@ from runtime.errors import BackendUnavailable
 from runtime.spec import ModelSpec
 
 ONNX_ENGINES = ("onnxruntime-fp32", "openvino-fp32", "openvino-bf16")
+"""For fp32 graphs."""
+INT8_ENGINES = ("openvino-int8",)
+"""For graphs with int8 weights."""
 
 
 def open_graph(name: str, path: Path, spec: ModelSpec) -> Backend:
-    """Load an ONNX file in one of `ONNX_ENGINES`. Raises BackendUnavailable where library or arithmetic are absent."""
+    """Load an ONNX file in a named engine. Raises BackendUnavailable where library or arithmetic are absent."""
     backend, _, precision = name.rpartition("-")
     if backend == "openvino":
         from runtime.backends.openvino import OpenVinoBackend
@@ -23,11 +26,13 @@ def open_graph(name: str, path: Path, spec: ModelSpec) -> Backend:
     return OnnxRuntimeBackend.open(path, spec, precision=precision)
 
 
-def available_engines(path: Path, spec: ModelSpec) -> tuple[dict[str, Backend], dict[str, str]]:
-    """Those of `ONNX_ENGINES` that run `path` here, opened, and for the others the reason why not."""
+def available_engines(
+    path: Path, spec: ModelSpec, names: tuple[str, ...] = ONNX_ENGINES
+) -> tuple[dict[str, Backend], dict[str, str]]:
+    """Those of the named engines that run `path` here, opened, and for the others the reason why not."""
     opened: dict[str, Backend] = {}
     absent: dict[str, str] = {}
-    for name in ONNX_ENGINES:
+    for name in names:
         try:
             opened[name] = open_graph(name, path, spec)
         except BackendUnavailable as error:  # noqa: PERF203 - three engines

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from ccnet.model import CCNet
 
 TINY = {
-    "model.length": "64",
-    "model.levels": "4",
+    "model.length": "16",
+    "model.levels": "2",
     "model.dim": "16",
     "model.heads": "2",
     "model.visual_dim": "24",
@@ -32,7 +33,7 @@ TINY = {
     "model.num_classes": "5",
     "model.head_dim": "16",
     "model.tdm_dim": "8",
-    "model.self_layers": "1",
+    "model.self_layers": "0",
 }
 """Overrides of the demo preset under the name `tiny`: seconds from end to end, for tests of the benchmarks."""
 
@@ -79,6 +80,13 @@ class Networks:
     config: Config
 
     @property
+    def least_int8_weights(self) -> int:
+        """What counts as a large product: the exporter's limit, or a little of a tiny network."""
+        from export.quantize import LEAST_WEIGHTS
+
+        return min(LEAST_WEIGHTS, self.config.model.dim**2)
+
+    @property
     def spec(self) -> ModelSpec:
         return self.config.spec(labels(self.config))
 
@@ -98,15 +106,14 @@ class Networks:
         return load_checkpoint(self.checkpoint)
 
     def graph(self, form: str, *, length: int | None = None) -> Path:
-        """ONNX file of a form: `straightforward` (the network as it is) or `deployment`, made on first use."""
+        """ONNX file of a form, made on first use.
+
+        `straightforward` is the network as it is, `deployment` its deployment form, `int8` that with int8 weights.
+        """
         name = form if length is None else f"{form}-{length}"
         path = self.folder / name / "model.onnx"
         if not path.with_suffix(".json").exists():
-            from export.to_onnx import export_onnx
-
-            spec = self.spec if length is None else self.spec.with_length(length)
-            info = export_onnx(self._module(form, length), spec, path, max_batch=32)
-            facts: dict[str, Any] = {**dataclasses.asdict(info), "path": path.name}
+            facts = self._write(form, path, length)
             write_json(path.with_suffix(".json"), facts)
         return path
 
@@ -115,6 +122,21 @@ class Networks:
         text = self.graph(form, length=length).with_suffix(".json").read_text(encoding="utf-8")
         facts: dict[str, Any] = json.loads(text)
         return facts
+
+    def _write(self, form: str, path: Path, length: int | None) -> dict[str, Any]:
+        if form == "int8":
+            from export.quantize import quantize_weights
+
+            begin = time.perf_counter()
+            source = self.graph("deployment", length=length)
+            quantized = quantize_weights(source, path, least_weights=self.least_int8_weights)
+            seconds = time.perf_counter() - begin
+            return {**dataclasses.asdict(quantized), "path": path.name, "seconds": seconds}
+        from export.to_onnx import export_onnx
+
+        spec = self.spec if length is None else self.spec.with_length(length)
+        info = export_onnx(self._module(form, length), spec, path, max_batch=32)
+        return {**dataclasses.asdict(info), "path": path.name}
 
     def _module(self, form: str, length: int | None) -> nn.Module:
         if form == "straightforward":

@@ -31,7 +31,8 @@ def curves(path: Path, panels: Mapping[str, tuple[str, str, Mapping[str, Sequenc
             axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
         axes.set(title=title, xlabel=x_label, ylabel=y_label)
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize="small")
+        if len(lines) > 1:
+            axes.legend(fontsize="small")
     save_figure(figure, path)
 
 

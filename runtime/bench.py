@@ -14,10 +14,10 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -246,7 +246,7 @@ def _stream_rate(backend: Backend, videos: list[VideoFeatures], batch: int, rule
 
     endless = ((f"video {i}", video) for i, video in enumerate(itertools.cycle(videos)))
     stream = Localizer([backend], backend.spec).stream(endless, batch_size=batch)
-    with contextlib.closing(cast("Generator[Localized, None, None]", stream)):
+    with contextlib.closing(stream):
         # The last video of each batch is what is counted: those of one batch come out together.
         rate = steady_rate(itertools.islice(_checked(stream), batch - 1, None, batch), rules)
     return {"per_second": rate.per_second * batch, "videos": rate.results * batch, "seconds": rate.seconds}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,10 @@ import numpy as np
 import pytest
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("torch")
 
 from benchmarks import roofline  # noqa: E402
-from benchmarks.arguments import Setting  # noqa: E402
 from benchmarks.graph_cost import GraphCost, graph_cost  # noqa: E402
-from benchmarks.networks import Networks, benchmark_config  # noqa: E402
 from runtime.errors import ExportError  # noqa: E402
-from runtime.timing import Rules  # noqa: E402
 
 
 def save(path: Path, nodes: list[Any], inputs: dict[str, list[Any]], weights: dict[str, tuple[int, ...]]) -> Path:
@@ -71,20 +66,3 @@ def test_floors() -> None:
     # Half-width weights and the io once per batch of 4: (8 / 2 + 1) GB at 1 TB/s = 5 ms, 1.25 ms per video.
     got = roofline.floor(cost, device)
     assert (got.arithmetic, got.memory, got.total) == pytest.approx((0.0, 1.25, 1.25))
-
-
-def test_shares_and_page_of_a_tiny_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("export.deploy")
-    monkeypatch.setattr(roofline, "MATRIX", 64)
-    monkeypatch.setattr(roofline, "COPY_BYTES", 1 << 16)
-    networks = Networks(tmp_path / "work", benchmark_config("tiny"))
-    rules = Rules(warmup_seconds=0, warmup_calls=1, seconds=0, calls=2)
-    path = roofline.run(Setting(networks, tmp_path / "out", rules))
-    data = json.loads(path.read_text())
-    named = {m["name"]: m["value"] for m in data["measurements"]}
-    assert named["operations per video"] > 0
-    assert named["peak product"] > 0
-    assert any(name.startswith("share reached by") for name in named)
-    page = path.with_suffix(".md").read_text()
-    assert "NVIDIA H200, fp16 | 32" in page
-    assert "MatMul" in page
