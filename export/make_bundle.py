@@ -21,7 +21,7 @@ from export.tensorrt_engine import build_engine
 from runtime.backends.selection import TENSORRT_BACKENDS
 from runtime.backends.tensorrt_library import TensorRTFlavour
 from runtime.bundle import Artifact, Bundle, Flavour, Rung
-from runtime.errors import BackendUnavailable, CCNetError, ConfigError, EngineMismatch, ParityError
+from runtime.errors import BackendUnavailable, CCNetError, ConfigError, EngineMismatch, ExportError, ParityError
 from runtime.files import sha256_file
 from runtime.machine import library_versions
 from runtime.spec import ModelSpec
@@ -43,16 +43,18 @@ _ONNX_WAYS: dict[str, tuple[tuple[str, str], ...]] = {
     "tf32": (("onnxruntime-cuda", "tf32"),),
     "fp16": (("onnxruntime", "fp16"),),
     "bf16": (("openvino", "bf16"),),
+    "int8": (("openvino", "int8"),),
 }
 """Backend and graph that prove a precision asked for by name, for the ONNX format."""
 _ONNX_LADDER = (
     ("onnxruntime", "fp32"),
     ("openvino", "fp32"),
     ("openvino", "bf16"),
+    ("openvino", "int8"),
     ("onnxruntime-cuda", "fp32"),
     ("onnxruntime-cuda", "tf32"),
 )
-"""Ways to run the fp32 graph that `auto` tries."""
+"""Ways to run the fp32 graph, and the one with int8 weights, that `auto` tries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,8 @@ class Request:
                 raise ConfigError(f"precision: got {precision!r}, expected {AUTO} or some of {', '.join(_ONNX_WAYS)}")
         if AUTO in self.precisions and len(self.precisions) > 1:
             raise ConfigError(f"precision: got {' '.join(self.precisions)}, expected {AUTO} alone")
+        if "int8" in self.precisions and set(self.formats) != {"onnx"}:
+            raise ConfigError(f"precision: got int8 with format {' '.join(self.formats)}; int8 is for the onnx format")
         if not 1 <= self.opt_batch <= self.max_batch:
             raise ConfigError(f"opt-batch: got {self.opt_batch}, expected 1 to max-batch ({self.max_batch})")
         if self.form == "plain" and (self.lengths or set(self.precisions) - {"fp32", "tf32", AUTO}):
@@ -123,7 +127,8 @@ def make_bundle(
         for length in (checkpoint.spec.length, *sorted(request.lengths, reverse=True)):
             for precision in _graphs(request):
                 _add_graph(draft, checkpoint, model, request, precision, length, say)
-            rungs += _onnx_rungs(request, length, checkpoint.spec)
+            written = {artifact.name for artifact in draft.manifest.artifacts}
+            rungs += [r for r in _onnx_rungs(request, length, checkpoint.spec) if r.artifact in written]
             for flavour, precision in _engines(request):
                 rungs.append(_add_engine(draft, request, flavour, precision, length, checkpoint.spec, say))
         return _gate_all(draft, rungs, reference, request, say)
@@ -133,7 +138,9 @@ def _graphs(request: Request) -> list[str]:
     """Types of the graphs to write; fp32 is always there: engines of other machines are rebuilt from it."""
     engines = any(flavour != "onnx" for flavour in request.formats)
     wanted = (_LADDER if engines else ("fp32",)) if request.automatic else request.precisions
-    graphs = {"fp32"} if request.automatic else set()
+    graphs = {"fp32"} if request.automatic or "int8" in wanted else set()
+    if request.automatic and "onnx" in request.formats and _runs_int8():
+        graphs.add("int8")
     for precision in wanted:
         # bf16 on a CPU is OpenVINO's arithmetic on the fp32 graph; a typed graph is what engines are built from
         graphs.add("fp32" if precision == "bf16" and not engines else graph_precision(precision))
@@ -147,7 +154,10 @@ def _add_graph(
 
     spec = checkpoint.spec.with_length(length)
     name = _name("onnx", precision, length, checkpoint.spec)
-    file = "model.onnx" if name == "onnx-fp32" else f"model{name.removeprefix('onnx')}.onnx"
+    file = _graph_file(name)
+    if precision == "int8":
+        _add_int8(draft, request, name, length, checkpoint.spec, say)
+        return
     say(f"writing {file} (T = {length}, {precision}, {request.form} form, opset {request.opset})")
     info = export_onnx(
         _form(model, request.form, precision, length),
@@ -180,6 +190,50 @@ def _add_graph(
     )
 
 
+def _add_int8(draft: Draft, request: Request, name: str, length: int, spec: ModelSpec, say: Say) -> None:
+    """The fp32 graph of the same length again, with int8 weights."""
+    from export.quantize import quantize_weights
+
+    file = _graph_file(name)
+    say(f"writing {file} (int8 weights)")
+    source = draft.folder / _graph_file(_name("onnx", "fp32", length, spec))
+    try:
+        info = quantize_weights(source, draft.folder / file, metadata={"precision": "int8"})
+    except ExportError as error:
+        if not request.automatic:
+            raise
+        say(f"  left out: {error}")
+        return
+    say(f"  {info.products} products in int8, {info.weight_bytes / 1e6:.0f} MB of weights")
+    facts = {"form": request.form, "nodes": info.nodes, "weight_bytes": info.weight_bytes}
+    draft.add_artifact(
+        Artifact(
+            name=name,
+            flavour="onnx",
+            files=info.files,
+            precision="int8",
+            length=length,
+            max_batch=request.max_batch,
+            opset=request.opset,
+            build={**facts, "int8_products": info.products},
+        )
+    )
+
+
+def _graph_file(name: str) -> str:
+    return "model.onnx" if name == "onnx-fp32" else f"model{name.removeprefix('onnx')}.onnx"
+
+
+def _runs_int8() -> bool:
+    from runtime.backends.openvino import check_available
+
+    try:
+        check_available("int8")
+    except BackendUnavailable:
+        return False
+    return True
+
+
 def _form(model: CCNet, form: Form, precision: str, length: int) -> nn.Module:
     if form == "plain":
         return model
@@ -199,7 +253,7 @@ def _onnx_rungs(request: Request, length: int, spec: ModelSpec) -> list[Rung]:
             name=_name(backend, precision, length, spec),
             backend=backend,
             precision=precision,
-            artifact=_name("onnx", "fp16" if precision == "fp16" else "fp32", length, spec),
+            artifact=_name("onnx", precision if precision in ("fp16", "int8") else "fp32", length, spec),
             gate="not-run",
         )
         for backend, precision in ways

@@ -29,7 +29,7 @@ def register(subparsers: Any) -> None:
         nargs="+",
         default=["fp32"],
         metavar="P",
-        help="fp32, tf32, fp16, bf16; or auto: all that this machine can run, those that pass the gate are kept, "
+        help="fp32, tf32, fp16, bf16, int8; or auto: all that this machine can run, those that pass the gate are kept, "
         "fastest first",
     )
     parser.add_argument("--opset", type=int, default=20, help="ONNX opset, 17 to 23 (17 for TensorRT 8.6)")
