@@ -163,7 +163,7 @@ class PackedHeads(Part):
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, P, E], mask [B, P, 1] -> float32 logits [B, P, C], offsets [B, P, 2 C]."""
         shape = (2, -1, x.shape[1], self.first.shape[2])
-        rows = self.neighbours(x).flatten(0, 1)
+        rows = self.neighbours(x).reshape(1, -1, self.first.shape[1])  # three axes: OpenVINO refuses two by three
         x = self.first_norm((rows @ self.first).reshape(shape), mask)  # [2, B, P, head_dim]
         x = self.second_norm(stacked_product(self.neighbours(x), self.second).reshape(shape), mask)
         class_rows, offset_rows = torch.chunk(self.neighbours(x).float(), 2)

@@ -108,7 +108,10 @@ def sequence_taps(length: int) -> Tensor:
 
 
 def normalize(x: Tensor) -> Tensor:
-    """LayerNorm without its affine part. Statistics in float32: squares of large values overflow half precision."""
+    """LayerNorm without its affine part. Statistics in float32: squares of large values overflow half precision.
+
+    Give large inputs three axes: OpenVINO takes the norm of more of them apart into passes of their own.
+    """
     return F.layer_norm(x.float(), x.shape[-1:]).to(x.dtype)
 
 
@@ -209,11 +212,16 @@ class Taps(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., rows, C] -> [.., P, C], with the axes of the weights before it: one result for each of them."""
+        return self.combine(*self.read(x))
+
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The left neighbour, the middle and the right neighbour of every point."""
         rows = F.pad(x, (0, 0, 0, 1)) if self.padded else x
-        left = rows.index_select(-2, self.left_index) * self.left
-        right = rows.index_select(-2, self.right_index) * self.right
         middle = rows.index_select(-2, self.centre_index) if self.strided else x
-        return left + middle * self.centre + right + self.shift
+        return rows.index_select(-2, self.left_index), middle, rows.index_select(-2, self.right_index)
+
+    def combine(self, left: Tensor, middle: Tensor, right: Tensor) -> Tensor:
+        return left * self.left + middle * self.centre + right * self.right + self.shift
 
 
 class MaxPool(nn.Module):

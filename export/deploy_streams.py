@@ -140,8 +140,8 @@ class StreamLayer(Part):
     def forward(self, x: Tensor, mask: Tensor, key_bias: Tensor) -> Tensor:
         """x [2, B, rows, D], mask [B, T, 1], key_bias [B, 1 or A H, 1, T] -> [2, B, T, D]."""
         steps, flat_mask = mask.shape[1], mask.flatten(0, 1)
-        sequences = normalize(self.taps(normalize(x))).reshape(3 * self.attentions, -1, x.shape[3])  # [3 A, B T, D]
-        projected = sequences @ self.project + self.project_bias
+        sequences = self.taps(normalize(x)).reshape(3 * self.attentions, -1, x.shape[3])  # [3 A, B T, D]
+        projected = normalize(sequences) @ self.project + self.project_bias
         if self.gate is not None:
             projected = projected * flat_mask  # keys and values of invalid steps are zero, as the gates need them
         if self.reordered:

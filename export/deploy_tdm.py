@@ -53,8 +53,10 @@ class PackedTemporalDependency(Part):
         parts = torch.split_with_sizes(x, self.sizes, dim=1)
         masks = torch.split_with_sizes(mask, self.sizes, dim=1)
         alloweds = torch.split_with_sizes(allowed, self.sizes, dim=2)
-        rows = [neighbours(part) for neighbours, part in zip(self.neighbours, parts, strict=True)]
-        channels = self.channels(rows, masks) if self.channels is not None else [None] * len(rows)
+        # Masked here, where they are narrow, and not behind the products: relu(m x W) = m relu(x W).
+        neighbours = zip(self.neighbours, parts, masks, strict=True)
+        rows = [neighbour(part) * mask for neighbour, part, mask in neighbours]
+        channels = self.channels(rows) if self.channels is not None else [None] * len(rows)
         done = [
             group(*one)
             for group, one in zip(self.groups, zip(rows, masks, alloweds, channels, strict=True), strict=True)
@@ -85,28 +87,41 @@ class Group(Part):
 
     def __init__(self, stage: TemporalDependency, shared: SharedParts, layout: Layout, dtype: torch.dtype):
         super().__init__(dtype)
-        points, classes = layout.num_points, stage.classes
         self.shared = shared
-        over_time, over_classes = layout.taps(), sequence_taps(classes)
+        over_time, over_classes = layout.taps(), sequence_taps(stage.classes)
         self.keep("own_level", layout.own_level().float(), torch.float32)
-        self.time_taps = Taps(*block_taps(stage.temporal, "qkv", 3), over_time, dtype, rows=points, point=True)
-        pairs = block_taps(stage.cooccurrence, "qkv", 3)
-        self.class_taps = Taps(*pairs, over_classes, dtype, rows=classes, point=True)
+        self.time_taps = query_key_value_taps(stage.temporal, over_time, dtype)
+        self.class_taps = query_key_value_taps(stage.cooccurrence, over_classes, dtype)
         self.shift = AddNeighbours(over_time)
 
     def forward(self, rows: Tensor, mask: Tensor, allowed: Tensor, channels: Tensor | None) -> Tensor:
-        """rows [B, P, K E], mask [B, P, 1], allowed [B, 1, P], channels [B, P, H, C] -> [B, P, E]."""
-        shared = self.shared
-        by_class = (torch.relu(rows @ shared.expand) * mask).reshape(-1, rows.shape[1], shared.classes, shared.hidden)
+        """Masked rows [B, P, K E], mask [B, P, 1], allowed [B, 1, P], channels [B, P, H, C] -> [B, P, E]."""
+        shared, points = self.shared, rows.shape[1]
+        by_class = torch.relu(rows @ shared.expand)
         if channels is not None:
-            by_class = by_class + channels.reshape(-1, rows.shape[1], shared.classes, shared.hidden)
+            by_class = by_class + channels.flatten(2)
+        by_class = by_class.reshape(-1, shared.classes, shared.hidden)  # [B P, C, H]
         normal = normalize(by_class)
-        bias = own_level_bias(self.own_level, allowed)
-        over_time = shared.temporal(self.time_taps(normal.transpose(1, 2)), bias).transpose(1, 2)
-        over_classes = shared.cooccurrence(self.class_taps(normal), None)
-        total = shared.temporal.residual(by_class, over_time) + shared.cooccurrence.residual(by_class, over_classes)
-        squeezed: Tensor = self.shift((total.flatten(2) * mask) @ shared.squeeze)
+
+        query, key, value = shared.cooccurrence.project(self.class_taps, normal)
+        over_classes = shared.cooccurrence.residual(by_class, attend(query, key, value, None))
+
+        shape = (-1, shared.classes, points, shared.hidden)
+        series = normal.reshape(-1, points, shared.classes, shared.hidden).transpose(1, 2)  # [B, C, P, H]
+        parts = shared.temporal.project(self.time_taps, series.reshape(-1, points, shared.hidden))
+        query, key, value = (part.reshape(shape) for part in parts)
+        attended = attend(query, key, value, own_level_bias(self.own_level, allowed))
+        over_time = shared.temporal.residual(by_class, attended.transpose(1, 2).reshape(by_class.shape))
+
+        total = (over_time + over_classes).reshape(-1, points, shared.classes * shared.hidden)
+        squeezed: Tensor = self.shift((total @ shared.squeeze) * mask)
         return squeezed * mask
+
+
+def query_key_value_taps(block: Block, taps: Tensor, dtype: torch.dtype) -> nn.ModuleList:
+    """The depthwise convolutions of a Block, apart: their results are the largest tensors of the network."""
+    rows = taps.shape[1]
+    return nn.ModuleList(Taps(*block_taps(block, which), taps, dtype, rows=rows, point=True) for which in "qkv")
 
 
 class DependencyBranch(Part):
@@ -124,13 +139,15 @@ class DependencyBranch(Part):
             self.keep(name, getattr(folded, name))
         self.mlp = Mlp([block], dtype)
 
-    def forward(self, sequences: Tensor, bias: Tensor | None) -> Tensor:
-        """Stacked queries, keys and values [3, B, S, T, H] of S sequences -> [B, S, T, H]."""
-        query, key, value = (part.squeeze(0) for part in torch.chunk(normalize(sequences), 3))
-        return attend(query @ self.query + self.query_bias, key, value, bias)
+    def project(self, taps: nn.ModuleList, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised sequences [S, T, H] -> queries, keys and values [S, T, H]; keys and values need no product."""
+        for_query, for_key, for_value = (part for part in taps if isinstance(part, Taps))
+        neighbours = for_query.read(normal)
+        query = normalize(for_query.combine(*neighbours)) @ self.query + self.query_bias
+        return query, normalize(for_key.combine(*neighbours)), normalize(for_value.combine(*neighbours))
 
     def residual(self, x: Tensor, attended: Tensor) -> Tensor:
-        """[B, P, C, H] each -> [B, P, C, H]; anything at invalid points."""
+        """[B P, C, H] each -> the same; anything at invalid points."""
         y = x + (attended @ self.out + self.out_bias)
         out: Tensor = y + self.mlp(y)
         return out
@@ -231,9 +248,9 @@ class ChannelBranch(Part):
         weight, bias = (torch.stack(values, dim=1)[:, :, :, None, None] for values in (weights, biases))
         self.taps = Taps(weight, bias, sequence_taps(self.hidden), dtype, rows=self.hidden)
 
-    def forward(self, rows: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-        """Per group rows [B, P, K E] and mask [B, P, 1] -> per group [B, P, H, C] to add to the expanded features."""
-        pressed = [torch.relu(part @ self.press) * mask for part, mask in zip(rows, masks, strict=True)]
+    def forward(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Per group masked rows [B, P, K E] -> per group [B, P, H, C] to add to the expanded features."""
+        pressed = [torch.relu(part @ self.press) for part in rows]
         points = torch.cat(pressed, dim=1).index_select(1, self.spread)  # [B, L T, H]
         x = points.reshape(-1, self.levels, self.steps, self.hidden).permute(1, 0, 3, 2)  # [L, B, H, T]
         query, key, value = (part.squeeze(0) for part in torch.chunk(normalize(self.taps(normalize(x))), 3))
