@@ -97,8 +97,8 @@ TOLERANCES: dict[Precision, Tolerance] = {
     # 10 bits behind the point, as in fp16, in products alone.
     "tf32": _HALF,
     "bf16": _SEVEN_BITS,
-    # Int8 weights and rows that are quantized each by itself. Seen on a trained network (513 events): logits 0.035, mean
-    # 0.003, offsets 0.028, mean 0.002, mAP 2e-4.
+    # Int8 weights, rows quantized each by itself. Seen on a trained network (513 events): logits 0.035, mean 0.003,
+    # offsets 0.028, mean 0.002, mAP 2e-4.
     "int8": _SEVEN_BITS,
 }
 
