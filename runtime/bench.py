@@ -77,8 +77,9 @@ class Plan:
 
 
 def rung_candidates(bundle: Bundle, backends: Sequence[str] = ()) -> list[Candidate]:
-    """One candidate for each rung of the bundle's manifest, or for those of the named backends."""
-    return [_rung_candidate(bundle, rung) for rung in bundle.manifest.rungs if not backends or rung.backend in backends]
+    """One candidate for each rung of the manifest, the rejected ones too, or for those of the named backends."""
+    rungs = bundle.manifest.rungs + bundle.manifest.rejected
+    return [_rung_candidate(bundle, rung) for rung in rungs if not backends or rung.backend in backends]
 
 
 def _rung_candidate(bundle: Bundle, rung: Rung) -> Candidate:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,13 @@ def test_candidates_of_a_bundle(tmp_path: Path) -> None:
         str(tmp_path), "--backend", "openvino", "--precision", "fp32", "--length", "16",
     )  # fmt: skip
     assert [c.name for c in rung_candidates(bundle, ["openvino"])] == ["openvino-fp32"]
+
+    failed = replace(bundle.manifest.rungs[1], name="openvino-int8", precision="int8", gate="failed")
+    bundle = replace(bundle, manifest=replace(bundle.manifest, rejected=(failed,)))
+    assert [(c.name, c.gate) for c in rung_candidates(bundle, ["openvino"])] == [
+        ("openvino-fp32", "passed"),
+        ("openvino-int8", "failed"),
+    ]
 
 
 def test_cold_start_goes_into_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
