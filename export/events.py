@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from export.inputs import ParityVideo
 from export.outputs import Outputs
-from export.precision import EVENT_SCORE, EVENT_TIOU
+from export.precision import EVENT_SCORE
 from runtime.average_precision import average_precision
 from runtime.detections import Detections
 from runtime.postprocess import detect
@@ -23,6 +23,8 @@ from runtime.spec import ModelSpec
 
 TIOU_THRESHOLDS = tuple(round(0.1 * k, 1) for k in range(1, 10))
 """Thresholds of mAP Avg."""
+SAME_SCORE = 0.2
+"""Scores further apart are not of the same event, however well the segments agree."""
 FEWEST_EVENTS = 20
 """With fewer events above `EVENT_SCORE` the best this many are judged: a check without events proves nothing."""
 KNOWING_MAP = 0.01
@@ -72,12 +74,13 @@ def detections(outputs: Outputs, videos: Sequence[ParityVideo], spec: ModelSpec,
 
 
 def match_events(
-    candidate: Sequence[Detections], reference: Sequence[Detections], videos: Sequence[ParityVideo]
+    candidate: Sequence[Detections], reference: Sequence[Detections], videos: Sequence[ParityVideo], least_tiou: float
 ) -> EventAgreement:
     """Look for every event of the reference above the threshold among the candidate's of the same video and class.
 
-    One to one, the reference's best first, each taking the free one with the highest tIoU. The candidate may list more
-    events than are kept, so that a tie for the last place is no difference.
+    The same event has a tIoU above `least_tiou` and a score within `SAME_SCORE`. One to one, the reference's best
+    first, each taking the free one with the highest tIoU. The candidate may list more events than are kept, so that a
+    tie for the last place is no difference.
     """
     threshold = judged_above(reference)
     drifts: list[float] = []
@@ -87,9 +90,10 @@ def match_events(
         for segment, score, label in zip(wanted.segments, wanted.scores, wanted.labels, strict=True):
             if score <= threshold:
                 break
-            overlap = np.where(free & (found.labels == label), tiou(segment, found.segments), 0.0)
+            alike = free & (found.labels == label) & (np.abs(found.scores - score) <= SAME_SCORE)
+            overlap = np.where(alike, tiou(segment, found.segments), 0.0)
             best = int(np.argmax(overlap)) if len(overlap) else -1
-            if best >= 0 and overlap[best] > EVENT_TIOU:
+            if best >= 0 and overlap[best] > least_tiou:
                 free[best] = False
                 drifts.append(abs(float(found.scores[best]) - float(score)))
             else:

@@ -364,7 +364,7 @@ def rebuild_artifact(draft: Draft, artifact: Artifact, say: Say = print) -> None
     info = build_engine(
         draft.folder / graph.files[0],
         target,
-        flavour=cast(TensorRTFlavour, artifact.flavour),
+        flavour=artifact.flavour,
         precision=cast(Any, artifact.precision),
         profile=cast("tuple[int, int, int]", artifact.profile),
     )

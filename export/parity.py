@@ -40,7 +40,7 @@ TITLES = {
     "batch_offsets": "offsets, alone or in a mixed batch",
     "events": "events found",
     "stress_events": "events found, stress inputs",
-    "score_drift": "score drift of the events found",
+    "score_drift": "mean score drift of the events found",
     "map_difference": "mAP difference",
 }
 """Checks by name, in words."""
@@ -151,7 +151,7 @@ def compare(
     events: dict[str, EventAgreement] = {}
     metric: MapAgreement | None = None
     if finite:
-        events, metric = _compare_events(found, expected, videos, spec)
+        events, metric = _compare_events(found, expected, videos, spec, limits.tiou)
     checks += _event_checks(events, metric, limits)
     stress = sum(video.stress for video in videos)
     return ParityReport(
@@ -238,7 +238,7 @@ def _mixed(videos: Sequence[ParityVideo]) -> list[int]:
 
 
 def _compare_events(
-    found: Outputs, expected: Outputs, videos: Sequence[ParityVideo], spec: ModelSpec
+    found: Outputs, expected: Outputs, videos: Sequence[ParityVideo], spec: ModelSpec, least_tiou: float
 ) -> tuple[dict[str, EventAgreement], MapAgreement | None]:
     theirs = detections(expected, videos, spec)
     ours = detections(found, videos, spec, keep=2)
@@ -248,7 +248,7 @@ def _compare_events(
         if not rows:
             continue
         wanted, chosen = [theirs[i] for i in rows], [videos[i] for i in rows]
-        events[kind] = match_events([ours[i] for i in rows], wanted, chosen)
+        events[kind] = match_events([ours[i] for i in rows], wanted, chosen, least_tiou)
         if not stress:
             kept = detections(Outputs(found.logits[rows], found.offsets[rows], {}), chosen, spec)
             metric = compare_map(kept, wanted, chosen, spec.num_classes)
@@ -267,7 +267,7 @@ def _event_checks(events: dict[str, EventAgreement], metric: MapAgreement | None
             detail += f"; first lost: {found.lost[0]}"
         value = None if found is None else found.share
         checks.append(Check(name=name, value=value, limit=least, at_least=True, detail=detail))
-    drift = None if "videos" not in events else events["videos"].max_score_drift
+    drift = None if "videos" not in events else events["videos"].mean_score_drift
     checks.append(Check(name="score_drift", value=drift, limit=limits.score_drift))
     detail = "" if metric is None else f"{metric.candidate:.4f} for {metric.reference:.4f} on {metric.ground_truth}"
     value = None if metric is None else metric.difference

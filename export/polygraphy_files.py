@@ -25,15 +25,13 @@ def write_inputs(folder: Path, reference: Reference) -> None:
     """Write `inputs.json` (for --load-inputs) and `expected.json` (for --load-outputs)."""
     polygraphy = _polygraphy()
     folder.mkdir(parents=True, exist_ok=True)
-    feeds = []
-    for video in reference.videos:
-        feeds.append(dict(zip(INPUT_NAMES, pack([video.features], reference.spec), strict=True)))
+    feeds = [dict(zip(INPUT_NAMES, pack([v.features], reference.spec), strict=True)) for v in reference.videos]
     polygraphy.json.save_json(feeds, str(folder / INPUTS), description="inputs")
-    iterations = []
-    for logits, offsets in zip(reference.outputs.logits, reference.outputs.offsets, strict=True):
-        iterations.append(
-            polygraphy.comparator.IterationResult({LOGITS: logits[None], OFFSETS: offsets[None]}, runner_name="eager")
-        )
+    result = polygraphy.comparator.IterationResult
+    iterations = [
+        result({LOGITS: logits[None], OFFSETS: offsets[None]}, runner_name="eager")
+        for logits, offsets in zip(reference.outputs.logits, reference.outputs.offsets, strict=True)
+    ]
     results = polygraphy.comparator.RunResults([("eager", iterations)])
     results.save(str(folder / EXPECTED))
 

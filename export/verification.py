@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -33,14 +34,11 @@ def rungs_to_prove(bundle: Bundle, backend: str | None, precision: str | None) -
     """
     if backend is None and precision is None:
         return [rung for rung in bundle.manifest.rungs if rung.gate == "not-run"]
-    lengths = sorted({artifact.length for artifact in bundle.manifest.artifacts}, reverse=True)
-    found = []
-    for length in lengths:
-        try:
+    found = matching_rungs(bundle, backend or "auto", precision=precision)
+    shorter = {artifact.length for artifact in bundle.manifest.artifacts} - {bundle.spec.length}
+    for length in sorted(shorter, reverse=True):
+        with contextlib.suppress(BackendUnavailable):
             found += matching_rungs(bundle, backend or "auto", precision=precision, length=length)
-        except BackendUnavailable:
-            if length == bundle.spec.length:
-                raise
     return found
 
 
