@@ -40,6 +40,11 @@ Settings = dict[str, Any]
 """`bundle`, `reference`, `work` (folders and files), `batches`, `seconds` (per measurement), `device` (cuda or cpu),
 and for engines `flavour`, `precision`."""
 
+
+class Absent(CCNetError):
+    """The bundle does not hold what the stage is about."""
+
+
 COPY_BYTES = 1 << 30
 SLOWEST = 10
 
@@ -238,7 +243,7 @@ def _graph(settings: Settings) -> tuple[Bundle, Artifact]:
     for artifact in bundle.manifest.artifacts:
         if artifact.flavour == "onnx" and artifact.precision == wanted and artifact.length == bundle.spec.length:
             return bundle, artifact
-    raise ExportError(f"{bundle.folder}: has no {wanted} graph; export it with --precision {wanted}")
+    raise Absent(f"{bundle.folder}: has no {wanted} graph; export it with --precision {wanted}")
 
 
 def _engine_path(settings: Settings) -> Path:
@@ -266,7 +271,7 @@ def main(argv: list[str], stages: dict[str, Callable[[Settings], dict[str, Any]]
         result = {"status": "done", "result": (stages or STAGES)[name](settings)}
     except CCNetError as error:
         # a library that is not installed, or that has no such precision, is a fact about it and no failure
-        absent = isinstance(error, MissingDependency) or "does not support" in str(error)
+        absent = isinstance(error, MissingDependency | Absent) or "does not support" in str(error)
         result = {"status": "absent" if absent else "failed", "error": f"{type(error).__name__}: {error}"}
     write_json(result_path, result)
     return 0 if result["status"] == "done" else 1

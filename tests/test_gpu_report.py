@@ -19,6 +19,7 @@ from benchmarks.gpu_report import Stage
 from export.inputs import planted_inputs, stress_inputs
 from export.outputs import Reference, record, save_reference
 from runtime.backends.tensorrt import TensorRTBackend
+from runtime.bundle import read_bundle
 from runtime.errors import ExportError
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "batches": [1, 2], "seconds": 0.0}
@@ -268,8 +269,21 @@ def test_the_torch_side(tmp_path: Path) -> None:
     assert set(products["operations_per_second"]) == {"fp16", "bf16", "tf32", "fp32"}
     assert all(rate > 0 for rate in products["operations_per_second"].values())
     networks = Networks(tmp_path, benchmark_config("tiny"))
-    settings = SETTINGS | {"checkpoint": str(networks.checkpoint), "precision": "fp32"}
+    bundle, reference = tmp_path / "bundle", tmp_path / "reference.npz"
+    settings = SETTINGS | {
+        "checkpoint": str(networks.checkpoint),
+        "bundle": str(bundle),
+        "reference": str(reference),
+        "batches": [1, 4],
+    }
+    gpu_torch.export(settings | {"precisions": ["fp16", "tf32", "fp32"], "opset": 17})
+    graphs = {a.precision: a.opset for a in read_bundle(bundle).manifest.artifacts}
+    assert graphs == {"fp16": 17, "fp32": 17}
     for form in ("eager", "deployment"):
-        found = gpu_torch.peer(settings | {"form": form})
-        assert [row["batch"] for row in found["rows"]] == [1, 2]
-        assert found["describe"]["precision"] == "fp32"
+        found = gpu_torch.peer(settings | {"form": form, "precision": "fp32"})
+        assert found["gate"]["passed"], found["gate"]
+        assert [row["batch"] for row in found["rows"]] == [1, 4]
+    found = gpu_stages.onnxruntime(settings | {"precision": "fp16"})
+    assert found["gate"]["passed"], found["gate"]
+    with pytest.raises(gpu_stages.Absent, match="no bf16 graph"):
+        gpu_stages.onnxruntime(settings | {"precision": "bf16"})
