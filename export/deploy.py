@@ -22,8 +22,9 @@ from ccnet.config import ModelConfig
 from ccnet.layers import Block
 from ccnet.model import CCNet
 from ccnet.mtgc import CoarseToFine, FineToCoarse, TemporalDependency
+from export.deploy_layout import Layout
 from export.deploy_mtgc import PackedCoarseToFine, PackedFineToCoarse
-from export.deploy_parts import EXCLUDED, Layout, Neighbours, NormRelu, Part, conv_matrix, layer_norms, stacked_product
+from export.deploy_parts import EXCLUDED, Neighbours, NormRelu, Part, conv_matrix, layer_norms, stacked_product
 from export.deploy_streams import KeyBiases, StreamEmbedding, StreamLayer
 from export.deploy_tdm import PackedTemporalDependency
 from runtime.errors import ExportError
@@ -163,7 +164,8 @@ class PackedHeads(Part):
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, P, E], mask [B, P, 1] -> float32 logits [B, P, C], offsets [B, P, 2 C]."""
         shape = (2, -1, x.shape[1], self.first.shape[2])
-        rows = self.neighbours(x).reshape(1, -1, self.first.shape[1])  # three axes: OpenVINO refuses two by three
+        # Repeated, not broadcast: OpenVINO takes no product of one stack with a constant of two.
+        rows = self.neighbours(x).flatten(0, 1).expand(2, -1, -1)
         x = self.first_norm((rows @ self.first).reshape(shape), mask)  # [2, B, P, head_dim]
         x = self.second_norm(stacked_product(self.neighbours(x), self.second).reshape(shape), mask)
         class_rows, offset_rows = torch.chunk(self.neighbours(x).float(), 2)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ccnet.layers import Block
 from ccnet.mtgc import CoarseToFine, FineToCoarse
+from export.deploy_layout import Layout
 from export.deploy_parts import (
     EXCLUDED,
     HeadedAttention,
-    Layout,
     MaxPool,
     Mlp,
     OneHeadAttention,

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from ccnet.cmcc import ConsistencyGate, Embedding
 from ccnet.layers import Block
+from export.deploy_layout import Layout
 from export.deploy_parts import (
     EXCLUDED,
     HeadedAttention,
-    Layout,
     MaxPool,
     Mlp,
     Neighbours,

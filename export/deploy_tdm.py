@@ -17,10 +17,9 @@ from torch.nn import functional as F
 
 from ccnet.layers import Block
 from ccnet.mtgc import TemporalDependency
+from export.deploy_layout import KERNEL, Layout, sequence_taps
 from export.deploy_mtgc import block_taps, own_level_bias
 from export.deploy_parts import (
-    KERNEL,
-    Layout,
     Mlp,
     Neighbours,
     OneHeadAttention,
@@ -31,7 +30,6 @@ from export.deploy_parts import (
     conv_matrix,
     fold_taps,
     normalize,
-    sequence_taps,
     stacked_product,
 )
 
@@ -45,8 +43,8 @@ class PackedTemporalDependency(Part):
         self.sizes = [group.num_points for group in groups]
         self.neighbours = nn.ModuleList(Neighbours(group.taps()) for group in groups)
         self.channels = ChannelBranch(stage, layout, groups, dtype) if stage.channel_branch else None
-        shared = SharedParts(stage, dtype)
-        self.groups = nn.ModuleList(Group(stage, shared, group, dtype) for group in groups)
+        self.shared = SharedParts(stage, dtype)
+        self.groups = nn.ModuleList(Group(stage, group, dtype) for group in groups)
 
     def forward(self, x: Tensor, mask: Tensor, allowed: Tensor) -> Tensor:
         """x [B, P, E] (zero at invalid points), mask [B, P, 1], allowed [B, 1, P] -> [B, P, E]."""
@@ -54,13 +52,11 @@ class PackedTemporalDependency(Part):
         masks = torch.split_with_sizes(mask, self.sizes, dim=1)
         alloweds = torch.split_with_sizes(allowed, self.sizes, dim=2)
         # Masked here, where they are narrow, and not behind the products: relu(m x W) = m relu(x W).
-        neighbours = zip(self.neighbours, parts, masks, strict=True)
-        rows = [neighbour(part) * mask for neighbour, part, mask in neighbours]
+        pairs = zip(self.neighbours, parts, masks, strict=True)
+        rows = [neighbours(part) * own_mask for neighbours, part, own_mask in pairs]
         channels = self.channels(rows) if self.channels is not None else [None] * len(rows)
-        done = [
-            group(*one)
-            for group, one in zip(self.groups, zip(rows, masks, alloweds, channels, strict=True), strict=True)
-        ]
+        inputs = zip(rows, masks, alloweds, channels, strict=True)
+        done = [group(self.shared, *own) for group, own in zip(self.groups, inputs, strict=True)]
         return torch.cat(done, dim=1)
 
 
@@ -85,18 +81,19 @@ class Group(Part):
 
     own_level: Tensor
 
-    def __init__(self, stage: TemporalDependency, shared: SharedParts, layout: Layout, dtype: torch.dtype):
+    def __init__(self, stage: TemporalDependency, layout: Layout, dtype: torch.dtype):
         super().__init__(dtype)
-        self.shared = shared
         over_time, over_classes = layout.taps(), sequence_taps(stage.classes)
         self.keep("own_level", layout.own_level().float(), torch.float32)
         self.time_taps = query_key_value_taps(stage.temporal, over_time, dtype)
         self.class_taps = query_key_value_taps(stage.cooccurrence, over_classes, dtype)
         self.shift = AddNeighbours(over_time)
 
-    def forward(self, rows: Tensor, mask: Tensor, allowed: Tensor, channels: Tensor | None) -> Tensor:
+    def forward(
+        self, shared: SharedParts, rows: Tensor, mask: Tensor, allowed: Tensor, channels: Tensor | None
+    ) -> Tensor:
         """Masked rows [B, P, K E], mask [B, P, 1], allowed [B, 1, P], channels [B, P, H, C] -> [B, P, E]."""
-        shared, points = self.shared, rows.shape[1]
+        points = rows.shape[1]
         by_class = torch.relu(rows @ shared.expand)
         if channels is not None:
             by_class = by_class + channels.flatten(2)

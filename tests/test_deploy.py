@@ -15,7 +15,7 @@ from ccnet.config import Config, ModelConfig
 from ccnet.model import CCNet
 from ccnet.released import load_released
 from export.deploy import Deployment, deployment_form
-from export.deploy_parts import Layout
+from export.deploy_layout import Layout
 from runtime.errors import ExportError
 from runtime.spec import point_grid
 
