@@ -61,6 +61,8 @@ class OnnxRuntimeBackend:
         onnxruntime = load_library(device)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Planning memory from the first run's shapes takes 20% more of it at full size and saves no time to speak of.
+        options.enable_mem_pattern = False
         if threads is not None:
             options.intra_op_num_threads = threads
         if device == "cuda":

@@ -1,0 +1,94 @@
+"""The real network, exported and run by the torch-free runtime: same events as eager PyTorch, whatever the length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import rung
+
+from runtime.backends import open_backend
+from runtime.bundle import Artifact
+from runtime.localizer import Localizer
+from runtime.workload import sample_videos
+
+pytestmark = pytest.mark.slow  # exporting takes about half a minute
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """(network, spec, bundle folder) of a small random CCNet with its deployment form as ONNX."""
+    from ccnet.config import Config, ModelConfig
+    from ccnet.model import CCNet
+    from export.bundle_writer import new_bundle
+    from export.deploy import deployment_form
+    from export.to_onnx import export_onnx
+
+    config = Config(
+        model=ModelConfig(
+            length=64, visual_dim=12, audio_dim=8, dim=16, heads=2, num_classes=3, head_dim=16, tdm_dim=8, self_layers=1
+        )
+    )
+    torch.manual_seed(0)
+    network = CCNet(config.model).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():  # scales start at 1e-4: no branch may hide behind one
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    spec = config.spec(("a", "b", "c"))
+    folder = tmp_path_factory.mktemp("end_to_end") / "bundle"
+    with new_bundle(folder, spec=spec, model=config.model.to_json(), checkpoint_sha256="0" * 64, versions={}) as draft:
+        info = export_onnx(deployment_form(network), spec, draft.folder / "model.onnx", max_batch=4)
+        draft.add_artifact(
+            Artifact(name="onnx-fp32", flavour="onnx", files=info.files, precision="fp32", length=64, max_batch=4)
+        )
+        for backend in ("onnxruntime", "openvino"):
+            draft.set_rung(rung(backend, artifact="onnx-fp32"))
+    return network, spec, folder
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_runtime_finds_the_events_of_eager_pytorch(exported: tuple[Any, Any, Path], backend: str) -> None:
+    from ccnet.torch_backend import TorchBackend
+
+    pytest.importorskip(backend)
+    network, spec, folder = exported
+    videos = [sample_videos(spec, 1, steps=steps, seed=steps)[0] for steps in (1, 17, 63, 64, 90)]
+    with (
+        Localizer([TorchBackend(network, spec)], spec, long_videos="windows") as eager,
+        Localizer.load(folder, backend, long_videos="windows") as deployed,
+    ):
+        expected, found = eager.batch(videos), deployed.batch(videos)
+    for want, got in zip(expected, found, strict=True):
+        assert len(want) == len(got) > 0
+        # Float32 in another order of additions: 1e-6 relative per operation, through some hundred of them. Scores that
+        # nearly tie may trade places, so they are compared as a sorted list.
+        np.testing.assert_allclose(got.scores, want.scores, atol=2e-4)
+        confident = want.scores > want.scores[-1] + 1e-3
+        for segment, label in zip(want.segments[confident], want.labels[confident], strict=True):
+            same = got.labels == label
+            assert np.abs(got.segments[same] - segment).max(axis=1).min() < 1e-2
+
+
+def test_a_video_does_not_depend_on_its_batch(exported: tuple[Any, Any, Path]) -> None:
+    _, spec, folder = exported
+    videos = [sample_videos(spec, 1, steps=steps, seed=steps)[0] for steps in (5, 64, 33)]
+    with Localizer.load(folder, "onnxruntime") as localizer:
+        together = localizer.batch(videos)
+        for video, found in zip(videos, together, strict=True):
+            alone = localizer(video.visual, video.audio)
+            # Other batch sizes may take other kernels: rounding, nothing more.
+            np.testing.assert_allclose(found.scores, alone.scores, atol=1e-5)
+
+
+def test_the_manifest_decides_precision_and_largest_batch(exported: tuple[Any, Any, Path]) -> None:
+    from runtime.bundle import read_bundle
+
+    with open_backend(read_bundle(exported[2]), "onnxruntime") as backend:
+        assert backend.precision == "fp32"
+        assert backend.max_batch == 4
