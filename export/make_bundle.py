@@ -22,7 +22,6 @@ from runtime.backends.selection import TENSORRT_BACKENDS
 from runtime.backends.tensorrt_library import TensorRTFlavour
 from runtime.bundle import Artifact, Bundle, Flavour, Rung
 from runtime.errors import BackendUnavailable, CCNetError, ConfigError, EngineMismatch, ExportError, ParityError
-from runtime.files import sha256_file
 from runtime.machine import library_versions
 from runtime.spec import ModelSpec
 
@@ -341,34 +340,3 @@ def _gate_one(bundle: Bundle, rung: Rung, reference: Reference, *, automatic: bo
 
 def _name(kind: str, precision: str, length: int, spec: ModelSpec) -> str:
     return f"{kind}-{precision}" if length == spec.length else f"{kind}-{precision}-t{length}"
-
-
-def rebuild_artifact(draft: Draft, artifact: Artifact, say: Say = print) -> None:
-    """Build an engine of the draft again, for this machine, from the graph that it was built from.
-
-    Its rungs become unproven. Raises ConfigError for an artifact that is no engine or whose graph is gone.
-    """
-    graph = next(
-        (
-            other
-            for other in draft.manifest.artifacts
-            if other.flavour == "onnx" and sha256_file(draft.folder / other.files[0]) == artifact.onnx_sha256
-        ),
-        None,
-    )
-    if artifact.flavour == "onnx" or artifact.profile is None or graph is None:
-        raise ConfigError(f"artifact '{artifact.name}' can't be rebuilt: it is no engine, or its graph is not here")
-    say(f"building {artifact.name} again from {graph.files[0]}")
-    target = draft.folder / artifact.files[0]
-    target.unlink(missing_ok=True)
-    info = build_engine(
-        draft.folder / graph.files[0],
-        target,
-        flavour=artifact.flavour,
-        precision=cast(Any, artifact.precision),
-        profile=cast("tuple[int, int, int]", artifact.profile),
-    )
-    draft.add_artifact(info.artifact(name=artifact.name, length=artifact.length))
-    for rung in (*draft.manifest.rungs, *draft.manifest.rejected):
-        if rung.artifact == artifact.name:
-            draft.set_rung(dataclasses.replace(rung, gate="not-run", accuracy={}, speed={}))

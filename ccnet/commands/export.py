@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import ConfigError
-
 if TYPE_CHECKING:
     from export.make_bundle import Result
 
@@ -21,7 +19,7 @@ def register(subparsers: Any) -> None:
         "stress inputs and on planted or real videos, and leaves a bundle only when all passed (exit status 3 "
         "otherwise).",
     )
-    parser.add_argument("checkpoint", nargs="?", help="checkpoint folder")
+    parser.add_argument("checkpoint", help="checkpoint folder")
     parser.add_argument("--out", required=True, metavar="BUNDLE", help="bundle folder; an earlier bundle is replaced")
     parser.add_argument("--format", nargs="+", default=["onnx"], choices=["onnx", "tensorrt", "tensorrt-rtx"])
     parser.add_argument(
@@ -49,7 +47,6 @@ def register(subparsers: Any) -> None:
     engine.add_argument("--timing-cache", metavar="FILE", help="timings of earlier builds, kept beside the bundle")
     engine.add_argument("--hardware-compatible", action="store_true", help="run on any Ampere or newer GPU")
     engine.add_argument("--version-compatible", action="store_true", help="run on newer TensorRT releases too")
-    engine.add_argument("--rebuild", metavar="ARTIFACT", help="build one engine of BUNDLE again, for this machine")
 
 
 def add_video_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,11 +58,6 @@ def add_video_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    if arguments.rebuild:
-        return _rebuild(arguments)
-    if arguments.checkpoint is None:
-        raise ConfigError("checkpoint: none given; ccnet export CHECKPOINT --out BUNDLE")
-
     from ccnet.checkpoint import read_checkpoint
     from export.bundle_writer import refuse_foreign
     from export.eager import eager_reference
@@ -129,15 +121,3 @@ def _summarize(out: str, result: Result) -> None:
     print(f"  ccnet evaluate {out} --annotations F --features DIR --subset test\n  ccnet bench {out}")
     if any(rung.gate == "not-run" for rung in result.rungs):
         print(f"  ccnet reference CHECKPOINT --out ref.npz, then on the GPU: ccnet verify {out} --reference ref.npz")
-
-
-def _rebuild(arguments: argparse.Namespace) -> int:
-    from export.bundle_writer import changed_bundle
-    from export.make_bundle import rebuild_artifact
-    from runtime.bundle import read_bundle
-
-    artifact = read_bundle(arguments.out).artifact(arguments.rebuild)
-    with changed_bundle(arguments.out) as draft:
-        rebuild_artifact(draft, artifact, say)
-    print(f"next: ccnet verify {arguments.out} --reference ref.npz (or --checkpoint CHECKPOINT)")
-    return 0

@@ -1,0 +1,222 @@
+"""A bundle is whole or not there: whatever happens while it is written or changed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import SPEC, onnx_artifact, rung, write_onnx
+
+from export.bundle_writer import Draft, changed_bundle, new_bundle
+from runtime.bundle import PARITY, Artifact, Bundle, read_bundle
+from runtime.errors import BundleError
+
+FACTS: dict[str, Any] = {
+    "spec": SPEC,
+    "model": {"length": 32},
+    "checkpoint_sha256": "ab" * 32,
+    "versions": {"ccnet": "0"},
+}
+REPORT = {"passed": True, "checks": []}
+
+
+def fill(draft: Draft) -> None:
+    write_onnx(draft.folder / "model-t32.onnx")
+    draft.add_artifact(onnx_artifact())
+    draft.set_rung(rung("onnxruntime"), REPORT)
+
+
+def make(path: Path) -> Bundle:
+    with new_bundle(path, **FACTS) as draft:
+        fill(draft)
+    return read_bundle(path)
+
+
+def fail_in(context: AbstractContextManager[Draft]) -> None:
+    """A gate that fails when everything has been written."""
+    with context as draft:
+        fill(draft)
+        draft.bundle()
+        raise RuntimeError("gate")
+
+
+def fill_until(context: AbstractContextManager[Draft], last: Artifact | Callable[[], None]) -> None:
+    """Fill the draft, then add one more artifact, or let something happen."""
+    with context as draft:
+        fill(draft)
+        if isinstance(last, Artifact):
+            draft.add_artifact(last)
+        else:
+            last()
+
+
+def engine(name: str = "tensorrt-fp16") -> Artifact:
+    return Artifact(
+        name=name,
+        flavour="tensorrt",
+        files=(f"{name}.engine",),
+        precision="fp16",
+        length=32,
+        max_batch=4,
+        profile=(1, 1, 4),
+    )
+
+
+def test_a_new_bundle_is_what_the_runtime_reads(tmp_path: Path) -> None:
+    bundle = make(tmp_path / "bundle")
+    bundle.verify()
+    assert bundle.spec == SPEC
+    assert bundle.manifest.checkpoint_sha256 == "ab" * 32
+    assert {record.name for record in bundle.manifest.files} == {"model-t32.onnx", PARITY}
+    assert [r.name for r in bundle.manifest.rungs] == ["onnxruntime-fp32-t32"]
+    assert '"onnxruntime-fp32-t32"' in (bundle.folder / PARITY).read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle"]
+
+
+def test_an_error_while_writing_leaves_nothing_or_the_old_bundle(tmp_path: Path) -> None:
+    path = tmp_path / "bundle"
+    with pytest.raises(RuntimeError, match="gate"):
+        fail_in(new_bundle(path, **FACTS))
+    assert not list(tmp_path.iterdir())
+    before = make(path).manifest
+    for change in (lambda: new_bundle(path, **FACTS), lambda: changed_bundle(path)):
+        with pytest.raises(RuntimeError, match="gate"):
+            fail_in(change())
+        assert read_bundle(path).manifest == before
+        read_bundle(path).verify()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle"]
+
+
+def test_a_full_disk_leaves_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bundle"
+    before = make(path).manifest
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for change in (lambda: new_bundle(path, **FACTS), lambda: changed_bundle(path)):
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+            fill_until(change(), lambda patched=patched: patched.setattr(os, "fsync", full))
+        assert read_bundle(path).manifest == before
+        read_bundle(path).verify()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_kill_leaves_the_old_bundle(tmp_path: Path) -> None:
+    path = tmp_path / "bundle"
+    before = make(path).manifest
+    code = f"""
+import sys, time
+sys.path[:0] = {[str(Path(__file__).parent)]!r}
+from test_bundle_writer import changed_bundle, engine, fill
+with changed_bundle({str(path)!r}) as draft:
+    fill(draft)
+    (draft.folder / "tensorrt-fp16.engine").write_bytes(b"half an engine")
+    draft.add_artifact(engine())
+    draft.bundle()
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline().strip() == "ready"
+        child.send_signal(signal.SIGKILL)
+    time.sleep(0.01)
+    assert read_bundle(path).manifest == before
+    read_bundle(path).verify()
+
+
+def test_an_engine_is_added_and_the_rest_stays(tmp_path: Path) -> None:
+    path = tmp_path / "bundle"
+    old = make(path)
+    (path / "notes.txt").write_text("mine")
+    graph = (path / "model-t32.onnx").stat().st_ino
+    with changed_bundle(path) as draft:
+        (draft.folder / "tensorrt-fp16.engine").write_bytes(b"an engine")
+        draft.add_artifact(engine())
+        draft.set_rung(rung("tensorrt", "fp16", artifact="tensorrt-fp16", gate="not-run"))
+        assert [a.name for a in read_bundle(path).manifest.artifacts] == ["onnx-fp32-t32"]
+    bundle = read_bundle(path)
+    bundle.verify()
+    assert [a.name for a in bundle.manifest.artifacts] == ["onnx-fp32-t32", "tensorrt-fp16"]
+    assert [r.gate for r in bundle.manifest.rungs] == ["passed", "not-run"]
+    assert bundle.manifest.created == old.manifest.created
+    assert (path / "model-t32.onnx").stat().st_ino == graph  # linked, not copied
+    assert (path / "notes.txt").read_text() == "mine"
+
+
+def test_replacing_an_artifact_leaves_no_record_of_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "bundle"
+    make(path)
+    for content in (b"first", b"second, longer"):
+        with changed_bundle(path) as draft:
+            (draft.folder / "tensorrt-fp16.engine").unlink(missing_ok=True)
+            (draft.folder / "tensorrt-fp16.engine").write_bytes(content)
+            draft.add_artifact(engine())
+    bundle = read_bundle(path)
+    bundle.verify()
+    assert [r.size for r in bundle.manifest.files if r.name.endswith(".engine")] == [14]
+    assert len(bundle.manifest.artifacts) == 2
+
+
+def test_a_rung_that_fails_is_rejected_and_can_recover(tmp_path: Path) -> None:
+    path = tmp_path / "bundle"
+    make(path)
+    with changed_bundle(path) as draft:
+        draft.set_rung(rung("onnxruntime", gate="failed"), {"passed": False})
+    bundle = read_bundle(path)
+    assert bundle.manifest.rungs == ()
+    assert [r.gate for r in bundle.manifest.rejected] == ["failed"]
+    with changed_bundle(path) as draft:
+        draft.set_rung(rung("onnxruntime"), REPORT)
+    bundle = read_bundle(path)
+    assert (len(bundle.manifest.rungs), bundle.manifest.rejected) == (1, ())
+
+
+def test_the_fastest_measured_rung_comes_first(tmp_path: Path) -> None:
+    with new_bundle(tmp_path / "bundle", **FACTS) as draft:
+        fill(draft)
+        draft.set_rung(rung("openvino", speed={"ms_per_video": 2.0, "machine": "x"}))
+        draft.set_rung(rung("openvino", "bf16", speed={"ms_per_video": 1.0, "machine": "x"}))
+    names = [r.name for r in read_bundle(tmp_path / "bundle").manifest.rungs]
+    assert names == ["openvino-bf16-t32", "openvino-fp32-t32", "onnxruntime-fp32-t32"]
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_bytes(b"x")
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    for name in ("photos", "file"):
+        with pytest.raises(BundleError, match="no bundle"), new_bundle(tmp_path / name, **FACTS) as draft:
+            fill(draft)
+        with pytest.raises(BundleError), changed_bundle(tmp_path / name):
+            pass
+    assert (tmp_path / "photos" / "one.jpg").read_bytes() == b"x"
+    make(tmp_path / "empty").verify()
+
+
+def test_artifacts_must_have_files_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="missing"), new_bundle(tmp_path / "bundle", **FACTS) as draft:
+        draft.add_artifact(onnx_artifact())
+    with pytest.raises(BundleError, match="belongs to 'onnx-fp32-t32'"):
+        fill_until(new_bundle(tmp_path / "b", **FACTS), onnx_artifact(16, "model-t32.onnx"))
+    with pytest.raises(BundleError, match="artifact"), new_bundle(tmp_path / "b", **FACTS):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_reports_are_an_error(tmp_path: Path) -> None:
+    make(tmp_path / "bundle")
+    (tmp_path / "bundle" / PARITY).write_text("[]")
+    with pytest.raises(BundleError, match="parity"), changed_bundle(tmp_path / "bundle"):
+        pass

@@ -1,0 +1,310 @@
+"""`ccnet export`, `verify` and `reference` on a network of two levels, from checkpoint to proven bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import edit_manifest
+
+import export.gate
+import export.to_onnx
+from ccnet.cli import main
+from ccnet.config import Config, preset, with_overrides
+from export.outputs import load_reference
+from export.precision import TOLERANCES, Tolerance
+from export.to_onnx import OnnxInfo
+from runtime.bundle import PARITY, Artifact, read_bundle
+from runtime.errors import BackendUnavailable
+from runtime.localizer import Localizer
+from runtime.workload import sample_videos
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+TINY = {
+    "model.length": "8",
+    "model.levels": "2",
+    "model.dim": "8",
+    "model.heads": "2",
+    "model.visual_dim": "12",
+    "model.audio_dim": "6",
+    "model.num_classes": "4",
+    "model.head_dim": "8",
+    "model.tdm_dim": "4",
+    "model.self_layers": "0",
+}
+
+
+def tiny_config() -> Config:
+    return with_overrides(preset("demo"), TINY)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random network whose scales are large enough that no part of it hides."""
+    import torch
+
+    from ccnet.checkpoint import save_checkpoint
+    from ccnet.model import CCNet
+
+    torch.manual_seed(0)
+    config = tiny_config()
+    model = CCNet(config.model).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    save_checkpoint(path, model, config=config, labels=("a", "b", "c", "d"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `ccnet export` with its defaults. Made once: the exporter takes its time."""
+    out = tmp_path_factory.mktemp("bundle") / "bundle"
+    assert main(["export", str(checkpoint), "--out", str(out), "--max-batch", "4", "--videos", "6"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reference") / "ref.npz"
+    assert main(["reference", str(checkpoint), "--out", str(path), "--videos", "6"]) == 0
+    return path
+
+
+@pytest.fixture
+def bundle(exported: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    shutil.copytree(exported, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def unproven(folder: Path) -> None:
+    rungs = read_bundle(folder).manifest.rungs
+    edit_manifest(folder, rungs=tuple(dataclasses.replace(r, gate="not-run", accuracy={}) for r in rungs))
+
+
+def test_the_bundle_is_whole_proven_and_runs(exported: Path, checkpoint: Path) -> None:
+    bundle = read_bundle(exported)
+    bundle.verify()
+    weights = json.loads((checkpoint / "checkpoint.json").read_text())["weights"]["sha256"]
+    assert bundle.manifest.checkpoint_sha256 == weights
+    assert bundle.manifest.model == tiny_config().model.to_json()
+    (artifact,) = bundle.manifest.artifacts
+    assert (artifact.name, artifact.opset, artifact.max_batch, artifact.length) == ("onnx-fp32", 20, 4, 8)
+    (rung,) = bundle.manifest.rungs
+    assert (rung.name, rung.gate) == ("onnxruntime-fp32", "passed")
+    assert 0 < rung.accuracy["max_logits"] <= 1e-4
+    report = json.loads((exported / PARITY).read_text())["rungs"][rung.name]
+    assert report["passed"]
+    assert report["videos"]["events"] == 6
+    graph = onnx.load(bundle.path(artifact))
+    facts = {entry.key: entry.value for entry in graph.metadata_props}
+    assert facts["checkpoint_sha256"] == weights
+    assert (facts["length"], facts["opset"], facts["form"]) == ("8", "20", "deployment")
+    with Localizer.load(exported) as localizer:
+        localizer.batch([(v.visual, v.audio, None) for v in sample_videos(bundle.spec, 5)])
+
+
+def test_the_next_commands_are_printed(
+    exported: Path, checkpoint: Path, reference: Path, capsys: pytest.CaptureFixture[str], bundle: Path
+) -> None:
+    unproven(bundle)
+    assert main(["verify", str(bundle), "--reference", str(reference)]) == 0
+    assert f"ccnet bench {bundle}" in capsys.readouterr().out
+
+
+def strict(precision: str) -> Tolerance:
+    return dataclasses.replace(TOLERANCES["fp32"], max_logits=0.0)
+
+
+def test_a_miss_is_exit_status_3_and_no_bundle(
+    exported: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def wrong_graph(module: object, spec: object, path: Path, **options: object) -> OnnxInfo:
+        """The network's graph with one bias off by a thousandth: what a wrong fold might do."""
+        model = onnx.load(exported / "model.onnx")
+        bias = next(tensor for tensor in model.graph.initializer if tensor.name == "heads.class_bias")
+        bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(1e-3), bias.name))
+        onnx.save(model, path)
+        return OnnxInfo(path=path, files=(path.name,), opset=20, nodes=1, operators={}, weight_bytes=1, seconds=0.0)
+
+    monkeypatch.setattr(export.to_onnx, "export_onnx", wrong_graph)
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "bundle"), "--videos", "2"]) == 3
+    assert "logits, largest difference" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_proves_what_was_not_run_and_flips_the_gate(bundle: Path, reference: Path) -> None:
+    unproven(bundle)
+    assert main(["verify", str(bundle), "--reference", str(reference)]) == 0
+    found = read_bundle(bundle)
+    found.verify()
+    assert [rung.gate for rung in found.manifest.rungs] == ["passed"]
+    assert main(["verify", str(bundle), "--reference", str(reference)]) == 0  # nothing left to prove
+
+
+def test_verify_rejects_a_rung_that_fails(bundle: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unproven(bundle)
+    monkeypatch.setattr(export.gate, "tolerance", strict)
+    assert main(["verify", str(bundle), "--reference", str(reference)]) == 3
+    found = read_bundle(bundle)
+    assert found.manifest.rungs == ()
+    assert [rung.name for rung in found.manifest.rejected] == ["onnxruntime-fp32"]
+    with pytest.raises(BackendUnavailable):
+        Localizer.load(bundle)
+
+
+def test_verify_without_torch(bundle: Path, reference: Path) -> None:
+    unproven(bundle)
+    code = "import sys; sys.modules['torch'] = None; from ccnet.cli import main; "
+    code += f"sys.exit(main(['verify', {str(bundle)!r}, '--reference', {str(reference)!r}]))"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert read_bundle(bundle).manifest.rungs[0].gate == "passed"
+
+
+def test_verify_with_the_checkpoint(bundle: Path, checkpoint: Path) -> None:
+    unproven(bundle)
+    assert main(["verify", str(bundle), "--checkpoint", str(checkpoint), "--videos", "3"]) == 0
+
+
+def test_a_reference_of_another_network_is_refused(
+    bundle: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_manifest(bundle, checkpoint_sha256="00" * 32)
+    command = ["verify", str(bundle), "--reference", str(reference), "--backend", "onnxruntime"]
+    assert main(command) == 2
+    assert "made from checkpoint 0000" in capsys.readouterr().err
+
+
+def test_an_engine_that_can_not_run_here_stays_unproven(
+    bundle: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from runtime.machine import gpus
+
+    if gpus():
+        pytest.skip("this machine has a GPU")
+    manifest = read_bundle(bundle).manifest
+    (bundle / "tensorrt-fp32.engine").write_bytes(b"plan")
+    engine = Artifact(
+        name="tensorrt-fp32",
+        flavour="tensorrt",
+        files=("tensorrt-fp32.engine",),
+        precision="fp32",
+        length=8,
+        max_batch=4,
+        library="tensorrt",
+        library_version="8.6.0",
+        gpu_name="Some GPU",
+        compute_capabilities=("9.0",),
+        profile=(1, 1, 4),
+    )
+    rung = dataclasses.replace(
+        manifest.rungs[0], name="tensorrt-fp32", backend="tensorrt", artifact="tensorrt-fp32", gate="not-run"
+    )
+    from export.bundle_writer import changed_bundle
+
+    with changed_bundle(bundle) as draft:
+        draft.add_artifact(engine)
+        draft.set_rung(rung)
+    before = read_bundle(bundle).manifest
+    assert main(["verify", str(bundle), "--reference", str(reference)]) == 2
+    assert "could not be run here" in capsys.readouterr().err
+    assert read_bundle(bundle).manifest == before
+
+
+def test_the_reference_file_holds_stress_and_planted_videos(reference: Path) -> None:
+    found = load_reference(reference)
+    assert sum(video.stress for video in found.videos) > 10
+    assert sum(not video.stress for video in found.videos) == 6
+    assert found.spec == tiny_config().spec(("a", "b", "c", "d"))
+
+
+def test_polygraphy_is_asked_and_its_answer_judged(
+    bundle: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("polygraphy")
+    folder = tmp_path / "polygraphy"
+    command = ["verify", str(bundle), "--reference", str(reference), "--polygraphy", str(folder)]
+    assert main(command) == 0
+    assert "--load-inputs" in capsys.readouterr().out
+    start = "import sys, polygraphy; from polygraphy.tools import main; sys.exit(main())"
+    tool = [sys.executable, "-c", start, "run", str(bundle / "model.onnx"), "--onnxrt"]
+    tool += ["--load-inputs", str(folder / "inputs.json"), "--save-outputs", str(folder / "results.json")]
+    tool += ["--load-outputs", str(folder / "expected.json"), "--atol", "1e-4", "--rtol", "1e-4"]
+    done = subprocess.run(tool, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert main(command) == 0
+    assert "passed" in capsys.readouterr().out
+    (folder / "results.json").write_text("{}")
+    assert main(command) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--precision", "fp8"], "precision"),
+        (["--precision", "auto", "fp16"], "auto alone"),
+        (["--opt-batch", "9", "--max-batch", "8"], "opt-batch"),
+        (["--form", "plain", "--precision", "fp16"], "plain form"),
+        (["--features", "nowhere"], "nowhere"),
+        (["--device", "cuda:77"], "cuda:77"),
+    ],
+)
+def test_bad_requests_say_what_is_wrong_before_any_work(
+    checkpoint: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "bundle"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_foreign_folder_is_refused_before_any_work(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    assert main(["export", str(checkpoint), "--out", str(tmp_path)]) == 2
+    assert "no bundle" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.slow
+def test_the_ladder_keeps_what_passes(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    assert main(["export", str(checkpoint), "--out", str(out), "--precision", "auto", "--videos", "6"]) == 0
+    manifest = read_bundle(out).manifest
+    speeds = [rung.speed["ms_per_video"] for rung in manifest.rungs]
+    assert speeds == sorted(speeds)
+    assert all(rung.gate == "passed" and rung.speed["machine"] for rung in manifest.rungs)
+    assert "onnxruntime-fp32" in {rung.name for rung in manifest.rungs}
+    assert not {rung.name for rung in manifest.rungs} & {rung.name for rung in manifest.rejected}
+
+
+@pytest.mark.slow
+def test_shorter_lengths_half_precision_and_opset_17(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    command = ["export", str(checkpoint), "--out", str(out), "--lengths", "4", "--precision", "fp32", "fp16"]
+    assert main([*command, "--opset", "17", "--videos", "6"]) == 0
+    bundle = read_bundle(out)
+    assert {a.name: (a.length, a.opset) for a in bundle.manifest.artifacts} == {
+        "onnx-fp32": (8, 17),
+        "onnx-fp16": (8, 17),
+        "onnx-fp32-t4": (4, 17),
+        "onnx-fp16-t4": (4, 17),
+    }
+    assert {rung.gate for rung in bundle.manifest.rungs} == {"passed"}
+    with Localizer.load(out, "onnxruntime", precision="fp16") as localizer:
+        assert [backend.spec.length for backend in localizer.backends] == [4, 8]
