@@ -9,8 +9,6 @@ Shapes:  B batch   P points of a group   L levels of the network   T trained ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,20 +39,19 @@ class PackedTemporalDependency(Part):
         super().__init__(dtype)
         groups = [layout.part(0, 1), layout.part(1)] if len(layout.steps) > 1 else [layout]
         self.sizes = [group.num_points for group in groups]
-        self.neighbours = nn.ModuleList(Neighbours(group.taps()) for group in groups)
+        self.neighbours = Neighbours(layout.taps())
         self.channels = ChannelBranch(stage, layout, groups, dtype) if stage.channel_branch else None
         self.shared = SharedParts(stage, dtype)
         self.groups = nn.ModuleList(Group(stage, group, dtype) for group in groups)
 
     def forward(self, x: Tensor, mask: Tensor, allowed: Tensor) -> Tensor:
         """x [B, P, E] (zero at invalid points), mask [B, P, 1], allowed [B, 1, P] -> [B, P, E]."""
-        parts = torch.split_with_sizes(x, self.sizes, dim=1)
+        # Masked here, where they are narrow, and not behind the products: relu(m x W) = m relu(x W).
+        all_rows = self.neighbours(x) * mask
+        channels = self.channels(all_rows) if self.channels is not None else [None] * len(self.sizes)
+        rows = torch.split_with_sizes(all_rows, self.sizes, dim=1)
         masks = torch.split_with_sizes(mask, self.sizes, dim=1)
         alloweds = torch.split_with_sizes(allowed, self.sizes, dim=2)
-        # Masked here, where they are narrow, and not behind the products: relu(m x W) = m relu(x W).
-        pairs = zip(self.neighbours, parts, masks, strict=True)
-        rows = [neighbours(part) * own_mask for neighbours, part, own_mask in pairs]
-        channels = self.channels(rows) if self.channels is not None else [None] * len(rows)
         inputs = zip(rows, masks, alloweds, channels, strict=True)
         done = [group(self.shared, *own) for group, own in zip(self.groups, inputs, strict=True)]
         return torch.cat(done, dim=1)
@@ -98,14 +95,13 @@ class Group(Part):
         if channels is not None:
             by_class = by_class + channels.flatten(2)
         by_class = by_class.reshape(-1, shared.classes, shared.hidden)  # [B P, C, H]
-        normal = normalize(by_class)
 
-        query, key, value = shared.cooccurrence.project(self.class_taps, normal)
+        query, key, value = shared.cooccurrence.project(self.class_taps, normalize(by_class))
         over_classes = shared.cooccurrence.residual(by_class, attend(query, key, value, None))
 
         shape = (-1, shared.classes, points, shared.hidden)
-        series = normal.reshape(-1, points, shared.classes, shared.hidden).transpose(1, 2)  # [B, C, P, H]
-        parts = shared.temporal.project(self.time_taps, series.reshape(-1, points, shared.hidden))
+        series = by_class.reshape(-1, points, shared.classes, shared.hidden).transpose(1, 2)  # [B, C, P, H]
+        parts = shared.temporal.project(self.time_taps, normalize(series.reshape(-1, points, shared.hidden)))
         query, key, value = (part.reshape(shape) for part in parts)
         attended = attend(query, key, value, own_level_bias(self.own_level, allowed))
         over_time = shared.temporal.residual(by_class, attended.transpose(1, 2).reshape(by_class.shape))
@@ -245,10 +241,9 @@ class ChannelBranch(Part):
         weight, bias = (torch.stack(values, dim=1)[:, :, :, None, None] for values in (weights, biases))
         self.taps = Taps(weight, bias, sequence_taps(self.hidden), dtype, rows=self.hidden)
 
-    def forward(self, rows: Sequence[Tensor]) -> list[Tensor]:
-        """Per group masked rows [B, P, K E] -> per group [B, P, H, C] to add to the expanded features."""
-        pressed = [torch.relu(part @ self.press) for part in rows]
-        points = torch.cat(pressed, dim=1).index_select(1, self.spread)  # [B, L T, H]
+    def forward(self, rows: Tensor) -> list[Tensor]:
+        """Masked rows of all levels [B, P, K E] -> per group [B, P, H, C] to add to the expanded features."""
+        points = torch.relu(rows @ self.press).index_select(1, self.spread)  # [B, L T, H]
         x = points.reshape(-1, self.levels, self.steps, self.hidden).permute(1, 0, 3, 2)  # [L, B, H, T]
         query, key, value = (part.squeeze(0) for part in torch.chunk(normalize(self.taps(normalize(x))), 3))
         asked = stacked_product(query, self.query) + self.query_bias
