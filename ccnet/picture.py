@@ -140,7 +140,7 @@ def draw_timeline(
     curves.plot(gates.seconds, gates.visual, color=_VISUAL_LINE, label="$g_v$: from video, gates the audio stream")
     for start, end in truth.segments:
         curves.axvspan(start, end, color=_TRUTH, alpha=0.1, linewidth=0)
-    curves.set(xlabel="seconds", ylabel="gate, finest level", xlim=(0, truth.duration))
+    curves.set(xlabel="seconds", ylabel="gate, finest level", xlim=(0, truth.duration), ylim=(-0.03, 1.03))
     curves.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, frameon=False)
     figure.suptitle(f"{truth.video_id}: {len(truth.labels)} events in {truth.duration:.1f} s")
     save_figure(figure, path)
