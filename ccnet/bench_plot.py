@@ -36,6 +36,11 @@ def plot_bench(report: Mapping[str, Any], path: str | Path) -> None:
         throughput.plot(batches, rates, "o-", color=color, label=name)
     latency.set(xlabel="batch", ylabel="ms per call", yscale="log", title="engine (solid, to p95), end to end (dotted)")
     throughput.set(xlabel="batch", ylabel="videos per second", title="stream: read, infer and decode overlapped")
+    batches = sorted({row["batch"] for row in report["rows"]})
+    for axes in (latency, throughput):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+    throughput.margins(y=0.1)
     throughput.set_ylim(bottom=0)
     latency.legend(fontsize="small")
     machine = report["machine"]

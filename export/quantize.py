@@ -42,15 +42,16 @@ def quantize_weights(
     target: str | Path,
     *,
     metadata: Mapping[str, str] | None = None,
-    least_weights: int = LEAST_WEIGHTS,
+    least_weights: int | None = None,
 ) -> QuantizedInfo:
     """Write `source` to `target` with int8 weights; the source is not changed.
 
-    Quantized are the constant [K, N] right sides of MatMul nodes with at least `least_weights` entries. `metadata` is
-    added to the file's metadata_props. Raises ExportError when no product is large enough, MissingDependency without
-    onnx.
+    Quantized are the constant [K, N] right sides of MatMul nodes with at least `least_weights` entries (None:
+    `LEAST_WEIGHTS`). `metadata` is added to the file's metadata_props. Raises ExportError when no product is large
+    enough, MissingDependency without onnx.
     """
     onnx = _onnx()
+    least_weights = LEAST_WEIGHTS if least_weights is None else least_weights
     source, target = Path(source), Path(target)
     model = onnx.load(str(source))
     graph = model.graph

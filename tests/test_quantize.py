@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 onnx = pytest.importorskip("onnx")
+torch = pytest.importorskip("torch")
 
+from torch import Tensor, nn  # noqa: E402
+
+from ccnet.torch_backend import TorchBackend  # noqa: E402
+from export import make_bundle  # noqa: E402
+from export.inputs import planted_inputs, stress_inputs  # noqa: E402
+from export.outputs import Reference, record  # noqa: E402
+from export.precision import TOLERANCES  # noqa: E402
 from export.quantize import quantize_columns, quantize_weights  # noqa: E402
-from runtime.errors import ExportError  # noqa: E402
+from runtime.backends import open_backend  # noqa: E402
+from runtime.bundle import read_bundle  # noqa: E402
+from runtime.errors import ConfigError, ExportError  # noqa: E402
+from runtime.spec import ModelSpec  # noqa: E402
 
 
 @pytest.fixture
@@ -98,3 +111,75 @@ def test_results_stay_close_and_do_not_depend_on_the_batch(run: Any, graph: Path
         # Weights and rows carry 7 bits: about 0.8% each and product; 3% is twice what was seen.
         assert np.sqrt(((together[i] - expected[i]) ** 2).mean()) < 0.03 * size
         assert np.abs(together[i] - alone[i]).max() < 1e-5 * size
+
+
+class Products(nn.Module):
+    """The network's forward contract, in products alone."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        width, classes = spec.visual_dim + spec.audio_dim, spec.num_classes
+        self.levels, self.classes = spec.levels, classes
+        self.hidden = nn.Parameter(torch.randn(width, width, generator=generator) / width**0.5)
+        self.out = nn.Parameter(torch.randn(width, 3 * classes, generator=generator) / width**0.5)
+
+    def forward(self, visual: Tensor, audio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        x = (torch.cat([visual, audio], dim=1) * mask).transpose(1, 2)
+        x = torch.relu(x @ self.hidden) @ self.out
+        points = torch.cat([x[:, :: 2**level] for level in range(self.levels)], dim=1)
+        offsets = torch.relu(points[..., self.classes :]) + 1
+        return 0.2 * points[..., : self.classes] - 1, offsets.unflatten(2, (-1, 2))
+
+
+@pytest.fixture
+def making(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """make_bundle of a small network for given precisions."""
+    pytest.importorskip("openvino")
+    spec = ModelSpec(length=16, levels=2, visual_dim=128, audio_dim=128, labels=("a", "b", "c"))
+    model = Products(spec).eval()
+    checkpoint: Any = SimpleNamespace(
+        spec=spec, weights_sha256="0" * 64, config=SimpleNamespace(model=SimpleNamespace(to_json=dict))
+    )
+    videos = stress_inputs(spec) + planted_inputs(spec, count=4)
+    with TorchBackend(model, spec) as eager:
+        reference = Reference(spec, "0" * 64, videos, record(eager, videos))
+    monkeypatch.setattr(make_bundle, "_form", lambda *_: model)
+    # Four videos and a random network: a single near tie is worth half a point of mAP, which says nothing about int8.
+    loose = replace(TOLERANCES["int8"], average_map=0.05)
+    monkeypatch.setitem(TOLERANCES, "int8", loose)
+
+    def make(out: Path, *precisions: str) -> Any:
+        request = make_bundle.Request(precisions=precisions, max_batch=4)
+        return make_bundle.make_bundle(checkpoint, model, reference, out, request, say=lambda _: None)  # type: ignore[arg-type]
+
+    return make
+
+
+def test_an_int8_rung_is_gated_and_runs(making: Any, tmp_path: Path) -> None:
+    result = making(tmp_path / "bundle", "int8")
+    assert [(r.name, r.gate, r.artifact) for r in result.rungs] == [("openvino-int8", "passed", "onnx-int8")]
+    bundle = read_bundle(tmp_path / "bundle")
+    bundle.verify()
+    assert bundle.artifact("onnx-int8").build["int8_products"] == 1
+    with open_backend(bundle, "openvino", precision="int8") as backend:
+        assert backend.describe()["product_precisions"]["i8"] == 1  # not fp32 from int8 weights
+    # What the gate saw is int8 (fp32 would be a thousand times nearer), and far within its limits.
+    assert 1e-4 < result.reports["openvino-int8"].summary()["max_logits"] < 0.1
+
+
+def test_auto_leaves_int8_out_where_no_product_is_large_enough(
+    making: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.quantize.LEAST_WEIGHTS", 1 << 20)
+    names = {rung.name for rung in making(tmp_path / "bundle", "auto").rungs}
+    assert "openvino-fp32" in names
+    assert "openvino-int8" not in names
+    with pytest.raises(ExportError, match="keep it in fp32"):
+        making(tmp_path / "other", "int8")
+    assert not (tmp_path / "other").exists()
+
+
+def test_int8_is_for_the_onnx_format() -> None:
+    with pytest.raises(ConfigError, match="int8 is for the onnx format"):
+        make_bundle.Request(formats=("onnx", "tensorrt-rtx"), precisions=("int8",))
