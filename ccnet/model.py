@@ -36,8 +36,8 @@ class CCNet(nn.Module):
     def forward(self, visual: Tensor, audio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """visual [B, Cv, T], audio [B, Ca, T], mask [B, 1, T] bool -> logits [B, P, C], offsets [B, P, C, 2].
 
-        The mask is a prefix of True. Offsets are distances to start and end in units of the level's stride, >= 0. Raises FeatureError when the
-        shapes are not those of the configuration.
+        The mask is a prefix of True. Offsets are distances to start and end in units of the level's stride, >= 0.
+        Raises FeatureError when the shapes are not those of the configuration.
         """
         self._check(visual, audio, mask)
         masks = self.level_masks(mask)
