@@ -20,6 +20,8 @@ class Setting:
     networks: Networks
     out: Path
     rules: Rules
+    compiled: bool = True
+    """Whether torch.compile takes part."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +30,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, help="folder of checkpoint and graphs, reused (default: build/benchmarks)")
     parser.add_argument("--seconds", type=float, default=5.0, help="measured seconds per candidate, at least")
     parser.add_argument("--calls", type=int, default=10, help="measured calls per candidate, at least")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile out: compiling takes minutes on few cores"
+    )
 
 
 def setting(options: argparse.Namespace) -> Setting:
@@ -35,7 +40,7 @@ def setting(options: argparse.Namespace) -> Setting:
     config = benchmark_config(options.preset)
     work = options.work or WORK / options.preset
     rules = Rules(warmup_seconds=min(0.5, options.seconds), seconds=options.seconds, calls=options.calls)
-    return Setting(Networks(work, config), options.out, rules)
+    return Setting(Networks(work, config), options.out, rules, compiled=not options.no_compile)
 
 
 def parse(description: str | None, argv: list[str] | None) -> Setting:

@@ -102,6 +102,8 @@ def _torch_backends(setting: Setting) -> dict[str, Backend]:
     from ccnet.torch_backend import TorchBackend
 
     spec, model = setting.networks.spec, setting.networks.eager()
+    if not setting.compiled:
+        return {EAGER: TorchBackend(model, spec)}
     compiled: Any = torch.compile(model)
     return {EAGER: TorchBackend(model, spec), COMPILED: TorchBackend(compiled, spec)}
 
