@@ -35,6 +35,7 @@ def register(subparsers: Any) -> None:
         "--seconds", type=float, default=2.0, help="measured time per candidate and batch size, at least"
     )
     parser.add_argument("--calls", type=_positive, default=10, help="measured videos per candidate and batch, at least")
+    parser.add_argument("--no-compile", action="store_true", help="with --checkpoint: leave torch.compile out")
     parser.add_argument("--json", metavar="OUT", help="write the whole report here")
     parser.add_argument("--plot", metavar="OUT.png", help="draw latency and throughput against batch size")
 
@@ -48,7 +49,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             f"{bundle.folder}: no rung for {', '.join(arguments.backend) or 'any'}; it has: {known}"
         )
     if arguments.checkpoint:
-        candidates = [*_torch_candidates(arguments.checkpoint, bundle.manifest.checkpoint_sha256), *candidates]
+        peers = _torch_candidates(arguments.checkpoint, bundle.manifest.checkpoint_sha256, not arguments.no_compile)
+        candidates = [*peers, *candidates]
     rules = Rules(warmup_seconds=min(0.5, arguments.seconds), seconds=arguments.seconds, calls=arguments.calls)
     plan = Plan(rules=rules, batches=tuple(sorted(set(arguments.batches))))
     report = bench(bundle.spec, candidates, plan, progress=lambda text: print(f"bench: {text}", flush=True))
@@ -76,7 +78,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _torch_candidates(folder: str, expected_sha256: str) -> list[Candidate]:
+def _torch_candidates(folder: str, expected_sha256: str, compiled: bool) -> list[Candidate]:
     """Eager PyTorch in fp32 first (what everything is compared with), then its faster ways."""
     import torch
 
@@ -95,10 +97,10 @@ def _torch_candidates(folder: str, expected_sha256: str) -> list[Candidate]:
     elif {"avx512_bf16", "amx_bf16"} & set(cpu_flags() or ()):
         precisions.append("bf16")
     candidates = [_torch_candidate(checkpoint, device, precision) for precision in precisions]
-    return [
-        *candidates,
-        _torch_candidate(checkpoint, device, precisions[1] if device == "cuda" else "fp32", compiled=True),
-    ]
+    if compiled:
+        fastest: TorchPrecision = "tf32" if device == "cuda" else "fp32"
+        candidates.append(_torch_candidate(checkpoint, device, fastest, compiled=True))
+    return candidates
 
 
 def _torch_candidate(
