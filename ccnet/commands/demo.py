@@ -24,7 +24,7 @@ UNTRAINED_LIMIT = 0.05
 """The untrained network must stay below this: otherwise the test would prove nothing."""
 PRESET = "demo"
 DIFFICULTY = 0.25
-VIDEOS = {"train": 320, "validation": 40, "test": 60}
+VIDEOS = {"train": 480, "validation": 40, "test": 80}
 SEED = 0
 
 # A process in which `import torch` fails, as on a machine that has the lean runtime only.
