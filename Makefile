@@ -5,6 +5,8 @@ comma := ,
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A process per core, one thread each; a file's tests share what they prepare, so they stay together.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 # TensorRT-RTX builds engines without a GPU, so its tests run wherever its wheel exists.
 EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-')),dev$(comma)rtx,dev)
 
@@ -21,10 +23,10 @@ demo: setup ## plant, train, export, prove, predict, evaluate, bench, draw
 	$(BIN)/ccnet demo --out demo
 
 test: setup ## every test that this machine can run
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 quick: setup ## the tests without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: setup ## style, types, import rules
 	$(BIN)/ruff check .
@@ -32,8 +34,8 @@ check: setup ## style, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup ## regenerate benchmarks/results
-	$(BIN)/python -m benchmarks
+bench: setup ## regenerate benchmarks/results; options in BENCH, such as BENCH=--no-compile
+	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
