@@ -26,6 +26,8 @@ PRESET = "demo"
 DIFFICULTY = 0.25
 VIDEOS = {"train": 480, "validation": 40, "test": 80}
 SEED = 0
+_CANDIDATES = 16
+"""Videos that the picture is chosen from."""
 
 # A process in which `import torch` fails, as on a machine that has the lean runtime only.
 _WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from ccnet.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -126,7 +128,7 @@ class _Demo:
         self._command("train", "--preset", PRESET, *where, *resume)
 
     def _draw(self) -> None:
-        """The test video with the most to tell: several classes, distractors, gates that move."""
+        """The test video whose gates move most, among those with the most classes: the one with the most to tell."""
         from ccnet.checkpoint import read_checkpoint
         from ccnet.picture import Shown, draw_timeline, read_gates
         from ccnet.planted import Planter, Planting
@@ -136,9 +138,15 @@ class _Demo:
 
         annotations = read_annotations(self.annotations)
         checkpoint = read_checkpoint(self.training / "best")
-        spec = checkpoint.spec
-        video = max(annotations.subset("test"), key=lambda v: (len(set(v.labels.tolist())), -abs(len(v.labels) - 4)))
-        features = read_video(self.features, video.video_id, spec.layout, spec.visual_dim, spec.audio_dim)
+        spec, model = checkpoint.spec, checkpoint.load_model()
+        videos = sorted(annotations.subset("test"), key=lambda video: -len(set(video.labels.tolist())))[:_CANDIDATES]
+        gates = {
+            video.video_id: read_gates(
+                model, spec, read_video(self.features, video.video_id, spec.layout, spec.visual_dim, spec.audio_dim)
+            )
+            for video in videos
+        }
+        video = max(videos, key=lambda video: gates[video.video_id].audio.std() + gates[video.video_id].visual.std())
         planter = Planter(
             num_classes=spec.num_classes,
             visual_dim=spec.visual_dim,
@@ -150,7 +158,7 @@ class _Demo:
             self.picture,
             truth=video,
             found=read_events(self.events, spec.labels)[video.video_id],
-            gates=read_gates(checkpoint.load_model(), spec, features),
+            gates=gates[video.video_id],
             shown=Shown(spec.time_base.fps, *planter.presence(video)),
         )
 
