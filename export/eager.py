@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ccnet.torch_backend import TorchBackend
-from export.inputs import NUM_VIDEOS, ParityVideo, folder_inputs, planted_inputs, stress_inputs
+from export.inputs import NUM_VIDEOS, ParityVideo, crops, folder_inputs, planted_inputs, stress_inputs
 from export.outputs import Reference, record
 from runtime.annotations import read_annotations
 
@@ -23,15 +24,21 @@ def eager_reference(
     features: str | Path | None = None,
     annotations: str | Path | None = None,
     count: int = NUM_VIDEOS,
+    lengths: Iterable[int] = (),
     device: str = "cpu",
 ) -> Reference:
     """Stress inputs and `count` videos through the fp32 network, each alone.
 
     The videos are real ones from the folder `features` (with their events, where `annotations` has them), else
-    planted. Raises FeatureError, AnnotationError, BackendUnavailable for an absent device.
+    planted. For each of `lengths`, shorter T that are to be proven too, some are cropped to it.
+
+    Raises FeatureError, AnnotationError, BackendUnavailable for an absent device.
     """
     spec = checkpoint.spec
-    videos = stress_inputs(spec) + _videos(spec, features, annotations, count)
+    with_events = _videos(spec, features, annotations, count)
+    videos = stress_inputs(spec) + with_events
+    for length in sorted(set(lengths) - {spec.length}):
+        videos += crops(with_events, length, spec)
     with TorchBackend(model, spec, device=device) as backend:
         outputs = record(backend, videos)
     model.cpu()

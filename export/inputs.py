@@ -23,6 +23,8 @@ from runtime.spec import ModelSpec
 
 NUM_VIDEOS = 24
 """Planted or real videos of one gate: about 70 events, and half a minute of the full-size network on two cores."""
+NUM_CROPS = 6
+"""Videos cropped for each shorter network: most real ones are longer than it."""
 LARGE = 100.0
 """Factor of the large-magnitude stress inputs. Real features seldom exceed 10."""
 
@@ -138,9 +140,21 @@ def folder_inputs(
     return videos
 
 
-def fitting(videos: Sequence[ParityVideo], length: int) -> list[ParityVideo]:
-    """The videos that a network of `length` steps holds whole."""
-    return [video for video in videos if video.features.steps <= length]
+def crops(videos: Sequence[ParityVideo], steps: int, spec: ModelSpec, *, count: int = NUM_CROPS) -> list[ParityVideo]:
+    """The first `steps` steps of some videos with events, as videos of their own: what a shorter network is judged by.
+
+    Events are cut to what remains of them; those of which nothing remains are dropped.
+    """
+    duration = spec.time_base.covered_seconds(steps)
+    longer = [video for video in videos if not video.stress and video.features.steps > steps]
+    cropped = []
+    for video in longer[:count]:
+        segments = np.minimum(video.segments, duration)
+        remains = segments[:, 1] > segments[:, 0]
+        features = VideoFeatures(video.features.visual[:steps], video.features.audio[:steps])
+        name = f"{video.name}, first {steps} steps"
+        cropped.append(ParityVideo(name, features, duration, False, segments[remains], video.labels[remains]))
+    return cropped
 
 
 def _without_events(name: str, features: VideoFeatures, spec: ModelSpec, *, stress: bool) -> ParityVideo:

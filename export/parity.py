@@ -262,7 +262,9 @@ def _event_checks(events: dict[str, EventAgreement], metric: MapAgreement | None
         ("stress_events", "stress inputs", limits.matched_stress),
     ):
         found = events.get(kind)
-        detail = "" if found is None else f"{found.matched} of {found.events} above score {found.threshold:.3g}"
+        detail = f"no {kind} fit this T; 'ccnet reference --lengths T' adds some"
+        if found is not None:
+            detail = f"{found.matched} of {found.events} above score {found.threshold:.3g}"
         if found is not None and found.lost:
             detail += f"; first lost: {found.lost[0]}"
         value = None if found is None else found.share

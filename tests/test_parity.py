@@ -15,7 +15,7 @@ import pytest
 from fakes import SPEC, OracleBackend, oracle
 
 from export.events import FEWEST_EVENTS, match_events
-from export.inputs import ParityVideo, folder_inputs, planted_inputs, stress_inputs, stress_lengths
+from export.inputs import ParityVideo, crops, folder_inputs, planted_inputs, stress_inputs, stress_lengths
 from export.outputs import Outputs, Reference, load_reference, record, save_reference
 from export.parity import TITLES, compare
 from export.precision import TOLERANCES, graph_precision, tolerance
@@ -198,6 +198,17 @@ def test_stress_lengths_surround_every_stride() -> None:
     assert [v.features.steps for v in stress_inputs(spec)[: len(lengths)]] == lengths
     names = " ".join(v.name for v in stress_inputs(spec))
     assert all(word in names for word in ("silent audio", "black video", "constant", "large values"))
+
+
+def test_crops_are_videos_of_their_own(videos: list[ParityVideo]) -> None:
+    found = crops(videos, 10, SPEC)
+    assert 1 <= len(found) <= 6
+    for video in found:
+        assert video.features.steps == 10
+        assert not video.stress
+        assert video.segments.max(initial=0) <= video.duration == SPEC.time_base.covered_seconds(10)
+        assert len(video.segments) == len(video.labels)
+    assert crops(videos, SPEC.length, SPEC) == []
 
 
 def test_inputs_are_seeded_and_fit_the_network() -> None:

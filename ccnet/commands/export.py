@@ -83,6 +83,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         features=arguments.features,
         annotations=arguments.annotations,
         count=arguments.videos,
+        lengths=arguments.lengths,
         device=arguments.device,
     )
     _summarize(arguments.out, make_bundle(checkpoint, model, reference, arguments.out, request, say))

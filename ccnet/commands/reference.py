@@ -17,6 +17,14 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("checkpoint", help="checkpoint folder")
     parser.add_argument("--out", required=True, metavar="FILE", help="the .npz file")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="T",
+        help="shorter T of the bundle that are to be proven too",
+    )
     add_video_arguments(parser)
 
 
@@ -34,6 +42,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         features=arguments.features,
         annotations=arguments.annotations,
         count=arguments.videos,
+        lengths=arguments.lengths,
         device=arguments.device,
     )
     save_reference(arguments.out, reference)

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if not rungs:
         print(f"{bundle.folder}: every rung is proven already; name one with --backend to prove it again here")
         return 0
-    reference = _reference(arguments)
+    reference = _reference(arguments, bundle)
     check_fits(bundle, reference.spec, reference.checkpoint_sha256)
     prove(bundle.folder, rungs, reference, say)
     print(f"{bundle.folder}: proven: {', '.join(rung.name for rung in rungs)}")
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _reference(arguments: argparse.Namespace) -> Reference:
+def _reference(arguments: argparse.Namespace, bundle: Bundle) -> Reference:
     if arguments.reference:
         if arguments.features or arguments.annotations:
             raise ConfigError("--features and --annotations: a reference file already holds its videos")
@@ -74,6 +74,7 @@ def _reference(arguments: argparse.Namespace) -> Reference:
         features=arguments.features,
         annotations=arguments.annotations,
         count=arguments.videos,
+        lengths={artifact.length for artifact in bundle.manifest.artifacts},
         device=arguments.device,
     )
 
@@ -84,7 +85,7 @@ def _polygraphy(arguments: argparse.Namespace, bundle: Bundle) -> int:
     from export.polygraphy_files import judge_results, write_inputs
     from export.verification import check_fits
 
-    reference = _reference(arguments)
+    reference = _reference(arguments, bundle)
     check_fits(bundle, reference.spec, reference.checkpoint_sha256)
     folder = Path(arguments.polygraphy)
     if (folder / "results.json").exists():
