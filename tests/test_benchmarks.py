@@ -152,22 +152,3 @@ def test_one_command_runs_each_in_its_own_process_and_reports_failures(
     assert "failed: growth" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["no-such-benchmark"])
-
-
-@pytest.mark.slow
-def test_the_real_network_through_every_benchmark(tmp_path: Path) -> None:
-    shared = [
-        "--preset",
-        "tiny",
-        "--work",
-        str(tmp_path / "work"),
-        "--out",
-        str(tmp_path),
-        "--seconds",
-        "0",
-        "--no-compile",
-    ]
-    assert main(["latency", "growth", "throughput", "roofline", *shared, "--calls", "3"]) == 0
-    data, _ = measured(tmp_path / "latency.json")
-    assert all(row["passed"] for row in data["rows"])
-    assert data["graphs"]["deployment"]["nodes"] < data["graphs"]["straightforward"]["nodes"]
