@@ -8,6 +8,7 @@ fp32 from the int8 weights. The file is about a third of the size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class QuantizedInfo:
     files: tuple[str, ...]
     """File names in the folder of `path`: the graph first, then its external weights."""
     products: int
-    """Products whose weights are int8 now."""
+    """Products whose weights are int8 now, each of a stack counted."""
     nodes: int
     weight_bytes: int
 
@@ -46,9 +47,9 @@ def quantize_weights(
 ) -> QuantizedInfo:
     """Write `source` to `target` with int8 weights; the source is not changed.
 
-    Quantized are the constant [K, N] right sides of MatMul nodes with at least `least_weights` entries (None:
-    `LEAST_WEIGHTS`). `metadata` is added to the file's metadata_props. Raises ExportError when no product is large
-    enough, MissingDependency without onnx.
+    Quantized are the constant right sides [K, N] of MatMul nodes, and [S, K, N] where the left side is a stack of S
+    matrices, too, with at least `least_weights` entries per matrix (None: `LEAST_WEIGHTS`). `metadata` is added to the
+    file's metadata_props. Raises ExportError when no product is large enough, MissingDependency without onnx.
     """
     onnx = _onnx()
     least_weights = LEAST_WEIGHTS if least_weights is None else least_weights
@@ -56,30 +57,34 @@ def quantize_weights(
     model = onnx.load(str(source))
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
-    chosen = [n for n in graph.node if n.op_type == "MatMul" and _large(weights.get(n.input[1]), least_weights)]
-    if not chosen:
+    shapes = {value.name: _dimensions(value) for value in (*graph.value_info, *graph.input)}
+
+    rewritten: list[Any] = []
+    restored: dict[str, list[str]] = {}
+    products = 0
+    for node in graph.node:
+        weight: Any = weights.get(node.input[1]) if node.op_type == "MatMul" else None
+        stack = 0 if weight is None else _stack(weight, shapes.get(node.input[0], []), least_weights)
+        if not stack:
+            rewritten.append(node)
+            continue
+        if weight.name not in restored:
+            restored[weight.name] = _int8_matrices(weight, graph, rewritten)
+        if len(weight.dims) == 3:
+            rewritten += _apart(node, restored[weight.name], graph)
+        else:
+            node.input[1] = restored[weight.name][0]
+            rewritten.append(node)
+        products += stack
+    if not products:
         raise ExportError(f"{source}: no product has {least_weights} constant weights or more; keep it in fp32")
-    names = dict.fromkeys(node.input[1] for node in chosen)
-    restored = {name: f"{name}.restored" for name in names}
-    for name in names:
-        values, scales = quantize_columns(onnx.numpy_helper.to_array(weights[name]))
-        graph.initializer.append(onnx.numpy_helper.from_array(values, f"{name}.int8"))
-        graph.initializer.append(onnx.numpy_helper.from_array(scales, f"{name}.scale"))
-    for node in chosen:
-        node.input[1] = restored[node.input[1]]
+    del graph.node[:]
+    graph.node.extend(rewritten)
     used = {name for node in graph.node for name in node.input}
-    for name in names:
+    for name in restored:
         if name not in used:
             graph.initializer.remove(weights[name])
-    nodes = [
-        onnx.helper.make_node(
-            "DequantizeLinear", [f"{name}.int8", f"{name}.scale"], [restored[name]], name=restored[name], axis=1
-        )
-        for name in names
-    ]
-    nodes += list(graph.node)
-    del graph.node[:]
-    graph.node.extend(nodes)
+
     onnx.helper.set_model_props(model, {p.key: p.value for p in model.metadata_props} | dict(metadata or {}))
     target.parent.mkdir(parents=True, exist_ok=True)
     data = target.with_name(external_name(target))
@@ -89,10 +94,63 @@ def quantize_weights(
     return QuantizedInfo(
         path=target,
         files=(target.name, data.name) if data.exists() else (target.name,),
-        products=len(chosen),
-        nodes=len(nodes),
+        products=products,
+        nodes=len(rewritten),
         weight_bytes=data.stat().st_size if data.exists() else target.stat().st_size,
     )
+
+
+def _stack(weight: Any, left: list[Any], least_weights: int) -> int:
+    """How many matrices to quantize in a constant: 1, the size of a stack, or 0 to leave it as it is."""
+    dims = list(weight.dims)
+    if weight.data_type != _onnx().TensorProto.FLOAT or math.prod(dims[-2:]) < least_weights:
+        return 0
+    if len(dims) == 2:
+        return 1
+    return int(dims[0]) if len(dims) == 3 and len(left) == 3 and left[0] == dims[0] else 0
+
+
+def _int8_matrices(weight: Any, graph: Any, nodes: list[Any]) -> list[str]:
+    """Add the int8 values and scales of each matrix, and the nodes that restore them; returns the restored names."""
+    onnx = _onnx()
+    values = onnx.numpy_helper.to_array(weight)
+    matrices = [values] if values.ndim == 2 else list(values)
+    names = []
+    for i, matrix in enumerate(matrices):
+        name = weight.name if values.ndim == 2 else f"{weight.name}.{i}"
+        quantized, scales = quantize_columns(matrix)
+        graph.initializer.append(onnx.numpy_helper.from_array(quantized, f"{name}.int8"))
+        graph.initializer.append(onnx.numpy_helper.from_array(scales, f"{name}.scale"))
+        restored = f"{name}.restored"
+        inputs = [f"{name}.int8", f"{name}.scale"]
+        nodes.append(onnx.helper.make_node("DequantizeLinear", inputs, [restored], name=restored, axis=1))
+        names.append(restored)
+    return names
+
+
+def _apart(node: Any, matrices: list[str], graph: Any) -> list[Any]:
+    """A stacked product as one product for each of its restored matrices."""
+    onnx = _onnx()
+    helper, x, y = onnx.helper, node.input[0], node.output[0]
+    sizes = f"ones.{len(matrices)}"
+    if sizes not in {tensor.name for tensor in graph.initializer}:
+        ones = np.ones(len(matrices), np.int64)
+        graph.initializer.append(onnx.numpy_helper.from_array(ones, sizes))
+    left = [f"{y}.left.{i}" for i in range(len(matrices))]
+    parts = [f"{y}.{i}" for i in range(len(matrices))]
+    products = [
+        helper.make_node("MatMul", [row, matrix], [part], name=part)
+        for row, matrix, part in zip(left, matrices, parts, strict=True)
+    ]
+    return [
+        helper.make_node("Split", [x, sizes], left, name=f"{y}.split", axis=0),
+        *products,
+        helper.make_node("Concat", parts, [y], name=f"{y}.concat", axis=0),
+    ]
+
+
+def _dimensions(value: Any) -> list[Any]:
+    return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
 
 def quantize_columns(weight: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
@@ -101,12 +159,6 @@ def quantize_columns(weight: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray
     scales[scales == 0] = 1
     values = np.clip(np.rint(weight / scales), -_LARGEST, _LARGEST).astype(np.int8)
     return values, scales
-
-
-def _large(tensor: Any, least_weights: int) -> bool:
-    if tensor is None or len(tensor.dims) != 2 or tensor.data_type != _onnx().TensorProto.FLOAT:
-        return False
-    return int(tensor.dims[0] * tensor.dims[1]) >= least_weights
 
 
 def _onnx() -> Any:

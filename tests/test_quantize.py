@@ -76,6 +76,39 @@ def test_only_large_products_are_quantized(graph: Path, tmp_path: Path) -> None:
     assert (graph.stat().st_size - info.weight_bytes) > 0.7 * 4 * 256 * 256
 
 
+def test_stacked_products_are_taken_apart(tmp_path: Path) -> None:
+    """[2, B, 64] @ [2, 64, 64] becomes two int8 products; one matrix for a whole stack stays."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    helper, rng = onnx.helper, np.random.default_rng(0)
+    weight, shared = rng.normal(size=(2, 64, 64)), rng.normal(size=(1, 64, 64))
+    nodes = [helper.make_node("MatMul", ["x", "stack"], ["a"]), helper.make_node("MatMul", ["a", "shared"], ["y"])]
+    inputs = [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, "batch", 64])]
+    outputs = [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2, "batch", 64])]
+    tensors = [
+        onnx.numpy_helper.from_array(w.astype(np.float32), name) for name, w in (("stack", weight), ("shared", shared))
+    ]
+    for opset in (17, 20):
+        model = helper.make_model(
+            helper.make_graph(nodes, "g", inputs, outputs, tensors), opset_imports=[helper.make_opsetid("", opset)]
+        )
+        model = onnx.shape_inference.infer_shapes(model)
+        model.ir_version = 8
+        onnx.save(model, str(tmp_path / "fp32.onnx"))
+        info = quantize_weights(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", least_weights=64 * 64)
+        assert info.products == 2
+        written = onnx.load(str(info.path))
+        assert {
+            t.name for t in written.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1
+        } == {"shared"}
+        x = rng.normal(size=(2, 5, 64)).astype(np.float32)
+        before, after = (
+            onnxruntime.InferenceSession(str(tmp_path / name)).run(None, {"x": x})[0]
+            for name in ("fp32.onnx", "int8.onnx")
+        )
+        # Each weight moves by half a scale (about 0.3 / 127 here) at most; 64 of them, then 64 more, add up at random.
+        assert 0 < np.abs(after - before).max() < 0.05 * np.abs(before).max()
+
+
 def test_written_again_it_does_not_grow(graph: Path, tmp_path: Path) -> None:
     first = quantize_weights(graph, tmp_path / "int8.onnx")
     assert quantize_weights(graph, tmp_path / "int8.onnx").weight_bytes == first.weight_bytes
