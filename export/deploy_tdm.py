@@ -1,7 +1,7 @@
 """Deployment form of the temporal dependency module (TDM), the largest stage: 69 of 132 GFLOP at full size.
 
-The levels go through in two groups of about the same number of points (the finest, and all others): that halves the
-scratch memory of the [P, C H] activations, and keeps the attention over time near its useful size.
+Its branches take the levels in two groups of about the same number of points (the finest, and all others): that halves
+the scratch memory of their [P, C H] activations, and keeps the attention over time near its useful size.
 
 Shapes:  B batch   P points of a group   L levels of the network   T trained steps   E level width   C classes
          H hidden width per class
@@ -33,82 +33,75 @@ from export.deploy_parts import (
 
 
 class PackedTemporalDependency(Part):
-    """TDM on all levels."""
+    """TDM on all levels. The expand product is made by group, so that only one group's result is held at a time."""
+
+    expand: Tensor
+    squeeze: Tensor
 
     def __init__(self, stage: TemporalDependency, layout: Layout, dtype: torch.dtype):
         super().__init__(dtype)
         groups = [layout.part(0, 1), layout.part(1)] if len(layout.steps) > 1 else [layout]
         self.sizes = [group.num_points for group in groups]
         self.neighbours = Neighbours(layout.taps())
+        self.keep("expand", conv_matrix(stage.expand.weight))
         self.channels = ChannelBranch(stage, layout, groups, dtype) if stage.channel_branch else None
-        self.shared = SharedParts(stage, dtype)
+        self.branches = Branches(stage, dtype)
         self.groups = nn.ModuleList(Group(stage, group, dtype) for group in groups)
+        # The squeeze convolution multiplies first, [P, C H] -> [P, K E], and adds neighbours after.
+        self.keep("squeeze", stage.squeeze.weight.detach().permute(1, 2, 0).flatten(1, 2))
+        self.shift = AddNeighbours(layout.taps())
 
     def forward(self, x: Tensor, mask: Tensor, allowed: Tensor) -> Tensor:
         """x [B, P, E] (zero at invalid points), mask [B, P, 1], allowed [B, 1, P] -> [B, P, E]."""
-        # Masked here, where they are narrow, and not behind the products: relu(m x W) = m relu(x W).
-        all_rows = self.neighbours(x) * mask
-        channels = self.channels(all_rows) if self.channels is not None else [None] * len(self.sizes)
-        rows = torch.split_with_sizes(all_rows, self.sizes, dim=1)
-        masks = torch.split_with_sizes(mask, self.sizes, dim=1)
+        # Masked here, where they are narrow, and not behind the product: relu(m x W) = m relu(x W).
+        rows = self.neighbours(x) * mask
+        channels = self.channels(rows) if self.channels is not None else [None] * len(self.sizes)
+        by_class = [torch.relu(own @ self.expand) for own in torch.split_with_sizes(rows, self.sizes, dim=1)]
         alloweds = torch.split_with_sizes(allowed, self.sizes, dim=2)
-        inputs = zip(rows, masks, alloweds, channels, strict=True)
-        done = [group(self.shared, *own) for group, own in zip(self.groups, inputs, strict=True)]
-        return torch.cat(done, dim=1)
+        inputs = zip(by_class, alloweds, channels, strict=True)
+        done = [group(self.branches, *own) for group, own in zip(self.groups, inputs, strict=True)]
+        squeezed: Tensor = self.shift((torch.cat(done, dim=1) @ self.squeeze) * mask)
+        return squeezed * mask
 
 
-class SharedParts(Part):
-    """What the groups share: the two wide convolutions, and the co-occurrence branch."""
-
-    expand: Tensor
-    squeeze: Tensor
+class Branches(Part):
+    """The two branches behind their depthwise convolutions, which the groups share."""
 
     def __init__(self, stage: TemporalDependency, dtype: torch.dtype):
         super().__init__(dtype)
         self.classes, self.hidden = stage.classes, stage.hidden
-        self.keep("expand", conv_matrix(stage.expand.weight))
-        # The squeeze convolution multiplies first, [P, C H] -> [P, K E], and adds neighbours after.
-        self.keep("squeeze", stage.squeeze.weight.detach().permute(1, 2, 0).flatten(1, 2))
         self.temporal = DependencyBranch(stage.temporal, dtype)
         self.cooccurrence = DependencyBranch(stage.cooccurrence, dtype)
 
 
 class Group(Part):
-    """TDM on the levels of one group."""
+    """Both branches on the levels of one group."""
 
     own_level: Tensor
 
     def __init__(self, stage: TemporalDependency, layout: Layout, dtype: torch.dtype):
         super().__init__(dtype)
-        over_time, over_classes = layout.taps(), sequence_taps(stage.classes)
         self.keep("own_level", layout.own_level().float(), torch.float32)
-        self.time_taps = query_key_value_taps(stage.temporal, over_time, dtype)
-        self.class_taps = query_key_value_taps(stage.cooccurrence, over_classes, dtype)
-        self.shift = AddNeighbours(over_time)
+        self.time_taps = query_key_value_taps(stage.temporal, layout.taps(), dtype)
+        self.class_taps = query_key_value_taps(stage.cooccurrence, sequence_taps(stage.classes), dtype)
 
-    def forward(
-        self, shared: SharedParts, rows: Tensor, mask: Tensor, allowed: Tensor, channels: Tensor | None
-    ) -> Tensor:
-        """Masked rows [B, P, K E], mask [B, P, 1], allowed [B, 1, P], channels [B, P, H, C] -> [B, P, E]."""
-        points = rows.shape[1]
-        by_class = torch.relu(rows @ shared.expand)
+    def forward(self, branches: Branches, by_class: Tensor, allowed: Tensor, channels: Tensor | None) -> Tensor:
+        """by_class [B, P, C H], allowed [B, 1, P], channels [B, P, H, C] -> [B, P, C H]."""
+        points = by_class.shape[1]
         if channels is not None:
             by_class = by_class + channels.flatten(2)
-        by_class = by_class.reshape(-1, shared.classes, shared.hidden)  # [B P, C, H]
+        by_class = by_class.reshape(-1, branches.classes, branches.hidden)  # [B P, C, H]
 
-        query, key, value = shared.cooccurrence.project(self.class_taps, normalize(by_class))
-        over_classes = shared.cooccurrence.residual(by_class, attend(query, key, value, None))
+        query, key, value = branches.cooccurrence.project(self.class_taps, normalize(by_class))
+        over_classes = branches.cooccurrence.residual(by_class, attend(query, key, value, None))
 
-        shape = (-1, shared.classes, points, shared.hidden)
-        series = by_class.reshape(-1, points, shared.classes, shared.hidden).transpose(1, 2)  # [B, C, P, H]
-        parts = shared.temporal.project(self.time_taps, normalize(series.reshape(-1, points, shared.hidden)))
+        shape = (-1, branches.classes, points, branches.hidden)
+        series = by_class.reshape(-1, points, branches.classes, branches.hidden).transpose(1, 2)  # [B, C, P, H]
+        parts = branches.temporal.project(self.time_taps, normalize(series.reshape(-1, points, branches.hidden)))
         query, key, value = (part.reshape(shape) for part in parts)
         attended = attend(query, key, value, own_level_bias(self.own_level, allowed))
-        over_time = shared.temporal.residual(by_class, attended.transpose(1, 2).reshape(by_class.shape))
-
-        total = (over_time + over_classes).reshape(-1, points, shared.classes * shared.hidden)
-        squeezed: Tensor = self.shift((total @ shared.squeeze) * mask)
-        return squeezed * mask
+        over_time = branches.temporal.residual(by_class, attended.transpose(1, 2).reshape(by_class.shape))
+        return (over_time + over_classes).reshape(-1, points, branches.classes * branches.hidden)
 
 
 def query_key_value_taps(block: Block, taps: Tensor, dtype: torch.dtype) -> nn.ModuleList:
