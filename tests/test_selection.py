@@ -128,17 +128,22 @@ def test_every_length_of_a_rung_is_found(tmp_path: Path) -> None:
     assert rung_lengths(bundle, bundle.manifest.rungs[3]) == [32]
 
 
-@pytest.fixture
-def foreign_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A TensorRT whose check refuses every engine that was not built 'here'."""
+@pytest.fixture(params=["manifest", "library"])
+def foreign_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TensorRT that refuses every engine not built 'here': by its manifest, or only when the library opens it."""
 
-    def check_engine(artifact: Artifact, **_: Any) -> None:
+    def refuse(artifact: Artifact) -> None:
         if artifact.gpu_name != "this GPU":
             raise EngineMismatch(f"{artifact.name}: built on {artifact.gpu_name}, this machine has another GPU")
+
+    def check_engine(artifact: Artifact, **_: Any) -> None:
+        if request.param == "manifest":
+            refuse(artifact)
 
     class FakeTensorRT(OracleBackend):
         @classmethod
         def open(cls, path: Path, artifact: Artifact, spec: Any, **_: Any) -> FakeTensorRT:
+            refuse(artifact)
             return cls(spec, name="tensorrt")
 
     module = types.ModuleType("runtime.backends.tensorrt")

@@ -213,21 +213,23 @@ class _Opener:
         )
 
     def _open_tensorrt(self, rung: Rung) -> Opened:
-        from runtime.backends.tensorrt import TensorRTBackend, check_engine
-
-        artifact = self._bundle.artifact(rung.artifact)
         try:
-            check_engine(artifact)
+            return self._open_engine(rung)
         except EngineMismatch as error:
             if self._on_mismatch == "onnx":
                 return self._open_onnx_instead(rung, error)
             if self._on_mismatch == "error":
                 raise
-            self._bundle = rebuild_engine(self._bundle, artifact)
-            self._verified.clear()
-            artifact = self._bundle.artifact(rung.artifact)
-            check_engine(artifact)
-            rung = next(r for r in self._bundle.manifest.rungs if r.name == rung.name)
+        self._bundle = rebuild_engine(self._bundle, self._bundle.artifact(rung.artifact))
+        self._verified.clear()
+        return self._open_engine(next(r for r in self._bundle.manifest.rungs if r.name == rung.name))
+
+    def _open_engine(self, rung: Rung) -> Opened:
+        """Raises EngineMismatch before the plan is read, or from the library, which knows best what it can run."""
+        from runtime.backends.tensorrt import TensorRTBackend, check_engine
+
+        artifact = self._bundle.artifact(rung.artifact)
+        check_engine(artifact)
         self._verify(artifact)
         spec = self._bundle.spec.with_length(artifact.length)
         return Opened(TensorRTBackend.open(self._bundle.path(artifact), artifact, spec), rung)
