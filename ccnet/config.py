@@ -208,7 +208,7 @@ PRESETS: Mapping[str, Config] = {
             self_layers=1,
             drop_path=0.0,
         ),
-        train=TrainConfig(epochs=10, warmup_epochs=1, learning_rate=5e-3, ema=0.98, validate_every=4),
+        train=TrainConfig(epochs=7, warmup_epochs=1, learning_rate=5e-3, ema=0.98, validate_every=4),
         time_base=TimeBase(stride_frames=16.0, window_frames=32.0),
     ),
 }
