@@ -1,20 +1,20 @@
 """Engines of the full-size network, built without a GPU: a change that loses fusions or memory fails here.
 
-A random `unav100` network in its deployment form goes to ONNX and through TensorRT-RTX in each precision. Minutes: the
-export is most of it. CCNET_FULLSIZE_GRAPHS names a folder that keeps the graphs (2.5 GiB) for the next run.
+A random `unav100` checkpoint goes through the exporter into a bundle with a TensorRT-RTX engine in each precision. It
+takes minutes and 4 GiB of disk: the graphs are most of it.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from export.tensorrt_engine import EngineInfo, build_engine
+from runtime.bundle import Bundle
 
 pytestmark = pytest.mark.slow
 
@@ -25,16 +25,16 @@ class Bound:
 
     kernels: int
     fused_attentions: int
-    scratch_mib: int
-    opset: int = 20
+    scratch_bytes: int
 
 
 BOUNDS = {
-    "fp32": Bound(kernels=272, fused_attentions=0, scratch_mib=88),  # seen: 268 kernels, 85.2 MiB
-    "fp16": Bound(kernels=244, fused_attentions=14, scratch_mib=60),  # seen: 240 kernels, 14 fused, 57.8 MiB
-    "bf16": Bound(kernels=244, fused_attentions=14, scratch_mib=60, opset=22),  # seen: as fp16
+    "fp32": Bound(kernels=272, fused_attentions=0, scratch_bytes=104_000_000),  # seen: 268 kernels, 100.8 MB
+    "fp16": Bound(kernels=244, fused_attentions=14, scratch_bytes=63_000_000),  # seen: 240 kernels, 14 fused, 60.6 MB
+    "bf16": Bound(kernels=244, fused_attentions=14, scratch_bytes=63_000_000),  # seen: as fp16
 }
 RTX_VERSION = "1.7.1"
+TARGET = "8.9"
 DYNAMIC = (1, 8, 32)
 
 
@@ -46,59 +46,70 @@ def rtx() -> Any:
     return module
 
 
-@pytest.fixture(scope="module", params=list(BOUNDS))
-def graph(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """(precision, ONNX file with a dynamic batch), exported once per precision."""
+@pytest.fixture(scope="module")
+def bundle(rtx: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """Graphs and engines of all precisions, made as `ccnet export --format tensorrt-rtx` makes them."""
     pytest.importorskip("torch", reason="torch is not installed")
-    precision = str(request.param)
-    kept = os.environ.get("CCNET_FULLSIZE_GRAPHS")
-    folder = Path(kept) if kept else tmp_path_factory.mktemp("graphs")
-    path = folder / precision / "model.onnx"
-    if not path.is_file():
-        _export(precision, path)
-    yield precision, path  # type: ignore[misc]
-    if not kept:
-        shutil.rmtree(path.parent)
-
-
-def _export(precision: str, path: Path) -> None:
-    import torch
-
     from benchmarks.networks import benchmark_config, labels, random_network
-    from export.deploy import deployment_form
-    from export.to_onnx import export_onnx
+    from ccnet.checkpoint import read_checkpoint, save_checkpoint
+    from ccnet.torch_backend import TorchBackend
+    from export.inputs import planted_inputs
+    from export.make_bundle import Request, make_bundle
+    from export.outputs import Reference, record
+    from runtime.bundle import read_bundle
 
+    folder = tmp_path_factory.mktemp("fullsize")
     config = benchmark_config("unav100")
-    types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    network = deployment_form(random_network(config), dtype=types[precision])
-    export_onnx(network, config.spec(labels(config)), path, opset=BOUNDS[precision].opset, max_batch=32)
+    network = random_network(config)
+    save_checkpoint(folder / "checkpoint", network, config=config, labels=labels(config))
+    checkpoint = read_checkpoint(folder / "checkpoint")
+    videos = planted_inputs(checkpoint.spec, count=1)
+    with TorchBackend(network, checkpoint.spec) as eager:
+        reference = Reference(checkpoint.spec, checkpoint.weights_sha256, videos, record(eager, videos))
+    request = Request(
+        formats=("tensorrt-rtx",),
+        precisions=tuple(BOUNDS),
+        max_batch=1,
+        engine={"compute_capabilities": (TARGET,)},
+    )
+    made = make_bundle(checkpoint, network, reference, folder / "bundle", request, say=lambda _: None)
+    assert {rung.name for rung in made.rungs} == {f"tensorrt-rtx-{precision}" for precision in BOUNDS}
+    yield read_bundle(folder / "bundle")
+    shutil.rmtree(folder)
 
 
-def build(graph: tuple[str, Path], profile: tuple[int, int, int]) -> EngineInfo:
-    precision, path = graph
-    engine = path.with_name("model.engine")
+@pytest.mark.parametrize("precision", list(BOUNDS))
+def test_engine_of_the_full_network(bundle: Bundle, precision: str) -> None:
+    bound, artifact = BOUNDS[precision], bundle.artifact(f"tensorrt-rtx-{precision}")
+    facts = artifact.build
+    assert facts["kernels"] <= bound.kernels
+    assert facts["fused_attentions"] >= bound.fused_attentions
+    assert facts["scratch_bytes"] <= bound.scratch_bytes
+    assert facts["capturable"]
+    assert facts["delivered_precisions"].get(precision, 0) >= 100  # of some 135 products
+    assert facts["layers"] > facts["kernels"]
+    assert facts["engine_bytes"] == bundle.path(artifact).stat().st_size
+    assert facts["seconds"] > 0
+
+
+@pytest.mark.parametrize("precision", list(BOUNDS))
+def test_the_same_graph_builds_for_a_range_of_batches(bundle: Bundle, precision: str) -> None:
+    facts = build(bundle, precision, DYNAMIC).build
+    assert facts["capturable"]
+    assert facts["kernels"] >= bundle.artifact(f"tensorrt-rtx-{precision}").build["kernels"]
+
+
+def build(bundle: Bundle, precision: str, profile: tuple[int, int, int]) -> EngineInfo:
+    graph = bundle.path(bundle.artifact(f"onnx-{precision}"))
+    engine = bundle.folder.with_name("dynamic.engine")
     try:
         return build_engine(
-            path,
+            graph,
             engine,
             flavour="tensorrt-rtx",
             precision=precision,  # type: ignore[arg-type]
             profile=profile,
-            compute_capabilities=("8.9",),
+            compute_capabilities=(TARGET,),
         )
     finally:
         engine.unlink(missing_ok=True)
-
-
-def test_engine_of_the_full_network(rtx: Any, graph: tuple[str, Path]) -> None:
-    bound = BOUNDS[graph[0]]
-    facts = build(graph, (1, 1, 1)).build
-    assert facts["kernels"] <= bound.kernels
-    assert facts["fused_attentions"] >= bound.fused_attentions
-    assert facts["scratch_bytes"] <= bound.scratch_mib << 20
-    assert facts["capturable"]
-    assert facts["delivered_precisions"].get(graph[0], 0) >= 100  # of some 135 products
-    # the dynamic file builds as a whole range of batches too, still capturable
-    dynamic = build(graph, DYNAMIC).build
-    assert dynamic["capturable"]
-    assert dynamic["kernels"] >= facts["kernels"]
