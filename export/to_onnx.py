@@ -176,8 +176,9 @@ def _exported(module: nn.Module, spec: ModelSpec, max_batch: int, batch: int | N
     module.eval()
     shapes: dict[str, Any] | None = None
     if batch is None:
-        # A range of one value would make the axis static, and the exporter specialises on an example batch of 1.
-        axis = torch.export.Dim(BATCH_AXIS, min=1, max=max(max_batch, 2))
+        # A range of one value would make the axis static, the exporter specialises on an example batch of 1, and where
+        # the range ends at the example's 2 it no longer sees that the inputs share one axis.
+        axis = torch.export.Dim(BATCH_AXIS, min=1, max=max(max_batch, 3))
         shapes = {name: {0: axis} for name in INPUT_NAMES}
     try:
         with torch.no_grad():

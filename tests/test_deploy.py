@@ -172,3 +172,14 @@ def test_exports_to_onnx_within_the_node_budget(tmp_path: Path, opset: int, batc
         valid = valid_points(mask, SIX_LEVELS.levels).numpy()
         for one, other in zip(expected, got, strict=True):
             assert np.abs(one.numpy() - other)[valid].max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_batch", [1, 2])
+def test_a_small_largest_batch_leaves_the_batch_axis_free(tmp_path: Path, max_batch: int) -> None:
+    """The exporter took an axis of up to 2 for three different ones, as its example has 2 videos."""
+    pytest.importorskip("onnx")
+    from export.to_onnx import export_onnx
+
+    spec = Config(model=SIX_LEVELS).spec(("a", "b", "c"))
+    export_onnx(deployment_form(randomized(SIX_LEVELS)), spec, tmp_path / "model.onnx", max_batch=max_batch)
