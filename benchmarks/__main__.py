@@ -13,7 +13,7 @@ import time
 
 from benchmarks.arguments import add_options
 
-SIZED = ("latency", "growth", "throughput", "roofline")
+SIZED = ("latency", "growth", "throughput", "roofline", "rtx_engines")
 """Benchmarks of the network; they take the shared options and share the exported graphs."""
 FIXED = ("postprocessing",)
 """Benchmarks that do not depend on the network."""

@@ -108,7 +108,8 @@ class Networks:
     def graph(self, form: str, *, length: int | None = None) -> Path:
         """ONNX file of a form, made on first use.
 
-        `straightforward` is the network as it is, `deployment` its deployment form, `int8` that with int8 weights.
+        `straightforward` is the network as it is, `deployment` its deployment form, `int8` that with int8 weights,
+        `fp16` and `bf16` that in those types.
         """
         name = form if length is None else f"{form}-{length}"
         path = self.folder / name / "model.onnx"
@@ -142,5 +143,7 @@ class Networks:
         if form == "straightforward":
             return self.eager()
         from export.deploy import deployment_form
+        from export.precision import graph_precision, torch_dtype
 
-        return deployment_form(self.eager(), length=length)
+        dtype = torch_dtype(graph_precision("fp32" if form == "deployment" else form))
+        return deployment_form(self.eager(), length=length, dtype=dtype)

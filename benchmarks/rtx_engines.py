@@ -1,0 +1,112 @@
+"""What TensorRT-RTX makes of the graphs, without a GPU: `python -m benchmarks.rtx_engines`.
+
+Builds the straightforward form and the deployment form for one video and counts what their plans hold: kernels, fused
+attentions, scratch memory, and how long building takes. No engine runs. Where the library is absent nothing is written.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+from benchmarks.arguments import Setting, parse
+from benchmarks.results import Measurement, markdown_table, write_result
+from export.engine_request import EnginePrecision
+from export.tensorrt_engine import build_engine
+from runtime.errors import MissingDependency
+from runtime.machine import machine_facts
+
+TARGET = "8.9"
+"""Compute capability to build for."""
+ENGINES = (
+    ("straightforward", "straightforward", "fp32"),
+    ("deployment fp32", "deployment", "fp32"),
+    ("deployment fp16", "fp16", "fp16"),
+    ("deployment bf16", "bf16", "bf16"),
+)
+"""Name in the results, graph, precision."""
+COLUMNS = {
+    "kernels": "kernels",
+    "fused_attentions": "fused attentions",
+    "scratch_bytes": "scratch MB",
+    "engine_bytes": "engine MB",
+    "layers": "layers at parse",
+    "seconds": "build s",
+}
+
+
+def run(setting: Setting) -> Path:
+    """Build, write `rtx_engines.json` and `.md`; returns the JSON's path. Raises MissingDependency."""
+    machine = machine_facts()
+    facts: dict[str, dict[str, Any]] = {}
+    for name, graph, precision in ENGINES:
+        path = setting.networks.graph(graph)
+        print(f"building {name} ...", flush=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            info = build_engine(
+                path,
+                Path(folder) / "model.engine",
+                flavour="tensorrt-rtx",
+                precision=cast(EnginePrecision, precision),
+                profile=(1, 1, 1),
+                compute_capabilities=(TARGET,),
+            )
+        facts[name] = {"nodes": setting.networks.graph_facts(graph)["nodes"], **info.build}
+    plain = facts["straightforward"]["seconds"]
+    return write_result(
+        setting.out,
+        "rtx_engines",
+        measurements=[
+            Measurement(name=f"{name} / {COLUMNS[key]}", value=_shown(key, built[key]), unit="", better=_better(key))
+            for name, built in facts.items()
+            for key in COLUMNS
+        ],
+        page=page(facts, plain),
+        machine=machine,
+        compute_capability=TARGET,
+        engines=facts,
+    )
+
+
+def page(facts: dict[str, dict[str, Any]], plain_seconds: float) -> str:
+    """The Markdown page."""
+    rows = [
+        [
+            name,
+            f"{built['nodes']:,}",
+            *(f"{_shown(key, built[key]):,.4g}" for key in COLUMNS),
+            f"{plain_seconds / built['seconds']:.1f}x",
+        ]
+        for name, built in facts.items()
+    ]
+    return "\n\n".join(
+        [
+            "# TensorRT-RTX engines",
+            f"Random weights, ONNX with a dynamic batch axis, optimization profile (1, 1, 1), built without a GPU for "
+            f"compute capability {TARGET}. Counted in the plan that the engine embeds; no engine was run. The last "
+            "column says how many times as fast as the straightforward form it builds.",
+            markdown_table(("form", "ONNX nodes", *COLUMNS.values(), "build"), rows),
+        ]
+    )
+
+
+def _shown(key: str, value: float) -> float:
+    return value / 1e6 if key.endswith("_bytes") else float(value)
+
+
+def _better(key: str) -> Any:
+    return "higher" if key == "fused_attentions" else "lower"
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        print(run(parse(__doc__, argv)))
+    except MissingDependency as error:
+        print(f"left out: {error}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
