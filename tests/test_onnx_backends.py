@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -239,3 +240,29 @@ def test_importing_the_backends_imports_no_engine_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_signals_arrive_after_openvino_was_let_go_in_another_thread(graph: Path) -> None:
+    """OpenVINO sets a signal stack for the thread that loads its CPU plugin and frees it in the one that drops it."""
+    pytest.importorskip("openvino")
+    import subprocess
+
+    code = (
+        "import gc, os, signal, sys, threading\n"
+        "from runtime.backends.openvino import OpenVinoBackend\n"
+        "from fakes import SPEC\n"
+        "held = [OpenVinoBackend.open(sys.argv[1], SPEC, threads=1)]\n"
+        "def drop():\n"
+        "    held.pop().close()\n"
+        "    gc.collect()\n"
+        "thread = threading.Thread(target=drop)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('arrived'))\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(graph)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "arrived"), done.stderr

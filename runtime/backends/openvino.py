@@ -6,7 +6,9 @@ Shapes: see `runtime.spec.ModelSpec` (B batch, T steps, P points, C classes).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -189,7 +191,7 @@ def check_available(precision: str) -> Any:
         raise MissingDependency("openvino", "openvino", "the OpenVINO backend") from error
     if precision not in PRECISIONS:
         raise BackendUnavailable(f"openvino: got precision '{precision}', expected one of {', '.join(PRECISIONS)}")
-    core = openvino.Core()
+    core = _core(openvino.Core)
     present = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if PRECISIONS[precision][1] not in present:
         listed = ", ".join(sorted(present))
@@ -198,6 +200,17 @@ def check_available(precision: str) -> Any:
             f"(OpenVINO lists {listed}); use another precision"
         )
     return core
+
+
+@cache
+def _core(make: Callable[[], Any]) -> Any:
+    """The one `Core` of this process, never let go.
+
+    With its last Core OpenVINO unloads the CPU plugin, which gives back the signal stack that it had set for the
+    thread that loaded it. Done from another thread that leaves a dangling one, and the next signal (Ctrl-C, or a child
+    process that ends) is a segmentation fault. Seen with OpenVINO 2026.4.1.
+    """
+    return make()
 
 
 def _check_delivered(precision: str, hint: str, products: dict[str, int]) -> None:
