@@ -14,7 +14,7 @@ pytest.importorskip("onnx")
 
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks import growth, latency, roofline, rtx_engines, throughput  # noqa: E402
+from benchmarks import growth, latency, roofline, throughput  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.arguments import Setting  # noqa: E402
 from benchmarks.compare import compare  # noqa: E402
@@ -132,16 +132,6 @@ def test_roofline_shares_and_page(networks: Networks, tmp_path: Path, monkeypatc
     assert named["peak product"] > 0
     assert any(name.startswith("share reached by") for name in named)
     assert "NVIDIA H200, fp16 | 32" in path.with_suffix(".md").read_text()
-
-
-@pytest.mark.slow
-def test_rtx_engines_are_counted(tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (pip install 'ccnet[rtx]')")
-    path = rtx_engines.run(Setting(Networks(tmp_path / "work", benchmark_config("tiny")), tmp_path, RULES))
-    named = {m["name"]: m["value"] for m in json.loads(path.read_text())["measurements"]}
-    assert named["deployment fp32 / kernels"] < named["straightforward / kernels"]
-    assert named["deployment fp16 / engine MB"] > 0
-    assert "| deployment bf16 |" in path.with_suffix(".md").read_text()
 
 
 def test_one_command_runs_each_in_its_own_process_and_reports_failures(
