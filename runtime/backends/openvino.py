@@ -58,8 +58,7 @@ class OpenVinoBackend:
         self.spec = spec
         self.max_batch = max_batch
         self._graph = graph
-        self._requests = requests  # by the batch size compiled for; None: any
-        self._closed = False
+        self._requests = requests  # by the batch size compiled for; None: any; empty when closed
         self._facts = facts
 
     @classmethod
@@ -101,7 +100,7 @@ class OpenVinoBackend:
         if fixed not in (None, max_batch):
             raise BundleError(f"{path}: its batch size is fixed at {fixed}, the manifest says up to {max_batch}")
 
-        compiled = graph.compile(fixed or 1)
+        compiled = graph.compile(model, fixed or 1)
         products = _product_precisions(compiled)
         _check_delivered(precision, compiled.get_property("INFERENCE_PRECISION_HINT").to_string(), products)
         facts = {
@@ -118,7 +117,7 @@ class OpenVinoBackend:
     def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
         """See `Backend.infer`."""
         visual, audio, mask = check_inputs(visual, audio, mask, self.spec, self.max_batch)
-        if self._closed:
+        if not self._requests:
             raise EngineError(f"{self.name}: the backend is closed")
         request = self._request(len(visual))
         try:
@@ -131,7 +130,7 @@ class OpenVinoBackend:
     def _request(self, batch: int) -> Any:
         compiled_for = batch if batch in self._requests else None
         if compiled_for not in self._requests:
-            self._requests[None] = self._graph.compile(None).create_infer_request()
+            self._requests[None] = self._graph.compile(self._graph.read(), None).create_infer_request()
         return self._requests[compiled_for]
 
     def describe(self) -> dict[str, Any]:
@@ -142,7 +141,6 @@ class OpenVinoBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         self._requests.clear()
-        self._closed = True
 
     def __enter__(self) -> OpenVinoBackend:
         return self
@@ -167,9 +165,8 @@ class _Graph:
         except RuntimeError as error:
             raise EngineError(f"{self.path}: OpenVINO can't read it: {error}") from error
 
-    def compile(self, batch: int | None) -> Any:
-        """For one batch size, or as it is in the file (None). Raises EngineError when OpenVINO can't."""
-        model = self.read()
+    def compile(self, model: Any, batch: int | None) -> Any:
+        """What `read` gave, for one batch size or as it is in the file (None). Raises EngineError when it can't be."""
         try:
             if batch is not None:
                 shapes = self.spec.input_shapes(batch)
