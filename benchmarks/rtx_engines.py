@@ -54,7 +54,6 @@ def run(setting: Setting) -> Path:
                 compute_capabilities=(TARGET,),
             )
         facts[name] = {"nodes": setting.networks.graph_facts(graph)["nodes"], **info.build}
-    plain = facts["straightforward"]["seconds"]
     return write_result(
         setting.out,
         "rtx_engines",
@@ -63,15 +62,16 @@ def run(setting: Setting) -> Path:
             for name, built in facts.items()
             for key in COLUMNS
         ],
-        page=page(facts, plain),
+        page=page(facts),
         machine=machine,
         compute_capability=TARGET,
         engines=facts,
     )
 
 
-def page(facts: dict[str, dict[str, Any]], plain_seconds: float) -> str:
+def page(facts: dict[str, dict[str, Any]]) -> str:
     """The Markdown page."""
+    plain_seconds = facts["straightforward"]["seconds"]
     rows = [
         [
             name,
