@@ -9,7 +9,7 @@ fp32 from the int8 weights. The file is about a third of the size.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.to_onnx import external_name
+from export.to_onnx import dimensions, external_name
 from runtime.errors import ExportError, MissingDependency
 
 LEAST_WEIGHTS = 1 << 16
@@ -57,14 +57,14 @@ def quantize_weights(
     model = onnx.load(str(source))
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
-    shapes = {value.name: _dimensions(value) for value in (*graph.value_info, *graph.input)}
+    shapes = {value.name: dimensions(value) for value in (*graph.value_info, *graph.input)}
 
     rewritten: list[Any] = []
     restored: dict[str, list[str]] = {}
     products = 0
     for node in graph.node:
         weight: Any = weights.get(node.input[1]) if node.op_type == "MatMul" else None
-        stack = 0 if weight is None else _stack(weight, shapes.get(node.input[0], []), least_weights)
+        stack = 0 if weight is None else _stack(weight, shapes.get(node.input[0], ()), least_weights)
         if not stack:
             rewritten.append(node)
             continue
@@ -100,7 +100,7 @@ def quantize_weights(
     )
 
 
-def _stack(weight: Any, left: list[Any], least_weights: int) -> int:
+def _stack(weight: Any, left: Sequence[int | str], least_weights: int) -> int:
     """How many matrices to quantize in a constant: 1, the size of a stack, or 0 to leave it as it is."""
     dims = list(weight.dims)
     if weight.data_type != _onnx().TensorProto.FLOAT or math.prod(dims[-2:]) < least_weights:
@@ -147,10 +147,6 @@ def _apart(node: Any, matrices: list[str], graph: Any) -> list[Any]:
         *products,
         helper.make_node("Concat", parts, [y], name=f"{y}.concat", axis=0),
     ]
-
-
-def _dimensions(value: Any) -> list[Any]:
-    return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
 
 def quantize_columns(weight: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:

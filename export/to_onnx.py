@@ -141,13 +141,18 @@ def audit(path: Path, spec: ModelSpec, *, opset: int, batch: int | None) -> Any:
 def _check_value(path: Path, value: Any, expected: tuple[int | str, ...]) -> None:
     onnx = _onnx()
     tensor = value.type.tensor_type
-    shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
+    shape = dimensions(value)
     if shape != expected:
         raise ExportError(f"{path}: tensor '{value.name}' has shape {shape}, expected {expected}")
     wanted = onnx.TensorProto.BOOL if value.name == MASK else onnx.TensorProto.FLOAT
     if tensor.elem_type != wanted:
         got = onnx.TensorProto.DataType.Name(tensor.elem_type)
         raise ExportError(f"{path}: tensor '{value.name}' is {got}, expected {onnx.TensorProto.DataType.Name(wanted)}")
+
+
+def dimensions(value: Any) -> tuple[int | str, ...]:
+    """Shape of an onnx.ValueInfoProto: numbers, and names of dynamic axes."""
+    return tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
 
 
 def _check_types(path: Path, model: Any) -> None:
