@@ -29,6 +29,9 @@ from export.deploy_streams import KeyBiases, StreamEmbedding, StreamLayer
 from export.deploy_tdm import PackedTemporalDependency
 from runtime.errors import ExportError
 
+BOUND = 1e30
+"""Far above every output. OpenVINO returns a bfloat16 product that ends in an activation, here a clamp, in float32."""
+
 
 def deployment_form(model: CCNet, *, length: int | None = None, dtype: torch.dtype = torch.float32) -> Deployment:
     """The deployment form of a trained network, with the forward contract of `CCNet` (float32 in and out).
@@ -149,7 +152,7 @@ class PackedHeads(Part):
         heads = (model.class_head, model.offset_head)
         convs = [[conv for conv in head.convs if isinstance(conv, nn.Conv1d)] for head in heads]
         norms = [layer_norms(head.norms) for head in heads]
-        self.keep("first", torch.stack([conv_matrix(pair[0].weight) for pair in convs]))
+        self.keep("first", torch.cat([conv_matrix(pair[0].weight) for pair in convs], dim=1))
         self.keep("second", torch.stack([conv_matrix(pair[1].weight) for pair in convs]))
         self.first_norm = NormRelu([pair[0] for pair in norms], dtype)
         self.second_norm = NormRelu([pair[1] for pair in norms], dtype)
@@ -163,13 +166,13 @@ class PackedHeads(Part):
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, P, E], mask [B, P, 1] -> float32 logits [B, P, C], offsets [B, P, 2 C]."""
-        shape = (2, -1, x.shape[1], self.first.shape[2])
-        # Repeated, not broadcast: OpenVINO takes no product of one stack with a constant of two.
-        rows = self.neighbours(x).flatten(0, 1).expand(2, -1, -1)
-        x = self.first_norm((rows @ self.first).reshape(shape), mask)  # [2, B, P, head_dim]
+        shape = (2, -1, x.shape[1], self.second.shape[2])
+        both = torch.stack(torch.chunk(self.neighbours(x) @ self.first, 2, dim=-1))
+        x = self.first_norm(both, mask)  # [2, B, P, head_dim]
         x = self.second_norm(stacked_product(self.neighbours(x), self.second).reshape(shape), mask)
         class_rows, offset_rows = torch.chunk(self.neighbours(x).float(), 2)
         mask = mask.float()
-        logits = (class_rows.squeeze(0) @ self.class_weight + self.class_bias) * mask
-        offsets = (offset_rows.squeeze(0) @ self.offset_weight + self.offset_bias) * (mask * self.level_scale)
+        logits = (class_rows.squeeze(0) @ self.class_weight + self.class_bias).clamp(-BOUND, BOUND) * mask
+        offsets = offset_rows.squeeze(0) @ self.offset_weight + self.offset_bias
+        offsets = offsets.clamp(-BOUND, BOUND) * (mask * self.level_scale)
         return logits, torch.relu(offsets)

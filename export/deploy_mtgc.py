@@ -70,14 +70,14 @@ class PackedCoarseToFine(Part):
         self.heads = block.attention.heads
         points, level, position, trained = layout.num_points, layout.level(), layout.position(), layout.is_trained()
         stretch = torch.zeros(points, points, dtype=torch.float64)
-        bias = torch.zeros(points, 1, dtype=torch.float64)
+        bias = torch.zeros(points, dtype=torch.float64)
         linears = [linear for linear in stage.linears if isinstance(linear, nn.Linear)]
         for i, linear in enumerate(linears):
             fine, coarse = ((trained & (level == j)).nonzero()[:, 0] for j in (i, i + 1))
             weight = linear.weight.detach().double()[position[fine]][:, position[coarse]]
             stretch[fine[:, None], coarse] = weight
-            bias[fine, 0] = linear.bias.detach().double()[position[fine]]
-        self.keep("stretch", stretch)
+            bias[fine] = linear.bias.detach().double()[position[fine]]
+        self.keep("stretch", stretch.T)
         self.keep("stretch_bias", bias)
         self.keep("refined", (level < len(layout.steps) - 1).float()[:, None])
         self.keep("own_level", layout.own_level().float(), torch.float32)
@@ -92,7 +92,7 @@ class PackedCoarseToFine(Part):
     def forward(self, x: Tensor, mask: Tensor, allowed: Tensor) -> Tensor:
         """x [B, P, E] (zero at invalid points), mask [B, P, 1], allowed [B, 1, P] -> [B, P, E]."""
         points = x.shape[1]
-        guide = torch.relu(self.stretch @ x + self.stretch_bias)
+        guide = torch.relu(x.transpose(1, 2) @ self.stretch + self.stretch_bias).transpose(1, 2)
         query = normalize(self.query_taps(normalize(guide))) @ self.query + self.query_bias
         query = split_heads(query.unsqueeze(0), points, self.heads)
         key_value = stacked_product(normalize(self.key_value_taps(normalize(x))), self.key_value)

@@ -44,9 +44,12 @@ class PackedTemporalDependency(Part):
         self.sizes = [group.num_points for group in groups]
         self.neighbours = Neighbours(layout.taps())
         self.keep("expand", conv_matrix(stage.expand.weight))
-        self.channels = ChannelBranch(stage, layout, groups, dtype) if stage.channel_branch else None
+        self.channels = ChannelBranch(stage, layout, dtype) if stage.channel_branch else None
         self.branches = Branches(stage, dtype)
-        self.groups = nn.ModuleList(Group(stage, group, dtype) for group in groups)
+        firsts = [sum(len(before.steps) for before in groups[:i]) for i in range(len(groups))]
+        self.groups = nn.ModuleList(
+            Group(stage, group, first, dtype) for group, first in zip(groups, firsts, strict=True)
+        )
         # The squeeze convolution multiplies first, [P, C H] -> [P, K E], and adds neighbours after.
         self.keep("squeeze", stage.squeeze.weight.detach().permute(1, 2, 0).flatten(1, 2))
         self.shift = AddNeighbours(layout.taps())
@@ -55,11 +58,12 @@ class PackedTemporalDependency(Part):
         """x [B, P, E] (zero at invalid points), mask [B, P, 1], allowed [B, 1, P] -> [B, P, E]."""
         # Masked here, where they are narrow, and not behind the product: relu(m x W) = m relu(x W).
         rows = self.neighbours(x) * mask
-        channels = self.channels(rows) if self.channels is not None else [None] * len(self.sizes)
-        by_class = [torch.relu(own @ self.expand) for own in torch.split_with_sizes(rows, self.sizes, dim=1)]
-        alloweds = torch.split_with_sizes(allowed, self.sizes, dim=2)
-        inputs = zip(by_class, alloweds, channels, strict=True)
-        done = [group(self.branches, *own) for group, own in zip(self.groups, inputs, strict=True)]
+        channels = self.channels(rows) if self.channels is not None else None
+        done = []
+        by_group = (torch.split_with_sizes(rows, self.sizes, dim=1), torch.split_with_sizes(allowed, self.sizes, dim=2))
+        for group, own, own_allowed in zip(self.groups, *by_group, strict=True):
+            by_class = torch.relu(own @ self.expand)
+            done.append(group(self.branches, by_class, own_allowed, channels))
         squeezed: Tensor = self.shift((torch.cat(done, dim=1) @ self.squeeze) * mask)
         return squeezed * mask
 
@@ -75,21 +79,23 @@ class Branches(Part):
 
 
 class Group(Part):
-    """Both branches on the levels of one group."""
+    """Both branches on the levels of one group, and what the channel branch adds before them."""
 
     own_level: Tensor
 
-    def __init__(self, stage: TemporalDependency, layout: Layout, dtype: torch.dtype):
+    def __init__(self, stage: TemporalDependency, layout: Layout, first: int, dtype: torch.dtype):
+        """layout of the group; first: its first level."""
         super().__init__(dtype)
+        self.channel_expand = ChannelExpand(stage, layout, first, dtype) if stage.channel_branch else None
         self.keep("own_level", layout.own_level().float(), torch.float32)
         self.time_taps = query_key_value_taps(stage.temporal, layout.taps(), dtype)
         self.class_taps = query_key_value_taps(stage.cooccurrence, sequence_taps(stage.classes), dtype)
 
     def forward(self, branches: Branches, by_class: Tensor, allowed: Tensor, channels: Tensor | None) -> Tensor:
-        """by_class [B, P, C H], allowed [B, 1, P], channels [B, P, H, C] -> [B, P, C H]."""
+        """by_class [B, P, C H], allowed [B, 1, P], channels [B, H, L T] -> [B, P, C H]."""
         points = by_class.shape[1]
-        if channels is not None:
-            by_class = by_class + channels.flatten(2)
+        if self.channel_expand is not None and channels is not None:
+            by_class = by_class + self.channel_expand(channels).flatten(2)
         by_class = by_class.reshape(-1, branches.classes, branches.hidden)  # [B P, C, H]
 
         query, key, value = branches.cooccurrence.project(self.class_taps, normalize(by_class))
@@ -176,10 +182,9 @@ class ChannelBranch(Part):
     second: Tensor
     second_bias: Tensor
 
-    def __init__(self, stage: TemporalDependency, layout: Layout, groups: list[Layout], dtype: torch.dtype):
+    def __init__(self, stage: TemporalDependency, layout: Layout, dtype: torch.dtype):
         super().__init__(dtype)
         self.hidden, self.levels, self.steps = stage.hidden, len(layout.steps), layout.trained[0]
-        self.classes = stage.classes
         self.keep("press", conv_matrix(stage.press.weight))
         blocks = [block for block in stage.channel_blocks if isinstance(block, Block)]
         self._keep_blocks(blocks, dtype)
@@ -192,13 +197,6 @@ class ChannelBranch(Part):
             for start, trained, steps in zip(starts, layout.trained, layout.steps, strict=True)
         ]
         self.keep("spread", torch.cat(spread))
-        linears = [linear for linear in stage.channel_linears if isinstance(linear, nn.Linear)]
-        self.expanders = nn.ModuleList()
-        first = 0
-        for group in groups:
-            count = len(group.steps)
-            self.expanders.append(ChannelExpand(linears[first : first + count], group, first, self.steps, dtype))
-            first += count
 
     def _keep_blocks(self, blocks: list[Block], dtype: torch.dtype) -> None:
         """Weights of the L Blocks: read the first copy of the features, write every copy."""
@@ -234,8 +232,8 @@ class ChannelBranch(Part):
         weight, bias = (torch.stack(values, dim=1)[:, :, :, None, None] for values in (weights, biases))
         self.taps = Taps(weight, bias, sequence_taps(self.hidden), dtype, rows=self.hidden)
 
-    def forward(self, rows: Tensor) -> list[Tensor]:
-        """Masked rows of all levels [B, P, K E] -> per group [B, P, H, C] to add to the expanded features."""
+    def forward(self, rows: Tensor) -> Tensor:
+        """Masked rows of all levels [B, P, K E] -> [B, H, L T], for `ChannelExpand`."""
         points = torch.relu(rows @ self.press).index_select(1, self.spread)  # [B, L T, H]
         x = points.reshape(-1, self.levels, self.steps, self.hidden).permute(1, 0, 3, 2)  # [L, B, H, T]
         query, key, value = (part.squeeze(0) for part in torch.chunk(normalize(self.taps(normalize(x))), 3))
@@ -243,12 +241,11 @@ class ChannelBranch(Part):
         attended = attend(asked.reshape(query.shape), key, value, None)
         y = stacked_product(attended, self.out) + self.out_bias + x.flatten(1, 2)  # [L, B H, T]
         y = y + (F.gelu(normalize(y) @ self.first + self.first_bias) @ self.second + self.second_bias)
-        features = y.reshape(x.shape).permute(1, 2, 0, 3).flatten(2)  # [B, H, L T]
-        return [expand(features) for expand in self.expanders]
+        return y.reshape(x.shape).permute(1, 2, 0, 3).flatten(2)
 
 
 class ChannelExpand(Part):
-    """Linear T_l -> C T_l of some levels, made per point, so that its result is in place.
+    """Linear T_l -> C T_l of some levels as one product.
 
     The released network reads the [H, C T] result as [C, H, T] without a transpose, so (channel, class) pairs keep
     their order and only the step moves to the front.
@@ -258,26 +255,28 @@ class ChannelExpand(Part):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, linears: list[nn.Linear], group: Layout, first: int, steps: int, dtype: torch.dtype):
-        """linears of the group's levels; first: its first level; steps: T, features per level in the input."""
+    def __init__(self, stage: TemporalDependency, layout: Layout, first: int, dtype: torch.dtype):
+        """layout of these levels; first: the first of them."""
         super().__init__(dtype)
-        features = sum(group.trained)
-        classes = linears[0].out_features // linears[0].in_features
-        weight = torch.zeros(group.num_points, features, classes, dtype=torch.float64)
-        bias = torch.zeros(group.num_points, 1, classes, dtype=torch.float64)
+        self.classes = stage.classes
+        linears = [linear for linear in stage.channel_linears if isinstance(linear, nn.Linear)]
+        linears = linears[first : first + len(layout.steps)]
+        weight = torch.zeros(sum(layout.trained), layout.num_points, self.classes, dtype=torch.float64)
+        bias = torch.zeros(layout.num_points, self.classes, dtype=torch.float64)
         row = column = 0
-        for linear, length, trained in zip(linears, group.lengths, group.trained, strict=True):
+        for linear, length, trained in zip(linears, layout.lengths, layout.trained, strict=True):
             kept = min(length, trained)
-            by_step = linear.weight.detach().double().view(classes, trained, trained)[:, :kept]  # [C, t, j]
-            weight[row : row + kept, column : column + trained] = by_step.permute(1, 2, 0)
-            bias[row : row + kept, 0] = linear.bias.detach().double().view(classes, trained)[:, :kept].T
-            row, column = row + length, column + trained
-        self.keep("weight", weight)
-        self.keep("bias", bias)
-        levels = enumerate(group.trained, start=first)
+            by_step = linear.weight.detach().double().view(self.classes, trained, trained)[:, :kept]  # [C, t, j]
+            weight[row : row + trained, column : column + kept] = by_step.permute(2, 1, 0)
+            bias[column : column + kept] = linear.bias.detach().double().view(self.classes, trained)[:, :kept].T
+            row, column = row + trained, column + length
+        self.keep("weight", weight.flatten(1))
+        self.keep("bias", bias.flatten())
+        steps = layout.trained[0] * 2**first  # T, the features of a level in the input
+        levels = enumerate(layout.trained, start=first)
         self.keep("read", torch.cat([level * steps + torch.arange(trained) for level, trained in levels]))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, L T] -> [B, P, H, C]."""
-        features = x.index_select(2, self.read).unsqueeze(1)
-        return torch.relu(features @ self.weight + self.bias)
+        expanded = torch.relu(x.index_select(2, self.read) @ self.weight + self.bias)
+        return expanded.reshape(*x.shape[:2], -1, self.classes).transpose(1, 2)
