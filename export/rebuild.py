@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import cast
 
 from export.bundle_writer import changed_bundle
-from export.engine_request import EnginePrecision
+from export.engine_request import CURRENT, EnginePrecision
 from export.tensorrt_engine import build_engine
 from runtime.bundle import Artifact, Bundle, read_bundle
 from runtime.errors import BundleError, CCNetError
@@ -38,7 +38,7 @@ def rebuild(folder: str | Path, name: str) -> Artifact:
             flavour=engine.flavour,
             precision=cast(EnginePrecision, engine.precision),
             profile=cast("tuple[int, int, int]", engine.profile or (1, 1, engine.max_batch)),
-            compute_capabilities=("current",) if engine.flavour == "tensorrt-rtx" else (),
+            compute_capabilities=_targets(engine),
         )
         built = info.artifact(name=name, length=engine.length)
         draft.add_artifact(built)
@@ -46,6 +46,13 @@ def rebuild(folder: str | Path, name: str) -> Artifact:
             if rung.artifact == name:
                 draft.set_rung(dataclasses.replace(rung, gate="not-run", accuracy={}, speed={}))
     return built
+
+
+def _targets(engine: Artifact) -> tuple[str, ...]:
+    """This GPU and, for RTX, all that the engine was made for: other machines may share the bundle."""
+    if engine.flavour == "tensorrt" or not engine.compute_capabilities:  # the latter: RTX for any GPU
+        return ()
+    return (*engine.compute_capabilities, CURRENT)
 
 
 def _source(bundle: Bundle, engine: Artifact) -> Artifact:

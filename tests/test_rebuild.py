@@ -75,6 +75,24 @@ def test_the_engine_is_replaced_and_its_rung_waits_for_proof(bundle: Bundle, mon
     assert gates["onnxruntime"][0] == "passed"
 
 
+@pytest.mark.parametrize(
+    ("made_for", "expected"),
+    [((), ()), (("8.9",), ("8.9", "current")), (("8.9", "12.0"), ("8.9", "12.0", "current"))],
+)
+def test_an_rtx_engine_keeps_the_gpus_that_it_was_made_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_for: tuple[str, ...], expected: tuple[str, ...]
+) -> None:
+    graph = make_bundle(tmp_path / "plain").folder / "model-t32.onnx"
+    engine = dataclasses.replace(
+        ENGINE, flavour="tensorrt-rtx", compute_capabilities=made_for, onnx_sha256=sha256_file(graph), gpu_name=None
+    )
+    bundle = make_bundle(tmp_path / "bundle", [rung("tensorrt-rtx", artifact=ENGINE.name)], engines=[engine])
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(export.rebuild, "build_engine", fake_build(asked))
+    export.rebuild.rebuild(bundle.folder, ENGINE.name)
+    assert asked["compute_capabilities"] == expected
+
+
 def test_a_build_that_fails_leaves_the_bundle_as_it_was(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -207,6 +207,16 @@ def test_current_gpu_without_one(rtx: Any, models: Path, tmp_path: Path) -> None
         pytest.skip("a GPU is there")
 
 
+def test_the_current_gpu_may_be_listed_too(
+    rtx: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runtime.backends import cuda
+
+    monkeypatch.setattr(cuda, "probe", lambda: Named(name="this GPU", compute_capability="8.9"))
+    info = build(models, tmp_path, compute_capabilities=("8.9", "12.0", "current"))
+    assert info.compute_capabilities == ("8.9", "12.0")
+
+
 class Named:
     """Attributes by name: enough of a library for `check_supported`."""
 

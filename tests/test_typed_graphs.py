@@ -17,6 +17,8 @@ from export.deploy import deployment_form  # noqa: E402
 from export.inputs import stress_inputs  # noqa: E402
 from export.precision import TOLERANCES, GraphPrecision, torch_dtype  # noqa: E402
 from export.to_onnx import export_onnx  # noqa: E402
+from runtime.backends.openvino import OpenVinoBackend  # noqa: E402
+from runtime.errors import BackendUnavailable  # noqa: E402
 from runtime.features import pack  # noqa: E402
 
 pytestmark = pytest.mark.slow  # exporting
@@ -38,6 +40,16 @@ def on_reference_evaluator(path: Path) -> Run:
     return lambda feeds: list(evaluator.run(None, feeds))
 
 
+def on_openvino(path: Path) -> Run:
+    """Keeps bfloat16 where the file has it, on processors that compute in it."""
+    openvino = pytest.importorskip("openvino")
+    core = openvino.Core()
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor has no bfloat16 arithmetic; OpenVINO would compute in float32")
+    request = core.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    return lambda feeds: [value.copy() for value in request.infer(feeds).to_tuple()]
+
+
 @pytest.mark.parametrize(
     ("precision", "engine"),
     [
@@ -46,6 +58,7 @@ def on_reference_evaluator(path: Path) -> Run:
         ("fp16", on_onnxruntime),
         ("fp16", on_reference_evaluator),
         ("bf16", on_reference_evaluator),  # ONNX Runtime has no bfloat16 products on a CPU
+        ("bf16", on_openvino),
     ],
 )
 def test_typed_graphs_compute_the_network(
@@ -77,3 +90,15 @@ def test_typed_graphs_compute_the_network(
         worst.append(float(off_logits.max()))
     # A graph that is not typed as asked would be as exact as fp32.
     assert (max(worst) > 1e-4) == (precision != "fp32")
+
+
+def test_openvino_does_not_run_a_half_precision_graph_as_fp32(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor has no bfloat16 arithmetic; OpenVINO computes in float32 here, as asked")
+    config = benchmark_config("tiny")
+    spec = config.spec(labels(config))
+    path = tmp_path / "model.onnx"
+    export_onnx(deployment_form(random_network(config), dtype=torch.bfloat16), spec, path)
+    with pytest.raises(BackendUnavailable, match="asked for fp32, but this graph is typed in another precision"):
+        OpenVinoBackend.open(path, spec, precision="fp32")

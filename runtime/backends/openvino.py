@@ -219,6 +219,8 @@ def _check_delivered(precision: str, hint: str, products: dict[str, int]) -> Non
         raise BackendUnavailable(
             f"openvino: asked for {precision}, but no product of this graph runs in it: {products}"
         )
+    if precision == "fp32" and products.keys() - {"f32"}:
+        raise BackendUnavailable(f"openvino: asked for fp32, but this graph is typed in another precision: {products}")
 
 
 def _dimensions(ports: Any) -> dict[str, list[Any]]:
