@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,30 @@ def floor(cost: GraphCost, device: Device) -> Floor:
     )
 
 
-def peak_calls() -> dict[str, Callable[[], Any]]:
-    """The two loads whose speed is taken as this machine's peak."""
+def peak_calls(precisions: Collection[str]) -> dict[str, Callable[[], Any]]:
+    """The loads whose speed is taken as this machine's peak: a copy, and a product in each precision (fp32, bf16)."""
     import torch
 
-    left, right = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
-    out = torch.empty(MATRIX, MATRIX)
     source = torch.ones(COPY_BYTES // 4)
     target = torch.empty_like(source)
-    return {"product": lambda: torch.mm(left, right, out=out), "copy": lambda: target.copy_(source)}
+    calls: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}
+    for precision in precisions:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        left, right = torch.randn(MATRIX, MATRIX).to(dtype), torch.randn(MATRIX, MATRIX).to(dtype)
+        calls[f"product {precision}"] = partial(torch.mm, left, right, out=torch.empty(MATRIX, MATRIX, dtype=dtype))
+    return calls
+
+
+def this_machine(precision: str, product: Timing, copy: Timing) -> Device:
+    """The peaks of this machine in one precision, from the timings of `peak_calls`."""
+    return Device(
+        name="this machine",
+        precision=precision,
+        flops=2 * MATRIX**3 / product.median,
+        bytes_per_second=2 * COPY_BYTES / copy.median,
+        weight_width=0.5 if precision == "bf16" else 1.0,
+        source=f"measured in the same rounds: {MATRIX}x{MATRIX} product, {COPY_BYTES >> 20} MiB copy (read + write)",
+    )
 
 
 def run(setting: Setting) -> Path:
@@ -96,27 +112,27 @@ def run(setting: Setting) -> Path:
     costs = {batch: graph_cost(graph, batch=batch) for batch in BATCHES}
     with contextlib.ExitStack() as stack:
         inputs = pack(sample_videos(spec, 1), spec)
-        calls = dict(peak_calls())
         opened, absent = available_engines(graph, spec)
-        for name, backend in opened.items():
-            calls[name] = _call(stack.enter_context(backend), inputs)
+        precisions = {name: stack.enter_context(backend).precision for name, backend in opened.items()}
+        calls = peak_calls(sorted({"fp32", *precisions.values()}, reverse=True))
+        calls |= {name: _call(backend, inputs) for name, backend in opened.items()}
         # By number: to wait for seconds of a copy would take hundreds of rounds of all engines.
         rules = replace(setting.rules, seconds=0, calls=max(setting.rules.calls, 2))
         timings = measure_interleaved(calls, rules)
-    product, copy = timings["product"], timings["copy"]
-    here = Device(
-        name="this machine",
-        precision="fp32",
-        flops=2 * MATRIX**3 / product.median,
-        bytes_per_second=2 * COPY_BYTES / copy.median,
-        weight_width=1.0,
-        source=f"measured in the same rounds: {MATRIX}x{MATRIX} product, {COPY_BYTES >> 20} MiB copy (read + write)",
-    )
-    engines = {name: t for name, t in timings.items() if name not in ("product", "copy")}
-    shares = {name: floor(costs[1], here).total / (t.median * 1e3) for name, t in engines.items()}
+    here = {
+        name.removeprefix("product "): this_machine(name.removeprefix("product "), timing, timings["copy"])
+        for name, timing in timings.items()
+        if name.startswith("product ")
+    }
+    devices = (*here.values(), H200)
+    engines = {name: timings[name] for name in precisions}
+    shares = {name: floor(costs[1], here[precisions[name]]).total / (t.median * 1e3) for name, t in engines.items()}
     measurements = [
-        Measurement(name="peak product", value=here.flops / 1e9, unit="GFLOP/s", better="higher"),
-        Measurement(name="peak copy", value=here.bytes_per_second / 1e9, unit="GB/s", better="higher"),
+        *(
+            Measurement(name=f"peak product {p}", value=d.flops / 1e9, unit="GFLOP/s", better="higher")
+            for p, d in here.items()
+        ),
+        Measurement(name="peak copy", value=here["fp32"].bytes_per_second / 1e9, unit="GB/s", better="higher"),
         Measurement(name="graph nodes", value=costs[1].nodes, unit="nodes"),
         Measurement(name="operations per video", value=costs[1].operations / 1e9, unit="GFLOP"),
         *(Measurement(name=f"share reached by {n}", value=s, unit="", better="higher") for n, s in shares.items()),
@@ -125,12 +141,12 @@ def run(setting: Setting) -> Path:
         setting.out,
         "roofline",
         measurements=measurements,
-        page=page(costs, (here, H200), engines, shares),
+        page=page(costs, devices, engines, shares),
         machine=machine,
         rules=rules.to_json(),
         not_available=absent,
-        devices=[vars(device) for device in (here, H200)],
-        floors_ms={d.name: {b: vars(floor(c, d)) for b, c in costs.items()} for d in (here, H200)},
+        devices=[vars(device) for device in devices],
+        floors_ms={f"{d.name}, {d.precision}": {b: vars(floor(c, d)) for b, c in costs.items()} for d in devices},
         timings_ms={name: t.summary() for name, t in timings.items()},
     )
 
@@ -140,7 +156,7 @@ def _call(backend: Any, inputs: Any) -> Callable[[], Any]:
 
 
 def page(
-    costs: dict[int, GraphCost], devices: tuple[Device, ...], engines: dict[str, Timing], shares: dict[str, float]
+    costs: dict[int, GraphCost], devices: Sequence[Device], engines: dict[str, Timing], shares: dict[str, float]
 ) -> str:
     """The Markdown page."""
     one = costs[1]
@@ -180,7 +196,7 @@ def page(
             markdown_table(("device", "GFLOP/s", "GB/s", "source"), peaks),
             markdown_table(("device", "batch", "arithmetic ms", "memory ms", "floor ms"), floors),
             "## Share reached on this machine, batch 1",
-            markdown_table(("engine", "p50 ms", "GFLOP/s", "share of the floor", "n"), reached),
+            markdown_table(("engine", "p50 ms", "GFLOP/s", "share of the floor in its precision", "n"), reached),
         ]
     )
 

@@ -190,6 +190,17 @@ def test_a_cuda_session_that_fell_back_is_refused(
         OnnxRuntimeBackend.open(graph, SPEC, device="cuda")
 
 
+def test_openvino_gives_a_video_the_same_alone_and_in_a_batch(graph: Path) -> None:
+    pytest.importorskip("openvino")
+    visual, audio, mask = inputs(3)
+    with OpenVinoBackend.open(graph, SPEC, max_batch=4, threads=1) as backend:
+        together = backend.infer(visual, audio, mask)
+        for i in range(3):
+            alone = backend.infer(visual[i : i + 1], audio[i : i + 1], mask[i : i + 1])
+            for a, b in zip(together, alone, strict=True):
+                np.testing.assert_array_equal(a[i], b[0])
+
+
 class OtherProcessor:
     """OpenVINO's Core on a processor with the given capabilities."""
 
