@@ -228,7 +228,7 @@ def _page(
         f"## Stages\n\nOne full-length video from its feature files on {fastest}; {candidates} candidates. "
         f"Outside the engine and without reading: {outside:.2f} ms.",
         markdown_table(("stage", "p50 ms", "p90", "p99", "n"), [_spread(n, t) for n, t in stages.items()]),
-        "## Batch\n\nEngine only.",
+        "## Batch\n\nEngine only. OpenVINO runs a batch video after video.",
         markdown_table(
             ("engine, batch", "p50 ms per call", "p90", "p99", "n", "ms per video"),
             [[*_spread(f"{n}, {b}", t), f"{t.median * 1e3 / b:.1f}"] for (n, b), t in by_batch.items()],

@@ -1,8 +1,8 @@
 """How fast could the network be, and how near do the engines come: `python -m benchmarks.roofline`.
 
-Operations and bytes are counted in the exported deployment graph. The peaks of this machine (a large matrix product, a
-large copy) are measured in the same rounds as the engines, so the share reached compares like with like. Peaks of
-devices that are not here are stated with their source.
+Operations and bytes are counted in the exported deployment graph. The peaks of this machine (a large matrix product in
+each precision that an engine computes in, a large copy) are measured in the same rounds as the engines, so the share
+reached compares like with like. Peaks of devices that are not here are stated with their source.
 
 Shapes:  B batch
 """
@@ -21,6 +21,7 @@ from benchmarks.arguments import Setting, parse
 from benchmarks.engines import available_engines
 from benchmarks.graph_cost import GraphCost, graph_cost
 from benchmarks.results import Measurement, markdown_table, write_result
+from export.precision import graph_precision, torch_dtype
 from runtime.features import pack
 from runtime.machine import machine_facts
 from runtime.timing import Timing, measure_interleaved
@@ -28,7 +29,7 @@ from runtime.workload import sample_videos
 
 BATCHES = (1, 8, 32)
 MATRIX = 2048
-"""Side of the square matrices of the peak measurement: 17 GFLOP, far from any cache."""
+"""Side of the square matrices of the peak measurement: 17 GFLOP, so large that reading them costs little beside."""
 COPY_BYTES = 256 << 20
 
 
@@ -79,14 +80,14 @@ def floor(cost: GraphCost, device: Device) -> Floor:
 
 
 def peak_calls(precisions: Collection[str]) -> dict[str, Callable[[], Any]]:
-    """The loads whose speed is taken as this machine's peak: a copy, and a product in each precision (fp32, bf16)."""
+    """The loads whose speed is taken as this machine's peak: a copy, and a product in each precision."""
     import torch
 
     source = torch.ones(COPY_BYTES // 4)
     target = torch.empty_like(source)
     calls: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}
     for precision in precisions:
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        dtype = torch_dtype(graph_precision(precision))
         left, right = torch.randn(MATRIX, MATRIX).to(dtype), torch.randn(MATRIX, MATRIX).to(dtype)
         calls[f"product {precision}"] = partial(torch.mm, left, right, out=torch.empty(MATRIX, MATRIX, dtype=dtype))
     return calls
@@ -114,16 +115,13 @@ def run(setting: Setting) -> Path:
         inputs = pack(sample_videos(spec, 1), spec)
         opened, absent = available_engines(graph, spec)
         precisions = {name: stack.enter_context(backend).precision for name, backend in opened.items()}
-        calls = peak_calls(sorted({"fp32", *precisions.values()}, reverse=True))
+        arithmetic = list(dict.fromkeys(["fp32", *precisions.values()]))
+        calls = peak_calls(arithmetic)
         calls |= {name: _call(backend, inputs) for name, backend in opened.items()}
         # By number: to wait for seconds of a copy would take hundreds of rounds of all engines.
         rules = replace(setting.rules, seconds=0, calls=max(setting.rules.calls, 2))
         timings = measure_interleaved(calls, rules)
-    here = {
-        name.removeprefix("product "): this_machine(name.removeprefix("product "), timing, timings["copy"])
-        for name, timing in timings.items()
-        if name.startswith("product ")
-    }
+    here = {p: this_machine(p, timings[f"product {p}"], timings["copy"]) for p in arithmetic}
     devices = (*here.values(), H200)
     engines = {name: timings[name] for name in precisions}
     shares = {name: floor(costs[1], here[precisions[name]]).total / (t.median * 1e3) for name, t in engines.items()}

@@ -30,7 +30,6 @@ from runtime.workload import sample_videos
 
 VIDEOS = 8
 """Files in the folder: enough for stages to overlap, few enough for several rounds."""
-BATCHES = (1, 4)
 
 
 def run(setting: Setting) -> Path:
@@ -46,8 +45,7 @@ def run(setting: Setting) -> Path:
             stack.enter_context(backend)
         localizer = Localizer([opened[engine]], spec)
         calls: dict[str, Callable[[], Any]] = {"one after the other": partial(_sequential, localizer, folder, ids)}
-        for batch in BATCHES:
-            calls[f"stream, batch {batch}"] = partial(_streamed, localizer, folder, ids, batch)
+        calls["stream"] = partial(_streamed, localizer, folder, ids)
         _check_same(calls)
         rules = replace(setting.rules, warmup_calls=1, calls=max(3, setting.rules.calls // 3))
         timings = measure_interleaved(calls, rules)
@@ -96,10 +94,10 @@ def _sequential(localizer: Localizer, folder: Path, ids: list[str]) -> list[Any]
     return [localizer.batch([_read(folder, localizer.spec, video_id)])[0] for video_id in ids]
 
 
-def _streamed(localizer: Localizer, folder: Path, ids: list[str], batch: int) -> list[Any]:
+def _streamed(localizer: Localizer, folder: Path, ids: list[str]) -> list[Any]:
     items = [(video_id, partial(_read, folder, localizer.spec, video_id)) for video_id in ids]
     results = []
-    for found in localizer.stream(items, batch_size=batch):
+    for found in localizer.stream(items, batch_size=1):
         if found.error is not None:
             raise found.error
         results.append(found.detections)

@@ -30,7 +30,8 @@ from export.deploy_tdm import PackedTemporalDependency
 from runtime.errors import ExportError
 
 BOUND = 1e30
-"""Far above every output. OpenVINO returns a bfloat16 product that ends in an activation, here a clamp, in float32."""
+"""Far above every output, so a clamp to it changes nothing. Computing in bfloat16, OpenVINO writes a last product that
+ends in an activation directly in float32, and rounds another one to bfloat16 first: logits would tie."""
 
 
 def deployment_form(model: CCNet, *, length: int | None = None, dtype: torch.dtype = torch.float32) -> Deployment:
@@ -137,7 +138,8 @@ def _packed(stage: nn.Module, layout: Layout, dtype: torch.dtype) -> nn.Module:
 
 
 class PackedHeads(Part):
-    """Both heads as one stack, over all levels at once; their last layers, of different width, apart and in float32."""
+    """Both heads over all levels at once: the first layers as one product, the second as a stack; the last, which differ
+    in width, apart and in float32."""
 
     first: Tensor
     second: Tensor

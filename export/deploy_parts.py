@@ -4,6 +4,8 @@ Every part folds weights of eager modules in float64 and keeps the result in the
 
 Stacks of sequences with weights of their own have their axis first, [S, B, T, C], and products have three axes,
 [S, B T, C]: engines then join bias, activation and residual to the product, which they do not with four axes.
+Constants stand on the right of a product and have two axes, or three where the left side is a stack too: other products
+leave OpenVINO's fast bfloat16 path.
 
 Shapes:  B batch   P points of all levels side by side   T points of a level   C channels   H heads   K kernel taps (3)
          S stack

@@ -1,10 +1,10 @@
-"""Deployment form of the temporal dependency module (TDM), the largest stage: 69 of 132 GFLOP at full size.
+"""Deployment form of the temporal dependency module (TDM), the largest stage: 93 of 131 GFLOP at full size.
 
 Its branches take the levels in two groups of about the same number of points (the finest, and all others): that halves
 the scratch memory of their [P, C H] activations, and keeps the attention over time near its useful size.
 
-Shapes:  B batch   P points of a group   L levels of the network   T trained steps   E level width   C classes
-         H hidden width per class
+Shapes:  B batch   P points of a group   L levels of the network   T trained steps, T_l those of level l   E level width
+         C classes   H hidden width per class
 """
 
 from __future__ import annotations
@@ -46,10 +46,8 @@ class PackedTemporalDependency(Part):
         self.keep("expand", conv_matrix(stage.expand.weight))
         self.channels = ChannelBranch(stage, layout, dtype) if stage.channel_branch else None
         self.branches = Branches(stage, dtype)
-        firsts = [sum(len(before.steps) for before in groups[:i]) for i in range(len(groups))]
-        self.groups = nn.ModuleList(
-            Group(stage, group, first, dtype) for group, first in zip(groups, firsts, strict=True)
-        )
+        # The second group begins at level 1: a group's first level is its number.
+        self.groups = nn.ModuleList(Group(stage, group, first, dtype) for first, group in enumerate(groups))
         # The squeeze convolution multiplies first, [P, C H] -> [P, K E], and adds neighbours after.
         self.keep("squeeze", stage.squeeze.weight.detach().permute(1, 2, 0).flatten(1, 2))
         self.shift = AddNeighbours(layout.taps())
@@ -94,7 +92,7 @@ class Group(Part):
     def forward(self, branches: Branches, by_class: Tensor, allowed: Tensor, channels: Tensor | None) -> Tensor:
         """by_class [B, P, C H], allowed [B, 1, P], channels [B, H, L T] -> [B, P, C H]."""
         points = by_class.shape[1]
-        if self.channel_expand is not None and channels is not None:
+        if self.channel_expand is not None:
             by_class = by_class + self.channel_expand(channels).flatten(2)
         by_class = by_class.reshape(-1, branches.classes, branches.hidden)  # [B P, C, H]
 

@@ -49,8 +49,8 @@ def rebuild(folder: str | Path, name: str) -> Artifact:
 
 
 def _targets(engine: Artifact) -> tuple[str, ...]:
-    """This GPU and, for RTX, all that the engine was made for: other machines may share the bundle."""
-    if engine.flavour == "tensorrt" or not engine.compute_capabilities:  # the latter: RTX for any GPU
+    """For RTX, what the engine was made for and this GPU, as other machines may share the bundle."""
+    if engine.flavour == "tensorrt" or not engine.compute_capabilities:  # a portable RTX engine stays portable
         return ()
     return (*engine.compute_capabilities, CURRENT)
 

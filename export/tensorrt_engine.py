@@ -126,8 +126,10 @@ def build_engine(
     request.check_supported(trt, opset)
     # before anything of TensorRT is made: without a driver some versions end the process
     device = cuda.probe() if request.needs_gpu else None
-    if device and device.compute_capability in compute_capabilities:  # named twice is an error in the library
-        compute_capabilities = tuple(c for c in compute_capabilities if c != CURRENT)
+    if device and CURRENT in compute_capabilities and len(compute_capabilities) > 1:
+        # the library takes `current` only alone, and no capability twice
+        named = (device.compute_capability if c == CURRENT else c for c in compute_capabilities)
+        compute_capabilities = tuple(dict.fromkeys(named))
         request = dataclasses.replace(request, compute_capabilities=compute_capabilities)
     targets = tuple(device.compute_capability if c == CURRENT and device else c for c in compute_capabilities)
     start = time.perf_counter()

@@ -201,6 +201,24 @@ def test_openvino_gives_a_video_the_same_alone_and_in_a_batch(graph: Path) -> No
                 np.testing.assert_array_equal(a[i], b[0])
 
 
+def test_openvino_runs_a_file_of_fixed_batch_size_at_that_size(graph: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    import onnx
+
+    model = onnx.load(graph)
+    for tensor in (*model.graph.input, *model.graph.output):
+        tensor.type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(model, tmp_path / "fixed.onnx")
+    given = inputs(2)
+    with OpenVinoBackend.open(graph, SPEC, max_batch=2) as backend:
+        expected = backend.infer(*given)
+    with OpenVinoBackend.open(tmp_path / "fixed.onnx", SPEC, max_batch=2) as backend:
+        for a, b in zip(backend.infer(*given), expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+        with pytest.raises(FeatureError, match="got 1 video\\(s\\), this ONNX file takes exactly 2"):
+            backend.infer(*inputs(1))
+
+
 class OtherProcessor:
     """OpenVINO's Core on a processor with the given capabilities."""
 

@@ -215,6 +215,8 @@ def test_the_current_gpu_may_be_listed_too(
     monkeypatch.setattr(cuda, "probe", lambda: Named(name="this GPU", compute_capability="8.9"))
     info = build(models, tmp_path, compute_capabilities=("8.9", "12.0", "current"))
     assert info.compute_capabilities == ("8.9", "12.0")
+    info = build(models, tmp_path, compute_capabilities=("12.0", "current"))
+    assert info.compute_capabilities == ("12.0", "8.9")
 
 
 class Named:

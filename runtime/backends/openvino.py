@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +17,6 @@ from runtime.backends.base import Bool, Float32
 from runtime.backends.checks import check_graph, check_inputs
 from runtime.errors import BackendUnavailable, BundleError, EngineError, FeatureError, MissingDependency
 from runtime.spec import AUDIO, INPUT_NAMES, LOGITS, MASK, OFFSETS, VISUAL, ModelSpec
-
-PerformanceHint = Literal["latency", "throughput"]
 
 # Precision -> (OpenVINO's name of the arithmetic, capability the processor must have). An int8 graph holds its own
 # quantization; what is not quantized in it runs in fp32.
@@ -39,7 +37,7 @@ class OpenVinoBackend:
 
     The graph is compiled for one video, and a batch is run video after video: with a free batch axis OpenVINO fuses
     less (fp32 took 12% longer at batch 1, bf16 65% longer per video at batch 8), and one video already fills the
-    cores. So what a video gets can't depend on its batch.
+    cores. So what a video gets can't depend on its batch. A file whose batch size is fixed runs at that size.
     """
 
     name = "openvino"
@@ -71,14 +69,12 @@ class OpenVinoBackend:
         precision: str = "fp32",
         max_batch: int = 32,
         threads: int | None = None,
-        hint: PerformanceHint = "latency",
         cache: str | Path | None = None,
     ) -> OpenVinoBackend:
         """Compile an ONNX file for this processor.
 
         `precision`: arithmetic (`fp32`, `bf16`, `fp16`; `int8` for a graph that is quantized already). `threads`:
-        None leaves it to OpenVINO. `hint`: what to tune for. `cache`: folder in which OpenVINO may keep the compiled
-        model for the next start.
+        None leaves it to OpenVINO. `cache`: folder in which OpenVINO may keep the compiled model for the next start.
 
         Raises MissingDependency; BackendUnavailable when this processor has no such arithmetic or OpenVINO delivers
         another one; EngineError when the file can't be compiled; BundleError when its inputs and outputs are not
@@ -86,7 +82,7 @@ class OpenVinoBackend:
         """
         core = check_available(precision)
         arithmetic = PRECISIONS[precision][0]
-        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": hint.upper()}
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": "LATENCY"}
         if precision == "int8":
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _INT8_GROUP
         if threads is not None:
@@ -117,7 +113,6 @@ class OpenVinoBackend:
             "version": str(core.get_versions("CPU")["CPU"].build_number).split("-")[0],
             "device": core.get_property("CPU", "FULL_DEVICE_NAME"),
             "threads": compiled.get_property("INFERENCE_NUM_THREADS"),
-            "hint": hint,
             "product_precisions": products,
         }
         request = compiled.create_infer_request()
@@ -126,13 +121,12 @@ class OpenVinoBackend:
     def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
         """See `Backend.infer`. Raises FeatureError too for a batch that a file of fixed batch size can't take."""
         visual, audio, mask = check_inputs(visual, audio, mask, self.spec, self.max_batch)
-        batch, size = len(visual), self._compiled_for
-        if batch % size:
-            raise FeatureError(f"batch: got {batch} video(s), this ONNX file takes {size} at a time")
-        if batch == size:
+        batch = len(visual)
+        if batch == self._compiled_for:
             return self._run(visual, audio, mask)
-        slices = [slice(first, first + size) for first in range(0, batch, size)]
-        parts = [self._run(visual[s], audio[s], mask[s]) for s in slices]
+        if self._compiled_for > 1:
+            raise FeatureError(f"batch: got {batch} video(s), this ONNX file takes exactly {self._compiled_for}")
+        parts = [self._run(visual[i : i + 1], audio[i : i + 1], mask[i : i + 1]) for i in range(batch)]
         logits, offsets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return logits, offsets
 
