@@ -138,8 +138,8 @@ def _packed(stage: nn.Module, layout: Layout, dtype: torch.dtype) -> nn.Module:
 
 
 class PackedHeads(Part):
-    """Both heads over all levels at once: the first layers as one product, the second as a stack; the last, which differ
-    in width, apart and in float32."""
+    """Both heads over all levels at once: the first layers as one product, the second as a stack; the last, of other
+    widths, apart and in float32."""
 
     first: Tensor
     second: Tensor
