@@ -106,13 +106,13 @@ class Deployment(nn.Module):
         key_biases = torch.split_with_sizes(key_bias, self.lengths, dim=2)
         cross_biases = self.key_biases(key_bias.unsqueeze(1))
 
-        streams = self.embed(visual, audio, masks[0])  # [2, B, T, D]
+        streams = self.embed(visual, audio, masks[0])  # [2, B T, D]
         for layer in self.self_layers:
             streams = layer(streams, masks[0], key_biases[0].unsqueeze(1))
         levels = []
         for layer, level_mask, bias in zip(self.cross_layers, masks, cross_biases, strict=True):
             streams = layer(streams, level_mask, bias)
-            levels.append(streams)
+            levels.append(streams.reshape(2, -1, level_mask.shape[1], streams.shape[2]))
         x = torch.cat(levels, dim=2).permute(1, 2, 0, 3).flatten(2)  # [B, P, E]: visual, then audio channels
 
         for stage in self.stages:
@@ -168,10 +168,9 @@ class PackedHeads(Part):
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, P, E], mask [B, P, 1] -> float32 logits [B, P, C], offsets [B, P, 2 C]."""
-        shape = (2, -1, x.shape[1], self.second.shape[2])
-        both = torch.stack(torch.chunk(self.neighbours(x) @ self.first, 2, dim=-1))
+        both = torch.cat(torch.chunk(self.neighbours(x) @ self.first, 2, dim=-1))
         x = self.first_norm(both, mask)  # [2, B, P, head_dim]
-        x = self.second_norm(stacked_product(self.neighbours(x), self.second).reshape(shape), mask)
+        x = self.second_norm(stacked_product(self.neighbours(x), self.second), mask)
         class_rows, offset_rows = torch.chunk(self.neighbours(x).float(), 2)
         mask = mask.float()
         logits = (class_rows.squeeze(0) @ self.class_weight + self.class_bias).clamp(-BOUND, BOUND) * mask

@@ -30,9 +30,12 @@ EXCLUDED = -3e4
 def normalize(x: Tensor) -> Tensor:
     """LayerNorm without its affine part. Statistics in float32: squares of large values overflow half precision.
 
-    Give large inputs three axes: OpenVINO takes the norm of more of them apart into passes of their own.
+    Of three axes: OpenVINO takes the norm of more of them apart into passes of their own, which in bfloat16 round the
+    variance too.
     """
-    return F.layer_norm(x.float(), x.shape[-1:]).to(x.dtype)
+    rows = x if x.ndim <= 3 else x.flatten(0, x.ndim - 3)
+    normal = F.layer_norm(rows.float(), x.shape[-1:]).to(x.dtype)
+    return normal if x.ndim <= 3 else normal.reshape(*x.shape[:-3], -1, *x.shape[-2:])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -277,5 +280,6 @@ class NormRelu(Part):
         self.keep("bias", torch.stack([norm.bias for norm in norms])[:, None, None])
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [S, B, T, C], mask [B, T, 1] -> [S, B, T, C] in the arithmetic type."""
-        return torch.relu(normalize(x).to(self.dtype) * mask * self.gain + self.bias)
+        """x [S, B T, C] or [S B, T, C], mask [B, T, 1] -> [S, B, T, C] in the arithmetic type."""
+        normal = normalize(x).to(self.dtype).reshape(self.gain.shape[0], -1, mask.shape[1], x.shape[2])
+        return torch.relu(normal * mask * self.gain + self.bias)

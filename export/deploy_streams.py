@@ -1,4 +1,4 @@
-"""Deployment form of the embedding and of CMCC: the visual and the audio stream as one stack [2, B, T, D].
+"""Deployment form of the embedding and of CMCC: the visual and the audio stream as one stack [2, B T, D].
 
 Shapes:  B batch   T points of a level   D model width   H heads   d = D / H   A attentions of a layer: two Blocks, and
          two gates where present
@@ -63,13 +63,12 @@ class StreamEmbedding(Part):
         self.second_norm = NormRelu([pair[1] for pair in norms], dtype)
 
     def forward(self, visual: Tensor, audio: Tensor, mask: Tensor) -> Tensor:
-        """visual [B, Cv, steps], audio [B, Ca, steps], mask [B, T, 1] -> [2, B, T, D]."""
+        """visual [B, Cv, steps], audio [B, Ca, steps], mask [B, T, 1] -> [2, B T, D]."""
         first_visual = self.input_neighbours(visual.transpose(1, 2)) @ self.visual
         first_audio = self.input_neighbours(audio.transpose(1, 2)) @ self.audio
-        x: Tensor = self.first_norm(torch.stack([first_visual, first_audio]), mask)
-        x = stacked_product(self.neighbours(x), self.second).view(x.shape)
-        x = self.second_norm(x, mask)
-        return x + self.positions * mask
+        x: Tensor = self.first_norm(torch.cat([first_visual, first_audio]), mask)
+        x = self.second_norm(stacked_product(self.neighbours(x), self.second), mask)
+        return (x + self.positions * mask).flatten(1, 2)
 
 
 class StreamLayer(Part):
@@ -102,7 +101,7 @@ class StreamLayer(Part):
         strided = blocks[0].stride == 2
         own = layout.part(level, level + 1)
         taps = layout.strided_taps(level - 1) if strided else own.taps()
-        rows = layout.lengths[level - 1] if strided else own.num_points
+        self.rows = rows = layout.lengths[level - 1] if strided else own.num_points
         self.pool = MaxPool(layout.pool_taps(level - 1)) if strided else None
 
         asking: list[Block | ConsistencyGate] = [*(reversed(blocks) if cross else blocks), *gates]
@@ -138,10 +137,11 @@ class StreamLayer(Part):
         self.gate = Gates(gates, [folded[id(gate)] for gate in gates], dtype) if gates else None
 
     def forward(self, x: Tensor, mask: Tensor, key_bias: Tensor) -> Tensor:
-        """x [2, B, rows, D], mask [B, T, 1], key_bias [B, 1 or A H, 1, T] -> [2, B, T, D]."""
+        """x [2, B rows, D], mask [B, T, 1], key_bias [B, 1 or A H, 1, T] -> [2, B T, D]."""
         steps, flat_mask = mask.shape[1], mask.flatten(0, 1)
-        sequences = self.taps(normalize(x)).reshape(3 * self.attentions, -1, x.shape[3])  # [3 A, B T, D]
-        projected = normalize(sequences) @ self.project + self.project_bias
+        by_video = (2, -1, self.rows, x.shape[2])
+        sequences = self.taps(normalize(x).reshape(by_video)).reshape(3 * self.attentions, -1, x.shape[2])
+        projected = normalize(sequences) @ self.project + self.project_bias  # [3 A, B T, D]
         if self.gate is not None:
             projected = projected * flat_mask  # keys and values of invalid steps are zero, as the gates need them
         if self.reordered:
@@ -153,10 +153,10 @@ class StreamLayer(Part):
         if self.gate is not None:
             attended, for_gates = torch.chunk(attended, 2)
             gain = flat_mask + flat_mask * self.gate(for_gates)
-        skip = (x if self.pool is None else self.pool(x)).flatten(1, 2)
+        skip = x if self.pool is None else self.pool(x.reshape(by_video)).flatten(1, 2)
         y = attended @ self.out + self.out_bias + skip
         out: Tensor = (y + self.mlp(y)) * gain
-        return out.reshape(2, -1, steps, x.shape[3])
+        return out
 
 
 class Gates(Part):

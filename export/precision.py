@@ -77,8 +77,8 @@ _SEVEN_BITS = replace(_HALF, max_logits=0.25, mean_logits=0.03, max_offsets=0.2,
 #   matched            1           0.995 - 0.996   0.984 - 0.989 of that network: it may well fail
 #   average_map        0           0 - 4e-4        7e-4 - 12e-4
 #
-# And with engines: OpenVINO in bfloat16 found 0.994 of the demo network's events (80 videos, mAP 10e-4 off), 0.987 of
-# those of a full-size network whose heads alone were fitted (40 videos, mAP 6e-4 off). Of the latter ONNX Runtime in
+# And with engines: OpenVINO in bfloat16 found 0.998 of the demo network's events (80 videos, mAP 1e-4 off), 0.984 of
+# those of a full-size network whose heads alone were fitted (40 videos, mAP 7e-4 off). Of the latter ONNX Runtime in
 # float16 found all on 6 videos, and 0.999 on the stress inputs.
 #
 # What half precision loses are events that Soft-NMS decides by a hair: two overlapping candidates of nearly the same
