@@ -9,6 +9,7 @@ fp32 from the int8 weights. The file is about a third of the size.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,8 @@ def quantize_weights(
     data = target.with_name(external_name(target))
     data.unlink(missing_ok=True)  # onnx appends to a file that is there
     onnx.save_model(model, str(target), save_as_external_data=True, location=data.name, size_threshold=1024)
+    if data.exists():
+        shutil.copymode(target, data)  # onnx lets its owner alone read it
     onnx.checker.check_model(str(target))
     return QuantizedInfo(
         path=target,

@@ -114,6 +114,12 @@ def test_written_again_it_does_not_grow(graph: Path, tmp_path: Path) -> None:
     assert quantize_weights(graph, tmp_path / "int8.onnx").weight_bytes == first.weight_bytes
 
 
+def test_whoever_may_read_the_graph_may_read_its_weights(graph: Path, tmp_path: Path) -> None:
+    found = quantize_weights(graph, tmp_path / "int8.onnx")
+    assert len(found.files) == 2
+    assert len({(tmp_path / name).stat().st_mode for name in found.files}) == 1
+
+
 def test_a_graph_without_large_products_is_an_error(graph: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="keep it in fp32"):
         quantize_weights(graph, tmp_path / "int8.onnx", least_weights=1 << 20)
