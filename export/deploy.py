@@ -24,7 +24,7 @@ from ccnet.model import CCNet
 from ccnet.mtgc import CoarseToFine, FineToCoarse, TemporalDependency
 from export.deploy_layout import Layout
 from export.deploy_mtgc import PackedCoarseToFine, PackedFineToCoarse
-from export.deploy_parts import EXCLUDED, Neighbours, NormRelu, Part, conv_matrix, layer_norms, stacked_product
+from export.deploy_parts import EXCLUDED, Neighbours, NormRelu, Part, conv_matrix, equal_parts, layer_norms, stacked_product
 from export.deploy_streams import KeyBiases, StreamEmbedding, StreamLayer
 from export.deploy_tdm import PackedTemporalDependency
 from runtime.errors import ExportError
@@ -90,7 +90,8 @@ class Deployment(nn.Module):
             )
             for level, layer in enumerate(layers)
         )
-        self.key_biases = KeyBiases(layout, trained.heads, gated=trained.tcg, dtype=dtype)
+        self.key_biases = KeyBiases(layout, gated=trained.tcg, dtype=dtype)
+        self.gated = trained.tcg
         self.stages = nn.ModuleList(_packed(stage, layout, dtype) for stage in model.mtgc.stages.values())
         self.heads = PackedHeads(model, layout, dtype)
 
@@ -104,11 +105,13 @@ class Deployment(nn.Module):
         masks = torch.split_with_sizes(point_mask, self.lengths, dim=1)
         key_bias = (1 - allowed) * EXCLUDED
         key_biases = torch.split_with_sizes(key_bias, self.lengths, dim=2)
-        cross_biases = self.key_biases(key_bias.unsqueeze(1))
+        cross_biases = self.key_biases(key_bias)
+        # At the finest level all attentions exclude invalid keys: those of the Blocks serve without gates, too.
+        self_bias = equal_parts(cross_biases[0], 2)[0] if self.gated else cross_biases[0]
 
         streams = self.embed(visual, audio, masks[0])  # [2, B T, D]
         for layer in self.self_layers:
-            streams = layer(streams, masks[0], key_biases[0].unsqueeze(1))
+            streams = layer(streams, masks[0], self_bias)
         levels = []
         for layer, level_mask, bias in zip(self.cross_layers, masks, cross_biases, strict=True):
             streams = layer(streams, level_mask, bias)
@@ -117,7 +120,7 @@ class Deployment(nn.Module):
 
         for stage in self.stages:
             by_level = isinstance(stage, PackedFineToCoarse)
-            x = stage(x, masks, key_biases) if by_level else stage(x, point_mask, allowed)
+            x = stage(x, masks, key_biases) if by_level else stage(x, point_mask, key_bias.unsqueeze(1))
         logits, offsets = self.heads(x, point_mask)
         if self.has_extra:
             logits, offsets = logits.index_select(1, self.real_points), offsets.index_select(1, self.real_points)
@@ -171,9 +174,9 @@ class PackedHeads(Part):
         both = torch.cat(torch.chunk(self.neighbours(x) @ self.first, 2, dim=-1))
         x = self.first_norm(both, mask)  # [2, B, P, head_dim]
         x = self.second_norm(stacked_product(self.neighbours(x), self.second), mask)
-        class_rows, offset_rows = torch.chunk(self.neighbours(x).float(), 2)
+        class_rows, offset_rows = equal_parts(self.neighbours(x).float().flatten(0, 1), 2)  # [B, P, K head_dim]
         mask = mask.float()
-        logits = (class_rows.squeeze(0) @ self.class_weight + self.class_bias).clamp(-BOUND, BOUND) * mask
-        offsets = offset_rows.squeeze(0) @ self.offset_weight + self.offset_bias
+        logits = (class_rows @ self.class_weight + self.class_bias).clamp(-BOUND, BOUND) * mask
+        offsets = offset_rows @ self.offset_weight + self.offset_bias
         offsets = offsets.clamp(-BOUND, BOUND) * (mask * self.level_scale)
         return logits, torch.relu(offsets)

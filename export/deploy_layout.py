@@ -63,9 +63,9 @@ class Layout:
         """[P] bool: the trained network has this step, too; elsewhere a point is there for alignment alone."""
         return self.position() < torch.tensor(self.trained)[self.level()]
 
-    def own_level(self) -> Tensor:
-        """[P, P] bool: the two points are of the same level."""
-        return self.level()[:, None] == self.level()
+    def other_level(self) -> Tensor:
+        """[P, P] float: 1 where the two points are of different levels, else 0."""
+        return (self.level()[:, None] != self.level()).float()
 
     def taps(self) -> Tensor:
         """[K, P] the points that a kernel-3 convolution reads; P, a zero row, outside the trained level."""

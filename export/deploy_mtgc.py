@@ -23,10 +23,10 @@ from export.deploy_parts import (
     Taps,
     attend,
     branch_scale,
+    equal_parts,
     fold_taps,
     normalize,
     split_heads,
-    stacked_product,
 )
 
 
@@ -43,11 +43,6 @@ def block_taps(block: Block, parts: str, axes: int = 0) -> tuple[Tensor, Tensor]
     return weight.view(*weight.shape[:2], *ones, -1), bias.view(*bias.shape[:2], *ones, -1)
 
 
-def own_level_bias(own_level: Tensor, allowed: Tensor) -> Tensor:
-    """own_level [P, P], allowed [B, 1, P] -> attention bias [B, 1, P, P]: valid keys of a query's own level."""
-    return (own_level * allowed * -EXCLUDED + EXCLUDED).unsqueeze(1)
-
-
 class PackedCoarseToFine(Part):
     """All levels in one Block: the stretching layers as one block matrix, attention masked to a point's own level.
 
@@ -57,7 +52,7 @@ class PackedCoarseToFine(Part):
     stretch: Tensor
     stretch_bias: Tensor
     refined: Tensor
-    own_level: Tensor
+    other_level: Tensor
     query: Tensor
     query_bias: Tensor
     key_value: Tensor
@@ -80,7 +75,7 @@ class PackedCoarseToFine(Part):
         self.keep("stretch", stretch.T)
         self.keep("stretch_bias", bias)
         self.keep("refined", (level < len(layout.steps) - 1).float()[:, None])
-        self.keep("own_level", layout.own_level().float(), torch.float32)
+        self.keep("other_level", layout.other_level() * EXCLUDED, torch.float32)
         self.query_taps = Taps(*block_taps(block, "q"), layout.taps(), dtype, rows=points)
         self.key_value_taps = Taps(*block_taps(block, "kv", 2), layout.taps(), dtype, rows=points)
         folded = HeadedAttention.fold(block.attention, branch_scale(block))
@@ -89,15 +84,15 @@ class PackedCoarseToFine(Part):
         self.keep("key_value", torch.stack([folded.key, folded.value]))
         self.mlp = Mlp([block], dtype)
 
-    def forward(self, x: Tensor, mask: Tensor, allowed: Tensor) -> Tensor:
-        """x [B, P, E] (zero at invalid points), mask [B, P, 1], allowed [B, 1, P] -> [B, P, E]."""
+    def forward(self, x: Tensor, mask: Tensor, key_bias: Tensor) -> Tensor:
+        """x [B, P, E] (zero at invalid points), mask [B, P, 1], key_bias [B, 1, 1, P] -> [B, P, E]."""
         points = x.shape[1]
         guide = torch.relu(x.transpose(1, 2) @ self.stretch + self.stretch_bias).transpose(1, 2)
         query = normalize(self.query_taps(normalize(guide))) @ self.query + self.query_bias
-        query = split_heads(query.unsqueeze(0), points, self.heads)
-        key_value = stacked_product(normalize(self.key_value_taps(normalize(x))), self.key_value)
-        key, value = torch.chunk(split_heads(key_value, points, self.heads), 2, dim=1)
-        attended = attend(query, key, value, own_level_bias(self.own_level, allowed))
+        query = split_heads(query, points, self.heads)
+        key_value = normalize(self.key_value_taps(normalize(x)).flatten(1, 2)) @ self.key_value  # [2, B P, E]
+        key, value = equal_parts(split_heads(key_value, points, self.heads), 2)
+        attended = attend(query, key, value, key_bias + self.other_level)
         branch = attended.transpose(1, 2).flatten(2) @ self.out + self.out_bias
         branch = branch + self.mlp(x + branch)
         out: Tensor = x + branch * (mask * self.refined)
@@ -152,8 +147,8 @@ class FineToCoarseLayer(Part):
     def forward(self, finer: Tensor, own: Tensor, query: Tensor, mask: Tensor, key_bias: Tensor) -> Tensor:
         """finer [B, T_{l-1}, E], own, query [B, T_l, E], mask [B, T_l, 1], key_bias [B, 1, T_l] -> [B, T_l, E]."""
         pooled = self.pool(finer)
-        key, value = torch.chunk(normalize(self.taps(normalize(pooled))), 2)  # [1, B, T_l, E]
-        attended = attend(query @ self.query + self.query_bias, key, value, key_bias).squeeze(0)
+        key, value = equal_parts(normalize(self.taps(normalize(pooled)).flatten(0, 1)), 2)  # [B, T_l, E]
+        attended = attend(query @ self.query + self.query_bias, key, value, key_bias)
         y = attended @ self.out + self.out_bias + pooled
         out: Tensor = own + (y + self.mlp(y)) * mask
         return out

@@ -28,14 +28,13 @@ EXCLUDED = -3e4
 
 
 def normalize(x: Tensor) -> Tensor:
-    """LayerNorm without its affine part. Statistics in float32: squares of large values overflow half precision.
+    """LayerNorm without its affine part, of at most three axes.
 
-    Of three axes: OpenVINO takes the norm of more of them apart into passes of their own, which in bfloat16 round the
-    variance too.
+    Statistics in float32: squares of large values overflow half precision. OpenVINO takes the norm of more than three
+    axes apart into passes of their own, which in bfloat16 round the variance too.
     """
-    rows = x if x.ndim <= 3 else x.flatten(0, x.ndim - 3)
-    normal = F.layer_norm(rows.float(), x.shape[-1:]).to(x.dtype)
-    return normal if x.ndim <= 3 else normal.reshape(*x.shape[:-3], -1, *x.shape[-2:])
+    assert x.ndim <= 3
+    return F.layer_norm(x.float(), x.shape[-1:]).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,17 +46,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def split_heads(x: Tensor, steps: int, heads: int) -> Tensor:
-    """[S, B T, C] or [S, B, T, C] -> [B, S H, T, C / H]."""
-    stack, dim = x.shape[0], x.shape[-1] // heads
-    parted = x.reshape(stack, -1, steps, heads, dim).permute(1, 0, 3, 2, 4)
-    return parted.reshape(-1, stack * heads, steps, dim)
+    """[S, B T, C] or [B, T, C] -> [S B, H, T, C / H] or [B, H, T, C / H]."""
+    return x.reshape(-1, steps, heads, x.shape[-1] // heads).transpose(1, 2)
 
 
-def merge_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, S H, T, d] -> [S, B T, H d]."""
-    stack, steps, dim = x.shape[1] // heads, x.shape[2], x.shape[3]
-    parted = x.reshape(-1, stack, heads, steps, dim).permute(1, 0, 3, 2, 4)
-    return parted.reshape(stack, -1, heads * dim)
+def merge_heads(x: Tensor, stack: int) -> Tensor:
+    """[S B, H, T, d] -> [S, B T, H d]."""
+    return x.transpose(1, 2).reshape(stack, -1, x.shape[1] * x.shape[3])
+
+
+def equal_parts(x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """Equal parts of the first axis, which may depend on the batch: `torch.chunk` would tie the graph to one batch."""
+    return torch.split_with_sizes(x, [x.shape[0] // parts] * parts)
 
 
 class Part(nn.Module):

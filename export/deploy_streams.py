@@ -26,6 +26,7 @@ from export.deploy_parts import (
     Taps,
     attend,
     branch_scale,
+    equal_parts,
     conv_matrix,
     fold_taps,
     layer_norms,
@@ -137,7 +138,7 @@ class StreamLayer(Part):
         self.gate = Gates(gates, [folded[id(gate)] for gate in gates], dtype) if gates else None
 
     def forward(self, x: Tensor, mask: Tensor, key_bias: Tensor) -> Tensor:
-        """x [2, B rows, D], mask [B, T, 1], key_bias [B, 1 or A H, 1, T] -> [2, B T, D]."""
+        """x [2, B rows, D], mask [B, T, 1], key_bias [A B, 1, 1, T] -> [2, B T, D]."""
         steps, flat_mask = mask.shape[1], mask.flatten(0, 1)
         by_video = (2, -1, self.rows, x.shape[2])
         sequences = self.taps(normalize(x).reshape(by_video)).reshape(3 * self.attentions, -1, x.shape[2])
@@ -146,8 +147,8 @@ class StreamLayer(Part):
             projected = projected * flat_mask  # keys and values of invalid steps are zero, as the gates need them
         if self.reordered:
             projected = projected.index_select(0, self.order)
-        query, key, value = torch.chunk(split_heads(projected, steps, self.heads), 3, dim=1)  # [B, A H, T, d]
-        attended = merge_heads(attend(query, key, value, key_bias), self.heads)  # [A, B T, D]
+        query, key, value = equal_parts(split_heads(projected, steps, self.heads), 3)  # [A B, H, T, d]
+        attended = merge_heads(attend(query, key, value, key_bias), self.attentions)  # [A, B T, D]
 
         gain = flat_mask
         if self.gate is not None:
@@ -195,12 +196,12 @@ class KeyBiases(Part):
     exclude: Tensor
     extra: Tensor
 
-    def __init__(self, layout: Layout, heads: int, *, gated: bool, dtype: torch.dtype):
+    def __init__(self, layout: Layout, *, gated: bool, dtype: torch.dtype):
         super().__init__(dtype)
-        self.lengths, self.gated = layout.lengths, gated
+        self.lengths = layout.lengths
         of_level = layout.level()
-        keeps_invalid = (of_level > 0).repeat(4 * heads, 1, 1)  # [A H, 1, P]: gates of all levels but the finest
-        keeps_invalid[: 2 * heads] = False
+        keeps_invalid = (of_level > 0).repeat(4 if gated else 2, 1, 1, 1)  # [A, 1, 1, P]
+        keeps_invalid[:2] = False  # gates of all levels but the finest
         cut = (torch.tensor(layout.trained) - torch.tensor(layout.steps))[of_level]
         is_halo = layout.cut & (layout.position() == torch.tensor(layout.steps)[of_level])
         behind = torch.where(layout.is_step(), 0.0, torch.where(is_halo, cut.clamp(min=1).double().log(), EXCLUDED))
@@ -208,10 +209,9 @@ class KeyBiases(Part):
         self.keep("extra", torch.where(keeps_invalid, behind, 0.0), torch.float32)
 
     def forward(self, key_bias: Tensor) -> tuple[Tensor, ...]:
-        """[B, 1, 1, P] -> per level [B, 1 or A H, 1, T_l]."""
-        if self.gated:
-            key_bias = key_bias * self.exclude + self.extra
-        return torch.split_with_sizes(key_bias, self.lengths, dim=3)
+        """[B, 1, P] -> per level [A B, 1, 1, T_l]."""
+        biases = (key_bias * self.exclude + self.extra).reshape(-1, 1, 1, key_bias.shape[2])
+        return torch.split_with_sizes(biases, self.lengths, dim=3)
 
 
 def _scale(module: Block | ConsistencyGate) -> Tensor | float:

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from ccnet.layers import Block
 from ccnet.mtgc import TemporalDependency
 from export.deploy_layout import KERNEL, Layout, sequence_taps
-from export.deploy_mtgc import block_taps, own_level_bias
+from export.deploy_mtgc import block_taps
 from export.deploy_parts import (
+    EXCLUDED,
     Mlp,
     Neighbours,
     OneHeadAttention,
@@ -25,10 +26,10 @@ from export.deploy_parts import (
     Taps,
     attend,
     branch_scale,
+    equal_parts,
     conv_matrix,
     fold_taps,
     normalize,
-    stacked_product,
 )
 
 
@@ -52,16 +53,16 @@ class PackedTemporalDependency(Part):
         self.keep("squeeze", stage.squeeze.weight.detach().permute(1, 2, 0).flatten(1, 2))
         self.shift = AddNeighbours(layout.taps())
 
-    def forward(self, x: Tensor, mask: Tensor, allowed: Tensor) -> Tensor:
-        """x [B, P, E] (zero at invalid points), mask [B, P, 1], allowed [B, 1, P] -> [B, P, E]."""
+    def forward(self, x: Tensor, mask: Tensor, key_bias: Tensor) -> Tensor:
+        """x [B, P, E] (zero at invalid points), mask [B, P, 1], key_bias [B, 1, 1, P] -> [B, P, E]."""
         # Masked here, where they are narrow, and not behind the product: relu(m x W) = m relu(x W).
         rows = self.neighbours(x) * mask
         channels = self.channels(rows) if self.channels is not None else None
         done = []
-        by_group = (torch.split_with_sizes(rows, self.sizes, dim=1), torch.split_with_sizes(allowed, self.sizes, dim=2))
-        for group, own, own_allowed in zip(self.groups, *by_group, strict=True):
+        by_group = (torch.split_with_sizes(rows, self.sizes, dim=1), torch.split_with_sizes(key_bias, self.sizes, dim=3))
+        for group, own, own_bias in zip(self.groups, *by_group, strict=True):
             by_class = torch.relu(own @ self.expand)
-            done.append(group(self.branches, by_class, own_allowed, channels))
+            done.append(group(self.branches, by_class, own_bias, channels))
         squeezed: Tensor = self.shift((torch.cat(done, dim=1) @ self.squeeze) * mask)
         return squeezed * mask
 
@@ -79,18 +80,19 @@ class Branches(Part):
 class Group(Part):
     """Both branches on the levels of one group, and what the channel branch adds before them."""
 
-    own_level: Tensor
+    other_level: Tensor
 
     def __init__(self, stage: TemporalDependency, layout: Layout, first: int, dtype: torch.dtype):
         """layout of the group; first: its first level."""
         super().__init__(dtype)
         self.channel_expand = ChannelExpand(stage, layout, first, dtype) if stage.channel_branch else None
-        self.keep("own_level", layout.own_level().float(), torch.float32)
+        self.several = len(layout.steps) > 1
+        self.keep("other_level", layout.other_level() * EXCLUDED, torch.float32)
         self.time_taps = query_key_value_taps(stage.temporal, layout.taps(), dtype)
         self.class_taps = query_key_value_taps(stage.cooccurrence, sequence_taps(stage.classes), dtype)
 
-    def forward(self, branches: Branches, by_class: Tensor, allowed: Tensor, channels: Tensor | None) -> Tensor:
-        """by_class [B, P, C H], allowed [B, 1, P], channels [B, H, L T] -> [B, P, C H]."""
+    def forward(self, branches: Branches, by_class: Tensor, key_bias: Tensor, channels: Tensor | None) -> Tensor:
+        """by_class [B, P, C H], key_bias [B, 1, 1, P], channels [B, H, L T] -> [B, P, C H]."""
         points = by_class.shape[1]
         if self.channel_expand is not None:
             by_class = by_class + self.channel_expand(channels).flatten(2)
@@ -103,7 +105,7 @@ class Group(Part):
         series = by_class.reshape(-1, points, branches.classes, branches.hidden).transpose(1, 2)  # [B, C, P, H]
         parts = branches.temporal.project(self.time_taps, normalize(series.reshape(-1, points, branches.hidden)))
         query, key, value = (part.reshape(shape) for part in parts)
-        attended = attend(query, key, value, own_level_bias(self.own_level, allowed))
+        attended = attend(query, key, value, key_bias + self.other_level if self.several else key_bias)
         over_time = branches.temporal.residual(by_class, attended.transpose(1, 2).reshape(by_class.shape))
         return (over_time + over_classes).reshape(-1, points, branches.classes * branches.hidden)
 
@@ -234,10 +236,12 @@ class ChannelBranch(Part):
         """Masked rows of all levels [B, P, K E] -> [B, H, L T], for `ChannelExpand`."""
         points = torch.relu(rows @ self.press).index_select(1, self.spread)  # [B, L T, H]
         x = points.reshape(-1, self.levels, self.steps, self.hidden).permute(1, 0, 3, 2)  # [L, B, H, T]
-        query, key, value = (part.squeeze(0) for part in torch.chunk(normalize(self.taps(normalize(x))), 3))
-        asked = stacked_product(query, self.query) + self.query_bias
-        attended = attend(asked.reshape(query.shape), key, value, None)
-        y = stacked_product(attended, self.out) + self.out_bias + x.flatten(1, 2)  # [L, B H, T]
+        by_level = (self.levels, -1, self.steps)
+        read = self.taps(normalize(x.flatten(0, 1)).reshape(x.shape))  # [3, L, B, H, T]
+        query, key, value = equal_parts(normalize(read.flatten(0, 2)), 3)  # [L B, H, T]
+        asked = query.reshape(by_level) @ self.query + self.query_bias
+        attended = attend(asked.reshape(-1, self.hidden, self.steps), key, value, None)
+        y = attended.reshape(by_level) @ self.out + self.out_bias + x.reshape(by_level)  # [L, B H, T]
         y = y + (F.gelu(normalize(y) @ self.first + self.first_bias) @ self.second + self.second_bias)
         return y.reshape(x.shape).permute(1, 2, 0, 3).flatten(2)
 

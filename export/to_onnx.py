@@ -206,6 +206,7 @@ def _onnx_program(exported: torch.export.ExportedProgram, opset: int, log: io.St
             input_names=list(INPUT_NAMES),
             output_names=list(OUTPUT_NAMES),
             opset_version=opset,
+            custom_translation_table={torch.ops.aten.split_with_sizes.default: _split},
             verbose=False,
         )
     except Exception as error:
@@ -217,6 +218,15 @@ def _onnx_program(exported: torch.export.ExportedProgram, opset: int, log: io.St
     if len(axes) == 1:
         program.rename_axes({axes.pop(): BATCH_AXIS})
     return program
+
+
+def _split(x: Any, sizes: Any, dim: int = 0) -> Any:
+    """split_with_sizes -> Split. Sizes that depend on the batch are equal parts (see `deploy_parts.equal_parts`)."""
+    from onnxscript import opset18 as op
+
+    if all(isinstance(size, int) for size in sizes):
+        return op.SplitToSequence(x, op.Constant(value_ints=list(sizes)), axis=dim)
+    return op.Split(x, axis=dim, num_outputs=len(sizes))
 
 
 def _label(model: Any, metadata: Mapping[str, str], opset: int) -> None:
