@@ -187,13 +187,7 @@ def _exported(module: nn.Module, spec: ModelSpec, max_batch: int, batch: int | N
         shapes = {name: {0: axis} for name in INPUT_NAMES}
     try:
         with torch.no_grad():
-            return torch.export.export(
-                module,
-                example_inputs(spec, batch or 2),
-                dynamic_shapes=shapes,
-                # It can't prove that (12 B - 1) // 4 B is 2 for every B, which is what `chunk` comes to.
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
+            return torch.export.export(module, example_inputs(spec, batch or 2), dynamic_shapes=shapes)
     except Exception as error:
         raise ExportError(f"torch.export could not trace the network: {error}") from error
 
