@@ -62,8 +62,11 @@ class TorchBackend:
             raise EngineError("torch: the backend is closed")
         arrays = check_inputs(visual, audio, mask, self.spec, self.max_batch)
         tensors = [torch.tensor(array, device=self.device) for array in arrays]
-        with torch.inference_mode(), _evaluating(self._model), self._arithmetic():
-            logits, offsets = self._model(*tensors)
+        try:
+            with torch.inference_mode(), _evaluating(self._model), self._arithmetic():
+                logits, offsets = self._model(*tensors)
+        except RuntimeError as error:  # out of memory, or what torch.compile could not compile
+            raise EngineError(f"torch: {error}") from error
         return logits.float().cpu().numpy(), offsets.float().cpu().numpy()
 
     def describe(self) -> dict[str, Any]:

@@ -24,7 +24,16 @@ from ccnet.model import CCNet
 from ccnet.mtgc import CoarseToFine, FineToCoarse, TemporalDependency
 from export.deploy_layout import Layout
 from export.deploy_mtgc import PackedCoarseToFine, PackedFineToCoarse
-from export.deploy_parts import EXCLUDED, Neighbours, NormRelu, Part, conv_matrix, equal_parts, layer_norms, stacked_product
+from export.deploy_parts import (
+    EXCLUDED,
+    Neighbours,
+    NormRelu,
+    Part,
+    conv_matrix,
+    equal_parts,
+    layer_norms,
+    stacked_product,
+)
 from export.deploy_streams import KeyBiases, StreamEmbedding, StreamLayer
 from export.deploy_tdm import PackedTemporalDependency
 from runtime.errors import ExportError

@@ -26,8 +26,8 @@ from export.deploy_parts import (
     Taps,
     attend,
     branch_scale,
-    equal_parts,
     conv_matrix,
+    equal_parts,
     fold_taps,
     normalize,
 )
@@ -59,7 +59,10 @@ class PackedTemporalDependency(Part):
         rows = self.neighbours(x) * mask
         channels = self.channels(rows) if self.channels is not None else None
         done = []
-        by_group = (torch.split_with_sizes(rows, self.sizes, dim=1), torch.split_with_sizes(key_bias, self.sizes, dim=3))
+        by_group = (
+            torch.split_with_sizes(rows, self.sizes, dim=1),
+            torch.split_with_sizes(key_bias, self.sizes, dim=3),
+        )
         for group, own, own_bias in zip(self.groups, *by_group, strict=True):
             by_class = torch.relu(own @ self.expand)
             done.append(group(self.branches, by_class, own_bias, channels))

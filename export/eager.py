@@ -10,6 +10,7 @@ from ccnet.torch_backend import TorchBackend
 from export.inputs import NUM_VIDEOS, ParityVideo, crops, folder_inputs, planted_inputs, stress_inputs
 from export.outputs import Reference, record
 from runtime.annotations import read_annotations
+from runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from ccnet.checkpoint import Checkpoint
@@ -32,7 +33,8 @@ def eager_reference(
     The videos are real ones from the folder `features` (with their events, where `annotations` has them), else
     planted. For each of `lengths`, shorter T that are to be proven too, some are cropped to it.
 
-    Raises FeatureError, AnnotationError, BackendUnavailable for an absent device.
+    Raises FeatureError, AnnotationError, ConfigError for annotations without features, BackendUnavailable for an
+    absent device.
     """
     spec = checkpoint.spec
     with_events = _videos(spec, features, annotations, count)
@@ -48,6 +50,8 @@ def eager_reference(
 def _videos(
     spec: ModelSpec, features: str | Path | None, annotations: str | Path | None, count: int
 ) -> list[ParityVideo]:
+    if features is None and annotations is not None:
+        raise ConfigError(f"annotations: got {annotations} without a feature folder; planted videos have their own")
     if features is None:
         return planted_inputs(spec, count=count)
     known = None if annotations is None else read_annotations(annotations, spec.labels)

@@ -35,7 +35,7 @@ class EngineRequest:
             ("flavour", self.flavour in get_args(TensorRTFlavour), f"one of {get_args(TensorRTFlavour)}"),
             ("precision", self.precision in get_args(EnginePrecision), f"one of {get_args(EnginePrecision)}"),
             ("profile", 1 <= low <= best <= high, "batch sizes 1 <= min <= opt <= max"),
-            ("workspace_bytes", (self.workspace_bytes or 1) > 0, "a number of bytes above 0"),
+            ("workspace_bytes", self.workspace_bytes is None or self.workspace_bytes > 0, "a number of bytes above 0"),
             ("optimization_level", self.optimization_level in (None, *range(6)), "0 to 5"),
             ("max_aux_streams", (self.max_aux_streams or 0) >= 0, "an integer >= 0"),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from export.outputs import Reference
 from export.parity import ParityReport, compare
 from export.precision import tolerance
 from runtime.backends.base import Backend
-from runtime.backends.selection import open_rung
+from runtime.backends.selection import open_named
 from runtime.bundle import Bundle, Rung
 from runtime.features import pack
 from runtime.machine import machine_class
@@ -23,11 +22,8 @@ SPEED_RULES = Rules(warmup_seconds=0.2, warmup_calls=2, seconds=1.0, calls=7)
 
 
 def open_for_gate(bundle: Bundle, rung: Rung) -> Backend:
-    """The rung's backend, proven or not. Raises what `runtime.backends.open_rung` raises."""
-    length = bundle.artifact(rung.artifact).length
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # that it was never proven is why it is opened
-        return open_rung(bundle, rung.backend, precision=rung.precision, length=length).backend
+    """The rung's backend, proven or not. Raises what `runtime.backends.selection.open_rung` raises."""
+    return open_named(bundle, rung)
 
 
 def gate_rung(bundle: Bundle, rung: Rung, reference: Reference) -> ParityReport:

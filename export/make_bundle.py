@@ -20,7 +20,7 @@ from export.precision import PRECISIONS, graph_precision
 from export.tensorrt_engine import build_engine
 from runtime.backends.selection import TENSORRT_BACKENDS
 from runtime.backends.tensorrt_library import TensorRTFlavour
-from runtime.bundle import Artifact, Bundle, Flavour, Rung
+from runtime.bundle import Artifact, Bundle, Flavour, Rung, entry_name
 from runtime.errors import BackendUnavailable, CCNetError, ConfigError, EngineMismatch, ExportError, ParityError
 from runtime.machine import library_versions
 from runtime.spec import ModelSpec
@@ -81,6 +81,9 @@ class Request:
             raise ConfigError(f"precision: got {' '.join(self.precisions)}, expected {AUTO} alone")
         if "int8" in self.precisions and set(self.formats) != {"onnx"}:
             raise ConfigError(f"precision: got int8 with format {' '.join(self.formats)}; int8 is for the onnx format")
+        if self.engine and set(self.formats) == {"onnx"}:
+            given = ", ".join(self.engine)
+            raise ConfigError(f"{given}: for engines only; got format onnx, expected tensorrt or tensorrt-rtx with it")
         if not 1 <= self.opt_batch <= self.max_batch:
             raise ConfigError(f"opt-batch: got {self.opt_batch}, expected 1 to max-batch ({self.max_batch})")
         if self.form == "plain" and (self.lengths or set(self.precisions) - {"fp32", "tf32", AUTO}):
@@ -101,7 +104,7 @@ class Result:
     rejected: tuple[Rung, ...]
     reports: dict[str, ParityReport]
     skipped: dict[str, str]
-    """Rungs that can't run on this machine, and why."""
+    """Rungs that can't be built or run on this machine, and why."""
 
 
 def make_bundle(
@@ -123,18 +126,26 @@ def make_bundle(
         versions={"ccnet": __version__, **library_versions()},
     ) as draft:
         rungs: list[Rung] = []
+        not_built: dict[str, str] = {}
         for length in (checkpoint.spec.length, *sorted(request.lengths, reverse=True)):
             for precision in _graphs(request):
                 _add_graph(draft, checkpoint, model, request, precision, length, say)
             written = {artifact.name for artifact in draft.manifest.artifacts}
             rungs += [r for r in _onnx_rungs(request, length, checkpoint.spec) if r.artifact in written]
             for flavour, precision in _engines(request):
-                rungs.append(_add_engine(draft, request, flavour, precision, length, checkpoint.spec, say))
-        return _gate_all(draft, rungs, reference, request, say)
+                try:
+                    rungs.append(_add_engine(draft, request, flavour, precision, length, checkpoint.spec, say))
+                except ExportError as error:  # noqa: PERF203 - building takes minutes
+                    if not request.automatic:
+                        raise
+                    say(f"  left out: {error}")
+                    not_built[entry_name(flavour, precision, length, checkpoint.spec)] = str(error)
+        result = _gate_all(draft, rungs, reference, request, say)
+        return dataclasses.replace(result, skipped={**not_built, **result.skipped})
 
 
 def _graphs(request: Request) -> list[str]:
-    """Types of the graphs to write; fp32 is always there: engines of other machines are rebuilt from it."""
+    """Types of the graphs to write. The ladder and int8 graphs start from fp32."""
     engines = any(flavour != "onnx" for flavour in request.formats)
     wanted = (_LADDER if engines else ("fp32",)) if request.automatic else request.precisions
     graphs = {"fp32"} if request.automatic or "int8" in wanted else set()
@@ -152,7 +163,7 @@ def _add_graph(
     from export.to_onnx import export_onnx
 
     spec = checkpoint.spec.with_length(length)
-    name = _name("onnx", precision, length, checkpoint.spec)
+    name = entry_name("onnx", precision, length, checkpoint.spec)
     file = _graph_file(name)
     if precision == "int8":
         _add_int8(draft, request, name, length, checkpoint.spec, say)
@@ -195,7 +206,7 @@ def _add_int8(draft: Draft, request: Request, name: str, length: int, spec: Mode
 
     file = _graph_file(name)
     say(f"writing {file} (int8 weights)")
-    source = draft.folder / _graph_file(_name("onnx", "fp32", length, spec))
+    source = draft.folder / _graph_file(entry_name("onnx", "fp32", length, spec))
     try:
         info = quantize_weights(source, draft.folder / file, metadata={"precision": "int8"})
     except ExportError as error:
@@ -249,10 +260,10 @@ def _onnx_rungs(request: Request, length: int, spec: ModelSpec) -> list[Rung]:
     ways = _ONNX_LADDER if request.automatic else tuple(way for p in request.precisions for way in _ONNX_WAYS[p])
     return [
         Rung(
-            name=_name(backend, precision, length, spec),
+            name=entry_name(backend, precision, length, spec),
             backend=backend,
             precision=precision,
-            artifact=_name("onnx", precision if precision in ("fp16", "int8") else "fp32", length, spec),
+            artifact=entry_name("onnx", precision if precision in ("fp16", "int8") else "fp32", length, spec),
             gate="not-run",
         )
         for backend, precision in ways
@@ -269,9 +280,9 @@ def _engines(request: Request) -> Iterator[tuple[TensorRTFlavour, str]]:
 def _add_engine(
     draft: Draft, request: Request, flavour: TensorRTFlavour, precision: str, length: int, spec: ModelSpec, say: Say
 ) -> Rung:
-    name = _name(flavour, precision, length, spec)
+    name = entry_name(flavour, precision, length, spec)
     graph = next(
-        a for a in draft.manifest.artifacts if a.name == _name("onnx", graph_precision(precision), length, spec)
+        a for a in draft.manifest.artifacts if a.name == entry_name("onnx", graph_precision(precision), length, spec)
     )
     say(f"building {name}")
     info = build_engine(
@@ -336,7 +347,3 @@ def _gate_one(bundle: Bundle, rung: Rung, reference: Reference, *, automatic: bo
         if automatic:
             return str(error)
         raise
-
-
-def _name(kind: str, precision: str, length: int, spec: ModelSpec) -> str:
-    return f"{kind}-{precision}" if length == spec.length else f"{kind}-{precision}-t{length}"

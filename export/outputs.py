@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,10 @@ def load_reference(path: str | Path) -> Reference:
         expected = spec.output_shapes(len(videos))
         if (outputs.logits.shape, outputs.offsets.shape) != (expected["logits"], expected["offsets"]):
             raise ParityError(f"{path}: outputs {outputs.logits.shape} do not fit its {len(videos)} videos")
-    except (KeyError, TypeError, ValueError, OSError, zipfile.BadZipFile, ConfigError) as error:
+    except (
+        *(KeyError, IndexError, TypeError, ValueError, AttributeError, ConfigError),
+        *(OSError, EOFError, zipfile.BadZipFile, zlib.error),
+    ) as error:
         raise ParityError(f"{path}: not a whole reference file ({error}); record it again") from error
     return Reference(spec, header["checkpoint_sha256"], videos, outputs)
 

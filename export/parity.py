@@ -97,8 +97,9 @@ class ParityReport:
         return all(check.passed for check in self.checks)
 
     def summary(self) -> dict[str, Any]:
-        """Value of every check, for the manifest."""
-        return {check.name: check.value for check in self.checks}
+        """Value of every check, for the manifest; None where it is no finite number, which JSON can't hold."""
+        values = {check.name: check.value for check in self.checks}
+        return {name: value if value is not None and np.isfinite(value) else None for name, value in values.items()}
 
     def to_json(self) -> dict[str, Any]:
         checks = [{**dataclasses.asdict(check), "passed": check.passed} for check in self.checks]

@@ -47,8 +47,10 @@ def judge_results(folder: Path, reference: Reference, precision: str) -> ParityR
         offsets = np.concatenate([np.asarray(found[OFFSETS], np.float32) for found in iterations])
     except Exception as error:
         raise ParityError(f"{path}: not the outputs of 'polygraphy run --save-outputs' ({error})") from error
-    if len(logits) != len(reference.videos):
-        raise ParityError(f"{path}: got {len(logits)} results, expected {len(reference.videos)}, one for each input")
+    expected = reference.spec.output_shapes(len(reference.videos))
+    for name, array in ((LOGITS, logits), (OFFSETS, offsets)):
+        if array.shape != expected[name]:
+            raise ParityError(f"{path}: got {name} {array.shape}, expected {expected[name]}, a row for each input")
     recorded = _Recorded(Outputs(logits, offsets, {"backend": runner}), reference.spec, precision)
     return compare(recorded, reference.outputs, reference.videos, limits=tolerance(precision))
 

@@ -14,7 +14,7 @@ from typing import cast
 
 from export.bundle_writer import changed_bundle
 from export.engine_request import CURRENT, EnginePrecision
-from export.tensorrt_engine import build_engine
+from export.tensorrt_engine import BUILD_SETTINGS, build_engine
 from runtime.bundle import Artifact, Bundle, read_bundle
 from runtime.errors import BundleError, CCNetError
 
@@ -39,6 +39,7 @@ def rebuild(folder: str | Path, name: str) -> Artifact:
             precision=cast(EnginePrecision, engine.precision),
             profile=cast("tuple[int, int, int]", engine.profile or (1, 1, engine.max_batch)),
             compute_capabilities=_targets(engine),
+            **{name: engine.build[name] for name in BUILD_SETTINGS if name in engine.build},
         )
         built = info.artifact(name=name, length=engine.length)
         draft.add_artifact(built)

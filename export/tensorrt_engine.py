@@ -148,7 +148,7 @@ def build_engine(
         "layers": network.num_layers,
         "engine_bytes": int(blob.nbytes),
         "requested_precisions": requested,
-        **{name: value for name, value in dataclasses.asdict(request).items() if name in _RECORDED},
+        **{name: value for name, value in dataclasses.asdict(request).items() if name in BUILD_SETTINGS},
         "warnings": messages.of("WARNING")[:50],
     }
     # read back before anything is written: an engine that is not what was asked for is never left behind
@@ -173,7 +173,14 @@ def build_engine(
     )
 
 
-_RECORDED = ("workspace_bytes", "optimization_level", "max_aux_streams", "hardware_compatible", "version_compatible")
+BUILD_SETTINGS = (
+    "workspace_bytes",
+    "optimization_level",
+    "max_aux_streams",
+    "hardware_compatible",
+    "version_compatible",
+)
+"""What of a request `build` of the manifest records, for an engine that is built again."""
 
 
 def _parse(trt: Any, builder: Any, logger: Any, log: LibraryLog, onnx_path: Path) -> Any:

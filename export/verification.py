@@ -10,7 +10,7 @@ from export.bundle_writer import changed_bundle
 from export.gate import gate_rung, judged
 from export.outputs import Reference
 from export.parity import ParityReport
-from runtime.backends.selection import matching_rungs
+from runtime.backends.selection import matching_rungs, rejected_rungs
 from runtime.bundle import Bundle, Rung, read_bundle
 from runtime.errors import BackendUnavailable, BundleError, EngineError, EngineMismatch, ParityError
 from runtime.spec import ModelSpec
@@ -28,25 +28,26 @@ def check_fits(bundle: Bundle, spec: ModelSpec, checkpoint_sha256: str) -> None:
 
 
 def rungs_to_prove(bundle: Bundle, backend: str | None, precision: str | None) -> list[Rung]:
-    """Unproven rungs, or all that fit the given backend and precision, listed in the manifest or not.
+    """Unproven rungs, or all that fit the given backend and precision, listed in the manifest, rejected, or neither.
 
     Raises BackendUnavailable when none fits what was asked for.
     """
     if backend is None and precision is None:
         return [rung for rung in bundle.manifest.rungs if rung.gate == "not-run"]
-    found = matching_rungs(bundle, backend or "auto", precision=precision)
-    shorter = {artifact.length for artifact in bundle.manifest.artifacts} - {bundle.spec.length}
-    for length in sorted(shorter, reverse=True):
+    found = rejected_rungs(bundle, backend or "auto", precision=precision)
+    lengths = sorted({artifact.length for artifact in bundle.manifest.artifacts}, reverse=True)
+    for length in lengths:
         with contextlib.suppress(BackendUnavailable):
             found += matching_rungs(bundle, backend or "auto", precision=precision, length=length)
-    return found
+    # Without any, the error of the bundle's own T says what there is.
+    return found or matching_rungs(bundle, backend or "auto", precision=precision)
 
 
 def prove(folder: str | Path, rungs: Sequence[Rung], reference: Reference, say: Say = print) -> list[ParityReport]:
     """Run the gate on `rungs` and write every verdict into the bundle, atomically.
 
     A rung that fails is moved to the rejected ones, so that it is never run again, and ParityError is raised when all
-    is written. Raises BackendUnavailable or EngineMismatch when a rung can't run here; nothing is written then.
+    is written. Raises BackendUnavailable when some can't run here; the verdicts of the others are written.
     """
     bundle = read_bundle(folder)
     outcomes: list[tuple[Rung, ParityReport]] = []

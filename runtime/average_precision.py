@@ -107,7 +107,7 @@ def _check_thresholds(tiou_thresholds: npt.ArrayLike) -> npt.NDArray[np.float64]
     good = thresholds.ndim == 1 and thresholds.size > 0 and thresholds.dtype.kind in "fiu"
     if not good or not ((thresholds > 0) & (thresholds <= 1)).all():
         raise ConfigError(f"tiou_thresholds: got {tiou_thresholds!r}, expected one or more numbers in (0, 1]")
-    return np.ascontiguousarray(thresholds, np.float64)
+    return np.require(thresholds, np.float64, ["C", "W"])  # writable too: the compiled kernels know one type of array
 
 
 def _check(
@@ -137,7 +137,7 @@ def _check(
         index = int(np.argmax((classes < 0) | (classes >= num_classes)))
         raise error(f"{kind}_labels: entry {index} is {int(classes[index])}, expected 0 to {num_classes - 1}")
     return (
-        np.ascontiguousarray(ids, np.int64),
-        np.ascontiguousarray(boundaries, np.float64),
-        np.ascontiguousarray(classes, np.int64),
+        np.require(ids, np.int64, ["C", "W"]),
+        np.require(boundaries, np.float64, ["C", "W"]),
+        np.require(classes, np.int64, ["C", "W"]),
     )

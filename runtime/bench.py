@@ -126,11 +126,14 @@ def bench(
         "candidates": [],
         "rows": [],
     }
-    cold = {}
+    cold, unable = {}, {}
     for candidate in candidates:
         if candidate.gate in PROVEN and candidate.cold_start is not None:
             progress(f"cold start of {candidate.name}")
-            cold[candidate.name] = measure_cold_start(candidate.cold_start, repeats=plan.cold_starts)
+            try:
+                cold[candidate.name] = measure_cold_start(candidate.cold_start, repeats=plan.cold_starts)
+            except CCNetError as error:
+                unable[candidate.name] = str(error)
     for length in sorted({c.length for c in candidates}, reverse=True):
         group = [c for c in candidates if c.length == length]
         with contextlib.ExitStack() as stack:
@@ -138,6 +141,9 @@ def bench(
             for candidate in group:
                 entry = _entry(candidate, cold.get(candidate.name))
                 report["candidates"].append(entry)
+                if candidate.name in unable:
+                    entry["not_measured"] = unable[candidate.name]
+                    continue
                 backend = _open(candidate, entry, stack, progress)
                 if backend is not None:
                     opened[candidate.name] = backend
@@ -194,6 +200,7 @@ def _measure_group(
     for batch in plan.batches:
         names = [name for name, backend in opened.items() if backend.max_batch >= batch]
         if not names:
+            progress(f"batch {batch}: none takes so many videos at once")
             continue
         progress(f"batch {batch}: {', '.join(names)}")
         rules = plan.rules_for(batch)

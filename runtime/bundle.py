@@ -147,6 +147,11 @@ class Bundle:
         raise BundleError(f"{self.folder / MANIFEST}: '{name}' has no file record")
 
 
+def entry_name(kind: str, precision: str, length: int, spec: ModelSpec) -> str:
+    """Name of an artifact or rung of T = `length`: `openvino-bf16`, or `openvino-bf16-t128` for one that is shorter."""
+    return f"{kind}-{precision}" if length == spec.length else f"{kind}-{precision}-t{length}"
+
+
 def read_bundle(folder: str | Path) -> Bundle:
     """Read and check the manifest of a bundle. Raises BundleError for anything that is not a whole bundle."""
     folder = Path(folder)
@@ -171,6 +176,12 @@ def read_bundle(folder: str | Path) -> Bundle:
 
 
 def _check_names(folder: Path, manifest: Manifest) -> None:
+    for kind, names in (
+        ("artifact", [artifact.name for artifact in manifest.artifacts]),
+        ("rung", [rung.name for rung in manifest.rungs + manifest.rejected]),
+    ):
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise BundleError(f"{folder / MANIFEST}: lists {kind} '{twice[0]}' more than once; export the bundle again")
     artifacts = {artifact.name for artifact in manifest.artifacts}
     for rung in manifest.rungs + manifest.rejected:
         if rung.artifact not in artifacts:

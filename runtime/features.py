@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,7 @@ def _read_header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, 
             return np.lib.format.read_array_header_1_0(stream)
         if version == (2, 0):
             return np.lib.format.read_array_header_2_0(stream)
-    except ValueError as error:
+    except (ValueError, SyntaxError, TypeError, tokenize.TokenError) as error:  # the header is Python text
         what = "an empty file" if path.stat().st_size == 0 else "not a .npy file, or one cut inside its header"
         raise FeatureError(f"{path}: {what} ({error}); write it with numpy.save") from error
     raise FeatureError(f"{path}: .npy format version {version}; expected 1.0 or 2.0, as numpy.save writes float arrays")

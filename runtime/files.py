@@ -37,8 +37,11 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Fill a temporary folder beside `path`; it takes the place of `path` only when the block ends well."""
-    path = Path(path)
+    """Fill a temporary folder beside `path`; it takes the place of `path` only when the block ends well.
+
+    Of a link, what it points to is replaced; the link stays.
+    """
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
@@ -67,7 +70,7 @@ def recover_folder(path: str | os.PathLike[str]) -> None:
 
     A kill between the two renames leaves the old folder under a hidden name: it is put back. Other leftovers go.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     for retired in path.parent.glob(f".{path.name}.*.old"):
         if not path.exists() and (retired / "old").is_dir():
             os.replace(retired / "old", path)

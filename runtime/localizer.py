@@ -161,7 +161,8 @@ class Localizer:
         that read, and as many that pack and post-process. Results lag behind the input by some batches. Closing the
         generator stops all threads.
         """
-        return stream_videos(self, videos, batch_size=batch_size or self._batch_size(), workers=workers)
+        size = self._batch_size() if batch_size is None else batch_size
+        return stream_videos(self, videos, batch_size=size, workers=workers)
 
     def prepare(self, video: Video, *, name: str, duration: float | None = None) -> Job:
         """Check the features of a video and plan its windows. Raises FeatureError."""
@@ -170,7 +171,7 @@ class Localizer:
         else:
             visual, audio, *rest = video
             features = check_features(visual, audio, self.spec, name=name)
-            duration = rest[0] if rest else duration
+            duration = rest[0] if rest and rest[0] is not None else duration
         covered = self.spec.time_base.covered_seconds(features.steps)
         lengths = [backend.spec.length for backend in self.backends]
         engine = next((i for i, length in enumerate(lengths) if features.steps <= length), len(lengths) - 1)

@@ -146,9 +146,10 @@ def _check_arrays(segments: npt.ArrayLike, scores: npt.ArrayLike, labels: npt.Ar
     if classes.dtype.kind not in "iu" and count:
         raise PredictionError(f"labels: got dtype {classes.dtype}, expected integers")
     return (
-        np.ascontiguousarray(boundaries, np.float32),
-        np.ascontiguousarray(confidence, np.float32),
-        np.ascontiguousarray(classes, np.int64),
+        # Writable too: the compiled kernels know one type of array.
+        np.require(boundaries, np.float32, ["C", "W"]),
+        np.require(confidence, np.float32, ["C", "W"]),
+        np.require(classes, np.int64, ["C", "W"]),
     )
 
 

@@ -250,7 +250,7 @@ def test_int8_of_a_graph_that_is_not_quantized_is_refused(graph: Path) -> None:
 
 
 def test_half_precision_that_is_not_delivered_is_refused(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenVINO quietly takes fp32 or bf16 for fp16 on most processors; a capability list that is wrong must not hide it."""
+    """OpenVINO quietly takes fp32 or bf16 for fp16 on most processors; a wrong capability list must not hide it."""
     openvino = pytest.importorskip("openvino")
     core = openvino.Core()
     if "FP16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):

@@ -7,10 +7,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ccnet.commands.numbers import positive, seconds
+from runtime.backends.selection import BACKENDS
 from runtime.bench import Candidate, Plan, bench, rung_candidates
 from runtime.bench_report import bench_text
 from runtime.bundle import read_bundle
-from runtime.errors import BackendUnavailable, CheckpointError
+from runtime.errors import BackendUnavailable, CheckpointError, ConfigError
 from runtime.files import write_json
 from runtime.machine import cpu_flags
 from runtime.timing import Rules
@@ -28,19 +30,21 @@ def register(subparsers: Any) -> None:
         "bench", help="measure latency, throughput, cold start and memory of a bundle's engines on this machine"
     )
     parser.add_argument("bundle", help="bundle folder")
-    parser.add_argument("--backend", nargs="+", default=[], metavar="B", help="only these backends (default: all)")
-    parser.add_argument("--batches", nargs="+", type=_positive, default=[1, 2, 4, 8], metavar="N")
+    parser.add_argument("--backend", nargs="+", default=[], choices=BACKENDS, help="only these (default: all)")
+    parser.add_argument("--batches", nargs="+", type=positive, default=[1, 2, 4, 8], metavar="N")
     parser.add_argument("--checkpoint", help="also measure eager PyTorch and torch.compile, from this checkpoint")
     parser.add_argument(
-        "--seconds", type=float, default=2.0, help="measured time per candidate and batch size, at least"
+        "--seconds", type=seconds, default=2.0, help="measured time per candidate and batch size, at least"
     )
-    parser.add_argument("--calls", type=_positive, default=10, help="measured videos per candidate and batch, at least")
+    parser.add_argument("--calls", type=positive, default=10, help="measured videos per candidate and batch, at least")
     parser.add_argument("--no-compile", action="store_true", help="with --checkpoint: leave torch.compile out")
     parser.add_argument("--json", metavar="OUT", help="write the whole report here")
     parser.add_argument("--plot", metavar="OUT.png", help="draw latency and throughput against batch size")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    if arguments.no_compile and not arguments.checkpoint:
+        raise ConfigError("--no-compile: torch.compile takes part only with --checkpoint")
     bundle = read_bundle(arguments.bundle)
     candidates = rung_candidates(bundle, arguments.backend)
     if not candidates:
@@ -69,13 +73,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         plot_bench(report, arguments.plot)
         print(f"plot: {arguments.plot}")
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, expected 1 or more")
-    return value
 
 
 def _torch_candidates(folder: str, expected_sha256: str, compiled: bool) -> list[Candidate]:

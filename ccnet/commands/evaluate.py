@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ccnet.commands.predict import add_engine_arguments, open_localizer
+from ccnet.commands.predict import add_engine_arguments, engine_options_given, open_localizer
 from runtime.annotations import SUBSETS, Annotations, read_annotations
 from runtime.bundle import read_bundle
 from runtime.corpus import Corpus
@@ -46,8 +46,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         annotations = read_annotations(arguments.annotations, labels=read_bundle(arguments.bundle).spec.labels)
         predictions, failed = _predict(arguments, annotations)
     else:
-        if arguments.features is not None:
-            raise ConfigError(f"--features: {arguments.bundle} is no bundle folder; events are scored without features")
+        given = (["--features"] if arguments.features is not None else []) + engine_options_given(arguments)
+        if given:
+            raise ConfigError(
+                f"{' '.join(given)}: {arguments.bundle} is no bundle folder; events are scored as they are"
+            )
         annotations = read_annotations(arguments.annotations)
         predictions = read_events(arguments.bundle, annotations.labels)
     evaluation = evaluate(predictions, annotations, arguments.subset)

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ccnet.commands.numbers import positive
+
 if TYPE_CHECKING:
     from export.make_bundle import Result
 
@@ -53,8 +55,15 @@ def add_video_arguments(parser: argparse.ArgumentParser) -> None:
     """What the comparison runs on; shared with `ccnet verify` and `ccnet reference`."""
     parser.add_argument("--features", metavar="DIR", help="compare on real videos from here instead of planted ones")
     parser.add_argument("--annotations", metavar="F", help="annotation JSON of those videos")
-    parser.add_argument("--videos", type=int, default=24, metavar="N", help="how many planted or real videos")
-    parser.add_argument("--device", default="cpu", help="device of the eager network: cpu, cuda or cuda:N")
+    parser.add_argument("--videos", type=positive, metavar="N", help="how many planted or real videos (default: 24)")
+    parser.add_argument("--device", metavar="D", help="device of the eager network: cpu (default), cuda or cuda:N")
+
+
+def eager_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_video_arguments` as arguments of `export.eager.eager_reference`."""
+    given = {"count": arguments.videos, "device": arguments.device}
+    given |= {"features": arguments.features, "annotations": arguments.annotations}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -77,15 +86,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     refuse_foreign(Path(arguments.out))
     model = checkpoint.load_model()
     say("running the eager network")
-    reference = eager_reference(
-        checkpoint,
-        model,
-        features=arguments.features,
-        annotations=arguments.annotations,
-        count=arguments.videos,
-        lengths=arguments.lengths,
-        device=arguments.device,
-    )
+    reference = eager_reference(checkpoint, model, lengths=arguments.lengths, **eager_arguments(arguments))
     _summarize(arguments.out, make_bundle(checkpoint, model, reference, arguments.out, request, say))
     return 0
 
@@ -105,7 +106,7 @@ def _engine_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
         "hardware_compatible": arguments.hardware_compatible,
         "version_compatible": arguments.version_compatible,
     }
-    return {name: value for name, value in given.items() if value}
+    return {name: value for name, value in given.items() if value is not None and value is not False and value != ()}
 
 
 def _summarize(out: str, result: Result) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from ccnet.commands.numbers import positive
 from ccnet.stopping import StopRequest
 from runtime.annotations import VideoAnnotation, read_annotations
 from runtime.backends.selection import BACKENDS, OnMismatch
@@ -48,10 +49,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that choose and drive the engine; see `open_localizer`."""
     parser.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help="default: the fastest proven")
     parser.add_argument("--precision", help="only this precision (fp32, tf32, bf16, fp16, int8)")
-    parser.add_argument("--length", type=int, metavar="T", help="only the engine of this many steps")
-    parser.add_argument("--batch", type=int, metavar="N", help="videos per engine call")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of the engine")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads that read, and as many that post-process")
+    parser.add_argument("--length", type=positive, metavar="T", help="only the engine of this many steps")
+    parser.add_argument("--batch", type=positive, metavar="N", help="videos per engine call")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the engine")
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="threads that read, and as many that post-process"
+    )
     parser.add_argument(
         "--long-videos",
         choices=get_args(LongVideos),
@@ -67,6 +70,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="an engine made for another library version or GPU: fail, run the ONNX file, or build it again here",
     )
+
+
+def engine_options_given(arguments: argparse.Namespace) -> list[str]:
+    """Those of the options of `add_engine_arguments` that are not at their defaults."""
+    parser = argparse.ArgumentParser()
+    add_engine_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    return [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(arguments, name) != value]
 
 
 def open_localizer(arguments: argparse.Namespace) -> Localizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ccnet.commands.export import add_video_arguments
+from ccnet.commands.export import add_video_arguments, eager_arguments
 
 
 def register(subparsers: Any) -> None:
@@ -37,13 +37,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     checkpoint = read_checkpoint(arguments.checkpoint)
     reference = eager_reference(
-        checkpoint,
-        checkpoint.load_model(),
-        features=arguments.features,
-        annotations=arguments.annotations,
-        count=arguments.videos,
-        lengths=arguments.lengths,
-        device=arguments.device,
+        checkpoint, checkpoint.load_model(), lengths=arguments.lengths, **eager_arguments(arguments)
     )
     save_reference(arguments.out, reference)
     size = Path(arguments.out).stat().st_size / 1e6

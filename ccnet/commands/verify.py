@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ccnet.commands.export import add_video_arguments, say
+from ccnet.commands.export import add_video_arguments, eager_arguments, say
 from runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _reference(arguments: argparse.Namespace, bundle: Bundle) -> Reference:
     if arguments.reference:
-        if arguments.features or arguments.annotations:
-            raise ConfigError("--features and --annotations: a reference file already holds its videos")
+        if given := eager_arguments(arguments):
+            raise ConfigError(f"{', '.join(given)}: a reference file already holds its videos and the eager outputs")
 
         from export.outputs import load_reference
 
@@ -68,15 +68,8 @@ def _reference(arguments: argparse.Namespace, bundle: Bundle) -> Reference:
 
     checkpoint = read_checkpoint(arguments.checkpoint)
     say("running the eager network")
-    return eager_reference(
-        checkpoint,
-        checkpoint.load_model(),
-        features=arguments.features,
-        annotations=arguments.annotations,
-        count=arguments.videos,
-        lengths={artifact.length for artifact in bundle.manifest.artifacts},
-        device=arguments.device,
-    )
+    lengths = {artifact.length for artifact in bundle.manifest.artifacts}
+    return eager_reference(checkpoint, checkpoint.load_model(), lengths=lengths, **eager_arguments(arguments))
 
 
 def _polygraphy(arguments: argparse.Namespace, bundle: Bundle) -> int:

@@ -23,8 +23,8 @@ _EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
 # What ONNX Runtime says when it keeps some nodes of a CUDA session on the CPU and was told not to.
 _CPU_NODES = "assigned to the default CPU EP"
 
-# Fused nodes go to the end of the order in which a CPU session runs. These two fuse parts of every attention and MLP, so
-# both groups of the largest stage were half computed before either was finished: 90 MB more at full size, no faster.
+# Fused nodes go to the end of the order in which a CPU session runs. These two fuse parts of every attention and MLP:
+# both groups of the largest stage were half computed before either was finished, 90 MB more at full size, no faster.
 _MEMORY_HUNGRY_FUSIONS = ["MatmulTransposeFusion", "BiasGeluFusion"]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from runtime.backends.base import Backend
-from runtime.bundle import Artifact, Bundle, Rung, read_bundle
+from runtime.bundle import Artifact, Bundle, Rung, entry_name, read_bundle
 from runtime.errors import BackendUnavailable, EngineMismatch
 from runtime.machine import machine_class
 
@@ -96,6 +96,11 @@ def open_rung(
     raise BackendUnavailable(f"{bundle.folder}: none of its rungs can run on this machine:{reasons}")
 
 
+def open_named(bundle: Bundle, rung: Rung) -> Backend:
+    """Verify and load one rung of a bundle, proven or not. Raises what `open_rung` raises."""
+    return _Opener(bundle, None, "error").open(rung).backend
+
+
 def matching_rungs(
     bundle: Bundle, backend: str = "auto", *, precision: str | None = None, length: int | None = None
 ) -> list[Rung]:
@@ -105,11 +110,10 @@ def matching_rungs(
     """
     if backend != "auto" and backend not in BACKENDS:
         raise BackendUnavailable(f"backend: got {backend!r}, expected auto or one of {', '.join(BACKENDS)}")
-    length = length or bundle.spec.length
+    length = bundle.spec.length if length is None else length
     rungs = [*bundle.manifest.rungs]
     if backend in ONNX_BACKENDS:
-        listed = {(r.backend, r.precision, bundle.artifact(r.artifact).length) for r in rungs}
-        rungs += [r for r in _unlisted_rungs(bundle, backend) if (r.backend, r.precision, length) not in listed]
+        rungs += _unlisted_rungs(bundle, backend)
     fitting = [
         rung
         for rung in rungs
@@ -119,8 +123,19 @@ def matching_rungs(
     ]
     if not fitting:
         asked = " ".join(str(part) for part in (backend, precision, f"T={length}") if part)
-        raise BackendUnavailable(f"{bundle.folder} has no rung for {asked}; it has: {_listing(bundle)}")
+        names = [rung.name for rung in rejected_rungs(bundle, backend, precision=precision)]
+        failed = f" (failed the parity gate and are not run: {', '.join(names)})" if names else ""
+        raise BackendUnavailable(f"{bundle.folder} has no rung for {asked}; it has: {_listing(bundle)}{failed}")
     return sorted(fitting, key=_rank)
+
+
+def rejected_rungs(bundle: Bundle, backend: str = "auto", *, precision: str | None = None) -> list[Rung]:
+    """Rungs of any T that failed the parity gate and fit what is asked for. They can be proven again, but not run."""
+    return [
+        rung
+        for rung in bundle.manifest.rejected
+        if backend in ("auto", rung.backend) and precision in (None, rung.precision)
+    ]
 
 
 def rung_lengths(bundle: Bundle, rung: Rung) -> list[int]:
@@ -147,19 +162,22 @@ def _rank(rung: Rung) -> tuple[bool, bool, float, int, int]:
 
 
 def _unlisted_rungs(bundle: Bundle, backend: str) -> list[Rung]:
-    """Unproven ways to run the bundle's ONNX files that its manifest does not list."""
-    rungs = []
-    for artifact in bundle.manifest.artifacts:
-        if artifact.flavour != "onnx":
-            continue
-        precisions = [artifact.precision]
-        if artifact.precision == "fp32":
-            precisions += [precision for name, precision in _RUNS_FP32_GRAPH if name == backend]
-        rungs += [
-            Rung(name=f"{backend}-{p}", backend=backend, precision=p, artifact=artifact.name, gate="not-run")
-            for p in sorted(precisions)
-        ]
-    return rungs
+    """Unproven ways to run the bundle's ONNX files that its manifest does not list, neither as rejected.
+
+    A precision that has a file of its own is run from that one.
+    """
+    known = {rung.name for rung in (*bundle.manifest.rungs, *bundle.manifest.rejected)}
+    graphs = [artifact for artifact in bundle.manifest.artifacts if artifact.flavour == "onnx"]
+    ways = [(artifact, artifact.precision) for artifact in graphs]
+    fp32 = [artifact for artifact in graphs if artifact.precision == "fp32"]
+    ways += [(a, p) for a in fp32 for name, p in sorted(_RUNS_FP32_GRAPH) if name == backend]
+    rungs: dict[str, Rung] = {}
+    for artifact, precision in ways:
+        name = entry_name(backend, precision, artifact.length, bundle.spec)
+        if name not in known:
+            way = Rung(name=name, backend=backend, precision=precision, artifact=artifact.name, gate="not-run")
+            rungs.setdefault(name, way)
+    return list(rungs.values())
 
 
 class _Opener:
