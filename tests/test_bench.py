@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import runtime.bench
+from ccnet.cli import main
 from runtime.backends.checks import check_inputs
 from runtime.bench import Candidate, Plan, bench, rung_candidates
 from runtime.bench_report import bench_text, text_table
@@ -246,3 +247,35 @@ def test_bench_needs_no_torch() -> None:
     code = "import sys; sys.modules['torch'] = None; import runtime.bench, ccnet.commands.bench"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_cold_start_that_fails_is_listed_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(arguments: Any, repeats: int) -> Any:
+        raise EngineError("no such arithmetic here")
+
+    monkeypatch.setattr(runtime.bench, "measure_cold_start", fail)
+    unable = candidate("x", FakeBackend(), cold_start=("bundle",))
+    report = bench(SPEC, [unable, candidate("y", FakeBackend())], QUICK)
+    assert [c["not_measured"] for c in report["candidates"]] == ["no such arithmetic here", None]
+    assert {row["candidate"] for row in report["rows"]} == {"y"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seconds", "-1"], "expected seconds, 0 or more"),
+        (["--seconds", "nan"], "expected seconds, 0 or more"),
+        (["--calls", "0"], "expected an integer of 1 or more"),
+        (["--backend", "typo"], "invalid choice"),
+    ],
+)
+def test_what_is_out_of_range_is_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "bundle", *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_option_without_effect_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "bundle", "--no-compile"]) == 2
+    assert "only with --checkpoint" in capsys.readouterr().err

@@ -147,3 +147,11 @@ def test_an_artifact_whose_file_has_no_record_is_refused(bundle: Bundle) -> None
 def test_rungs_keep_what_was_measured(tmp_path: Path) -> None:
     measured = rung("openvino", accuracy={"logits_max": 1e-6}, speed={"ms_per_video": 12.5, "machine": "x"})
     assert make_bundle(tmp_path / "b", [measured]).manifest.rungs == (measured,)
+
+
+def test_names_are_unique(bundle: Bundle) -> None:
+    content = manifest(bundle)
+    content["rungs"] += content["rungs"]
+    write(bundle, content)
+    with pytest.raises(BundleError, match="lists rung '.*' more than once"):
+        read_bundle(bundle.folder)

@@ -197,3 +197,9 @@ def test_command_on_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         path.write_bytes(b"")
     assert main(command) == 2
     assert "none of the 4 videos could be used; the first, v0: " in capsys.readouterr().err
+
+
+def test_engine_options_with_events_are_refused(small: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    events, truth = small
+    assert main(["evaluate", events, "--annotations", truth, "--backend", "openvino", "--batch", "2"]) == 2
+    assert "--backend --batch: " in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -15,14 +16,17 @@ import pytest
 from fakes import edit_manifest
 
 import export.gate
+import export.make_bundle
 import export.to_onnx
 from ccnet.cli import main
+from ccnet.commands.export import _engine_arguments
 from ccnet.config import Config, preset, with_overrides
+from export.engine_request import EngineRequest
 from export.outputs import load_reference
 from export.precision import TOLERANCES, Tolerance
 from export.to_onnx import OnnxInfo
 from runtime.bundle import PARITY, Artifact, read_bundle
-from runtime.errors import BackendUnavailable
+from runtime.errors import BackendUnavailable, ExportError
 from runtime.localizer import Localizer
 from runtime.workload import sample_videos
 
@@ -308,3 +312,59 @@ def test_shorter_lengths_half_precision_and_opset_17(checkpoint: Path, tmp_path:
     assert {rung.gate for rung in bundle.manifest.rungs} == {"passed"}
     with Localizer.load(out, "onnxruntime", precision="fp16") as localizer:
         assert [backend.spec.length for backend in localizer.backends] == [4, 8]
+
+
+def test_a_number_of_zero_is_not_a_default() -> None:
+    arguments = {"workspace_mib": 0, "optimization_level": 0, "compute_capability": None, "timing_cache": None}
+    given = _engine_arguments(argparse.Namespace(**arguments, hardware_compatible=False, version_compatible=False))
+    assert given == {"workspace_bytes": 0, "optimization_level": 0}
+    with pytest.raises(ExportError, match="workspace_bytes: got 0, expected a number of bytes above 0"):
+        EngineRequest(flavour="tensorrt", precision="fp32", profile=(1, 1, 1), workspace_bytes=0)
+
+
+def test_options_that_can_not_apply_are_refused(
+    checkpoint: Path, bundle: Path, reference: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    annotated = ["export", str(checkpoint), "--out", str(tmp_path / "b"), "--annotations", "a.json"]
+    level = ["export", str(checkpoint), "--out", str(tmp_path / "b"), "--optimization-level", "3"]
+    videos = ["verify", str(bundle), "--backend", "onnxruntime", "--reference", str(reference), "--videos", "3"]
+    for command, message in (
+        (annotated, "annotations: got a.json without a feature folder"),
+        (level, "optimization_level: for engines only"),
+        (videos, "count: a reference file already holds its videos"),
+    ):
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_ladder_goes_on_without_an_engine_that_can_not_be_built(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build_engine(*_: object, **options: object) -> None:
+        raise ExportError(f"no kernels for {options['precision']}")
+
+    monkeypatch.setattr(export.make_bundle, "build_engine", build_engine)
+    monkeypatch.setattr(export.make_bundle, "_LADDER", ("fp32",))
+    monkeypatch.setattr(export.make_bundle, "_ONNX_LADDER", (("onnxruntime", "fp32"),))
+    monkeypatch.setattr(export.make_bundle, "_runs_int8", lambda: False)
+    out = tmp_path / "bundle"
+    command = ["export", str(checkpoint), "--out", str(out), "--videos", "3", "--format", "onnx", "tensorrt"]
+    assert main([*command, "--precision", "auto"]) == 0
+    assert [rung.name for rung in read_bundle(out).manifest.rungs] == ["onnxruntime-fp32"]
+    assert "tensorrt-fp32: not run here: no kernels for fp32" in capsys.readouterr().out
+
+
+def test_a_link_to_a_bundle_stays_a_link(bundle: Path, reference: Path) -> None:
+    link = bundle.with_name("current")
+    link.symlink_to(bundle, target_is_directory=True)
+    unproven(bundle)
+    assert main(["verify", str(link), "--reference", str(reference)]) == 0
+    assert link.is_symlink()
+    assert [rung.gate for rung in read_bundle(bundle).manifest.rungs] == ["passed"]
+
+
+def test_verify_from_inside_the_bundle(bundle: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unproven(bundle)
+    monkeypatch.chdir(bundle)
+    assert main(["verify", ".", "--reference", str(reference)]) == 0
+    assert [rung.gate for rung in read_bundle(bundle).manifest.rungs] == ["passed"]

@@ -210,3 +210,12 @@ def test_real_features_read_and_note_their_difference() -> None:
     assert "women_long_jump_vggish.npy has 36" in features.note
     assert np.isfinite(features.visual).all()
     assert features.visual.std() > 0
+
+
+def test_a_header_that_is_cut_inside_its_text_is_named(tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / "v_rgb.npy"
+    text = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    with pytest.raises(FeatureError, match=r"v_rgb\.npy: not a \.npy file, or one cut inside its header"):
+        read(tmp_path)

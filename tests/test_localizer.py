@@ -159,3 +159,10 @@ def test_load_closes_what_it_opened_when_a_later_engine_fails(tmp_path: Path, mo
     with pytest.raises(EngineError, match="no memory left"):
         Localizer.load(tmp_path / "bundle")
     assert closed == [32]
+
+
+def test_an_empty_duration_of_the_arrays_leaves_the_given_one() -> None:
+    features = plant(20)
+    localizer = Localizer([OracleBackend()], SPEC)
+    job = localizer.prepare((features.visual, features.audio, None), name="v", duration=3.5)
+    assert job.duration == 3.5

@@ -22,6 +22,7 @@ from export.precision import TOLERANCES, graph_precision, tolerance
 from runtime.backends.base import Bool, Float32
 from runtime.detections import Detections
 from runtime.errors import ConfigError, ParityError
+from runtime.files import write_json
 from runtime.spec import ModelSpec
 
 Change = Callable[[Float32, Float32, Bool], tuple[Float32, Float32]]
@@ -286,3 +287,24 @@ def test_the_oracle_is_what_the_tests_take_it_for() -> None:
     logits, _ = oracle(visual, visual[:, : SPEC.audio_dim], np.ones((1, 1, SPEC.length), bool))
     assert isinstance(Outputs(logits, logits, {}).logits, np.ndarray)
     assert logits.shape == SPEC.output_shapes(1)["logits"]
+
+
+def test_a_summary_with_nan_can_be_written(tmp_path: Path, videos: list[ParityVideo]) -> None:
+    """The manifest takes the summary of an engine that overflows, too: that is whom the gate is for."""
+    report = compare(ChangedBackend(lambda logits, offsets, mask: (logits * np.nan, offsets)), OracleBackend(), videos)
+    assert not report.passed
+    assert report.summary()["max_logits"] is None
+    write_json(tmp_path / "summary.json", report.summary())
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "altered"])
+def test_a_damaged_reference_file_is_named(tmp_path: Path, videos: list[ParityVideo], damage: str) -> None:
+    path = tmp_path / "ref.npz"
+    outputs = record(OracleBackend(), videos[:3])
+    save_reference(path, Reference(SPEC, "ab" * 32, videos[:3], outputs))
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    altered = whole[:middle] + bytes(255 - byte for byte in whole[middle : middle + 400]) + whole[middle + 400 :]
+    path.write_bytes({"empty": b"", "cut": whole[:middle], "altered": altered}[damage])
+    with pytest.raises(ParityError, match=r"ref\.npz: not a whole reference file"):
+        load_reference(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from fakes import make_bundle, rung
 
 import export.rebuild
 from export.tensorrt_engine import EngineInfo
-from runtime.bundle import Artifact, Bundle, read_bundle
+from runtime.bundle import MANIFEST, Artifact, Bundle, read_bundle
 from runtime.errors import BundleError, ExportError
 from runtime.files import sha256_file
 
@@ -115,3 +116,17 @@ def test_what_is_no_engine_or_lost_its_graph_is_refused(bundle: Bundle, tmp_path
     orphan = make_bundle(tmp_path / "orphan", [rung("onnxruntime")], engines=[ENGINE])
     with pytest.raises(BundleError, match="built from is not in the bundle"):
         export.rebuild.rebuild(orphan.folder, ENGINE.name)
+
+
+def test_the_engine_is_built_as_it_was(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(export.rebuild, "build_engine", fake_build(asked))
+    settings = {"workspace_bytes": 1 << 30, "optimization_level": 0, "hardware_compatible": True}
+    content = json.loads((bundle.folder / MANIFEST).read_text(encoding="utf-8"))
+    for artifact in content["artifacts"]:
+        if artifact["name"] == ENGINE.name:
+            artifact["build"] = {**settings, "seconds": 1.0}
+    (bundle.folder / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
+    export.rebuild.rebuild(bundle.folder, ENGINE.name)
+    assert {name: asked.get(name) for name in settings} == settings
+    assert "seconds" not in asked

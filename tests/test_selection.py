@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 from collections.abc import Sequence
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 from fakes import OracleBackend, edit_manifest, make_bundle, onnx_artifact, rung
 
+from export.verification import rungs_to_prove
 from runtime.backends import open_backend, open_rung
-from runtime.backends.selection import matching_rungs, rebuild_engine, rung_lengths
+from runtime.backends.selection import matching_rungs, rebuild_engine, rejected_rungs, rung_lengths
 from runtime.bundle import Artifact, Bundle, Rung, read_bundle
 from runtime.errors import BackendUnavailable, EngineMismatch, MissingDependency
 from runtime.machine import machine_class
@@ -196,3 +198,20 @@ def test_a_rebuild_that_fails_shows_what_the_command_said(mixed: Bundle, monkeyp
     monkeypatch.setattr("runtime.backends.selection._REBUILD", (sys.executable, "-c", "raise SystemExit('no GPU')"))
     with pytest.raises(BackendUnavailable, match=r"(?s)building 'tensorrt-fp16' again failed.*no GPU"):
         rebuild_engine(mixed, ENGINE)
+
+
+def test_what_failed_the_gate_is_not_run(tmp_path: Path) -> None:
+    failed = rung("openvino", "bf16", gate="failed")
+    bundle = make_bundle(tmp_path, [rung("openvino")])
+    bundle = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, rejected=(failed,)))
+    assert [r.name for r in matching_rungs(bundle, "openvino")] == ["openvino-fp32-t32", "openvino-fp16"]
+    with pytest.raises(BackendUnavailable, match=r"failed the parity gate and are not run: openvino-bf16-t32"):
+        matching_rungs(bundle, "openvino", precision="bf16")
+    assert rejected_rungs(bundle, "openvino") == [failed]
+    assert rungs_to_prove(bundle, "openvino", "bf16") == [failed]  # it may be proven again
+
+
+def test_ways_that_are_no_rungs_have_names_of_their_own(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path, [rung("onnxruntime")], lengths=(32, 16))
+    names = [matching_rungs(bundle, "openvino", precision="bf16", length=length)[0].name for length in (32, 16)]
+    assert names == ["openvino-bf16", "openvino-bf16-t16"]

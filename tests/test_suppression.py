@@ -210,3 +210,11 @@ def test_numba_is_not_imported_before_it_is_used() -> None:
     code = "import sys, runtime.suppression, runtime.average_precision; print('numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_arrays_that_can_not_be_written_are_taken() -> None:
+    arrays = (np.array([[0, 1], [0, 2]], np.float32), np.array([0.5, 0.4], np.float32), np.array([0, 0]))
+    for array in arrays:
+        array.setflags(write=False)
+    _, scores, _ = suppress(*arrays, method="none")
+    assert scores.tolist() == pytest.approx([0.5, 0.4])

@@ -166,18 +166,20 @@ def _unlisted_rungs(bundle: Bundle, backend: str) -> list[Rung]:
 
     A precision that has a file of its own is run from that one.
     """
-    known = {rung.name for rung in (*bundle.manifest.rungs, *bundle.manifest.rejected)}
+    listed = (*bundle.manifest.rungs, *bundle.manifest.rejected)
+    known = {(rung.backend, rung.precision, bundle.artifact(rung.artifact).length) for rung in listed}
     graphs = [artifact for artifact in bundle.manifest.artifacts if artifact.flavour == "onnx"]
     ways = [(artifact, artifact.precision) for artifact in graphs]
     fp32 = [artifact for artifact in graphs if artifact.precision == "fp32"]
     ways += [(a, p) for a in fp32 for name, p in sorted(_RUNS_FP32_GRAPH) if name == backend]
-    rungs: dict[str, Rung] = {}
+    rungs = []
     for artifact, precision in ways:
-        name = entry_name(backend, precision, artifact.length, bundle.spec)
-        if name not in known:
-            way = Rung(name=name, backend=backend, precision=precision, artifact=artifact.name, gate="not-run")
-            rungs.setdefault(name, way)
-    return list(rungs.values())
+        way = (backend, precision, artifact.length)
+        if way not in known:
+            known.add(way)
+            name = entry_name(*way, bundle.spec)
+            rungs.append(Rung(name=name, backend=backend, precision=precision, artifact=artifact.name, gate="not-run"))
+    return rungs
 
 
 class _Opener:
