@@ -78,8 +78,9 @@ _SEVEN_BITS = replace(_HALF, max_logits=0.25, mean_logits=0.03, max_offsets=0.2,
 #   average_map        0           0 - 4e-4        7e-4 - 12e-4
 #
 # And with engines: OpenVINO in bfloat16 found 0.998 of the demo network's events (80 videos, mAP 1e-4 off), 0.984 of
-# those of a full-size network whose heads alone were fitted (40 videos, mAP 7e-4 off; 0.991 of another one's, 24 videos,
-# since norms have three axes). Of the former ONNX Runtime in float16 found all on 6 videos, 0.999 on the stress inputs.
+# those of a full-size network whose heads alone were fitted (40 videos, mAP 7e-4 off; 0.991 of another one's, 24
+# videos, since norms have three axes). Of the former ONNX Runtime in float16 found all on 6 videos, and 0.999 on the
+# stress inputs.
 #
 # What half precision loses are events that Soft-NMS decides by a hair: two overlapping candidates of nearly the same
 # score change places, and the other one is kept. A tIoU of 0.95 asks for the same candidate; the rounding of its ends
