@@ -215,11 +215,13 @@ def _onnx_program(exported: torch.export.ExportedProgram, opset: int, log: io.St
 
 
 def _split(x: Any, sizes: Any, dim: int = 0) -> Any:
-    """split_with_sizes -> Split. Sizes that depend on the batch are equal parts (see `deploy_parts.equal_parts`)."""
+    """split_with_sizes -> Split. Sizes that depend on the batch must be equal parts (`deploy_parts.equal_parts`)."""
     from onnxscript import opset18 as op
 
     if all(isinstance(size, int) for size in sizes):
         return op.SplitToSequence(x, op.Constant(value_ints=list(sizes)), axis=dim)
+    if len({id(size) for size in sizes}) > 1:
+        raise ExportError(f"a split into {len(sizes)} parts whose sizes depend on the batch and are not one value")
     return op.Split(x, axis=dim, num_outputs=len(sizes))
 
 

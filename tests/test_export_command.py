@@ -331,7 +331,7 @@ def test_options_that_can_not_apply_are_refused(
     for command, message in (
         (annotated, "annotations: got a.json without a feature folder"),
         (level, "optimization_level: for engines only"),
-        (videos, "count: a reference file already holds its videos"),
+        (videos, "--videos: a reference file already holds its videos"),
     ):
         assert main(command) == 2
         assert message in capsys.readouterr().err

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from export.to_onnx import EXTERNAL_BYTES, audit, example_inputs, export_onnx
+from export.to_onnx import EXTERNAL_BYTES, _split, audit, example_inputs, export_onnx
 from runtime.errors import ExportError
 from runtime.spec import ModelSpec
 
@@ -160,3 +160,9 @@ def test_the_audit_sees_a_foreign_file(tmp_path: Path) -> None:
     onnx.save(model, info.path)
     with pytest.raises(ExportError, match="video"):
         audit(info.path, SPEC, opset=20, batch=None)
+
+
+def test_parts_whose_sizes_depend_on_the_batch_must_be_equal() -> None:
+    one, other = object(), object()  # what the exporter hands over for two different symbolic sizes
+    with pytest.raises(ExportError, match="2 parts whose sizes depend on the batch and are not one value"):
+        _split(None, [one, other])

@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _reference(arguments: argparse.Namespace, bundle: Bundle) -> Reference:
     if arguments.reference:
-        if given := eager_arguments(arguments):
+        options = ("features", "annotations", "videos", "device")
+        if given := [f"--{option}" for option in options if getattr(arguments, option) is not None]:
             raise ConfigError(f"{', '.join(given)}: a reference file already holds its videos and the eager outputs")
 
         from export.outputs import load_reference
