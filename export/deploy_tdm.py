@@ -83,14 +83,15 @@ class Branches(Part):
 class Group(Part):
     """Both branches on the levels of one group, and what the channel branch adds before them."""
 
-    other_level: Tensor
+    other_level: Tensor  # only where the group has several levels
 
     def __init__(self, stage: TemporalDependency, layout: Layout, first: int, dtype: torch.dtype):
         """layout of the group; first: its first level."""
         super().__init__(dtype)
         self.channel_expand = ChannelExpand(stage, layout, first, dtype) if stage.channel_branch else None
         self.several = len(layout.steps) > 1
-        self.keep("other_level", layout.other_level() * EXCLUDED, torch.float32)
+        if self.several:
+            self.keep("other_level", layout.other_level() * EXCLUDED, torch.float32)
         self.time_taps = query_key_value_taps(stage.temporal, layout.taps(), dtype)
         self.class_taps = query_key_value_taps(stage.cooccurrence, sequence_taps(stage.classes), dtype)
 

@@ -9,7 +9,6 @@ from typing import Any
 from export.outputs import Reference
 from export.parity import ParityReport, compare
 from export.precision import tolerance
-from runtime.backends.base import Backend
 from runtime.backends.selection import open_named
 from runtime.bundle import Bundle, Rung
 from runtime.features import pack
@@ -21,15 +20,10 @@ SPEED_RULES = Rules(warmup_seconds=0.2, warmup_calls=2, seconds=1.0, calls=7)
 """Enough to rank the rungs; `ccnet bench` measures them properly."""
 
 
-def open_for_gate(bundle: Bundle, rung: Rung) -> Backend:
-    """The rung's backend, proven or not. Raises what `runtime.backends.selection.open_rung` raises."""
-    return open_named(bundle, rung)
-
-
 def gate_rung(bundle: Bundle, rung: Rung, reference: Reference) -> ParityReport:
     """Compare a rung with the reference. Raises BackendUnavailable or EngineMismatch when it can't run here."""
     part = reference.cut(bundle.artifact(rung.artifact).length)
-    with open_for_gate(bundle, rung) as backend:
+    with open_named(bundle, rung) as backend:
         return compare(backend, part.outputs, part.videos, limits=tolerance(rung.precision))
 
 
@@ -44,7 +38,7 @@ def measured(bundle: Bundle, rungs: Sequence[Rung]) -> list[Rung]:
     calls = {}
     backends = []
     for rung in rungs:
-        backend = open_for_gate(bundle, rung)
+        backend = open_named(bundle, rung)
         inputs = pack(sample_videos(spec, 1, steps=backend.spec.length), backend.spec)
         calls[rung.name] = lambda backend=backend, inputs=inputs: backend.infer(*inputs)
         backends.append(backend)
