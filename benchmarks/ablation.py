@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.results import RESULTS, Measurement, markdown_table, write_result
 from ccnet.config import Config, LossConfig, ModelConfig, TrainConfig, with_overrides
-from ccnet.planted import Planting
+from ccnet.synthetic.features import Planting
 from runtime.files import write_json
 from runtime.machine import machine_facts
 from runtime.spec import TimeBase
@@ -122,8 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def plant(work: Path) -> None:
     """The annotation file and its features, once."""
-    from ccnet.planted_annotations import demo_annotations
-    from ccnet.planted_folder import plant_folder
+    from ccnet.synthetic.annotations import demo_annotations
+    from ccnet.synthetic.folder import plant_folder
     from runtime.annotations import read_annotations
 
     path = work / "annotations.json"
@@ -138,8 +138,8 @@ def run(job: Job) -> str:
     import torch
 
     from ccnet.checkpoint import read_checkpoint
-    from ccnet.train import train
-    from ccnet.validation import evaluate_network
+    from ccnet.training.loop import train
+    from ccnet.training.validation import evaluate_network
     from runtime.annotations import read_annotations
 
     torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.networks import Networks, benchmark_config
 from benchmarks.results import RESULTS
-from runtime.timing import Rules
+from runtime.profiling.timing import Rules
 
 WORK = Path(__file__).resolve().parents[1] / "build" / "benchmarks"
 

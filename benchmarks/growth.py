@@ -28,9 +28,9 @@ from runtime.features import pack, read_video
 from runtime.localizer import Localizer
 from runtime.machine import machine_facts
 from runtime.postprocess import to_events
+from runtime.profiling.timing import Rules, Timing, measure, measure_interleaved
+from runtime.profiling.workload import sample_videos
 from runtime.spec import ModelSpec
-from runtime.timing import Rules, Timing, measure, measure_interleaved
-from runtime.workload import sample_videos
 
 if TYPE_CHECKING:
     from runtime.backends.base import Backend

@@ -22,11 +22,11 @@ from benchmarks.arguments import Setting, parse
 from benchmarks.engines import INT8_ENGINES, ONNX_ENGINES, available_engines
 from benchmarks.plots import bars
 from benchmarks.results import Measurement, markdown_table, write_result
-from export.precision import tolerance
+from export.parity.tolerances import tolerance
 from runtime.features import pack
 from runtime.machine import machine_facts
-from runtime.timing import Ratio, Timing, measure_interleaved, ratio
-from runtime.workload import sample_videos
+from runtime.profiling.timing import Ratio, Timing, measure_interleaved, ratio
+from runtime.profiling.workload import sample_videos
 
 if TYPE_CHECKING:
     from runtime.backends.base import Backend, Bool, Float32

@@ -21,7 +21,7 @@ from runtime.spec import ModelSpec
 if TYPE_CHECKING:
     from torch import nn
 
-    from ccnet.model import CCNet
+    from ccnet.network.model import CCNet
 
 TINY = {
     "model.length": "16",
@@ -53,8 +53,8 @@ def random_network(config: Config, *, seed: int = 0) -> CCNet:
     import torch
     from torch import nn
 
-    from ccnet.layers import ScaledDropPath
-    from ccnet.model import CCNet
+    from ccnet.network.layers import ScaledDropPath
+    from ccnet.network.model import CCNet
 
     torch.manual_seed(seed)
     model = CCNet(config.model).eval()
@@ -82,7 +82,7 @@ class Networks:
     @property
     def least_int8_weights(self) -> int:
         """What counts as a large product: the exporter's limit, or a little of a tiny network."""
-        from export.quantize import LEAST_WEIGHTS
+        from export.graph.quantize import LEAST_WEIGHTS
 
         return min(LEAST_WEIGHTS, self.config.model.dim**2)
 
@@ -126,14 +126,14 @@ class Networks:
 
     def _write(self, form: str, path: Path, length: int | None) -> dict[str, Any]:
         if form == "int8":
-            from export.quantize import quantize_weights
+            from export.graph.quantize import quantize_weights
 
             begin = time.perf_counter()
             source = self.graph("deployment", length=length)
             quantized = quantize_weights(source, path, least_weights=self.least_int8_weights)
             seconds = time.perf_counter() - begin
             return {**dataclasses.asdict(quantized), "path": path.name, "seconds": seconds}
-        from export.to_onnx import export_onnx
+        from export.graph.to_onnx import export_onnx
 
         spec = self.spec if length is None else self.spec.with_length(length)
         info = export_onnx(self._module(form, length), spec, path, max_batch=32)
@@ -142,8 +142,8 @@ class Networks:
     def _module(self, form: str, length: int | None) -> nn.Module:
         if form == "straightforward":
             return self.eager()
-        from export.deploy import deployment_form
-        from export.precision import graph_precision, torch_dtype
+        from export.fused.network import deployment_form
+        from export.parity.tolerances import graph_precision, torch_dtype
 
         dtype = torch_dtype(graph_precision("fp32" if form == "deployment" else form))
         return deployment_form(self.eager(), length=length, dtype=dtype)

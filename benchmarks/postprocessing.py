@@ -31,9 +31,9 @@ from runtime.average_precision import average_precision
 from runtime.evaluation import TIOU
 from runtime.machine import machine_facts
 from runtime.postprocess import detect
+from runtime.profiling.timing import Ratio, Rules, Timing, measure, measure_interleaved, ratio
 from runtime.spec import ModelSpec, PostProcessing
 from runtime.suppression import suppress
-from runtime.timing import Ratio, Rules, Timing, measure, measure_interleaved, ratio
 
 CLASSES = 100
 SIZES = (2500, 9000)

@@ -21,11 +21,11 @@ from benchmarks.arguments import Setting, parse
 from benchmarks.engines import available_engines
 from benchmarks.graph_cost import GraphCost, graph_cost
 from benchmarks.results import Measurement, markdown_table, write_result
-from export.precision import graph_precision, torch_dtype
+from export.parity.tolerances import graph_precision, torch_dtype
 from runtime.features import pack
 from runtime.machine import machine_facts
-from runtime.timing import Timing, measure_interleaved
-from runtime.workload import sample_videos
+from runtime.profiling.timing import Timing, measure_interleaved
+from runtime.profiling.workload import sample_videos
 
 BATCHES = (1, 8, 32)
 MATRIX = 2048

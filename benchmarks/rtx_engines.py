@@ -13,8 +13,8 @@ from typing import Any, cast
 
 from benchmarks.arguments import Setting, parse
 from benchmarks.results import Measurement, markdown_table, write_result
-from export.engine_request import EnginePrecision
-from export.tensorrt_engine import build_engine
+from export.tensorrt.build import build_engine
+from export.tensorrt.options import EnginePrecision
 from runtime.errors import MissingDependency
 from runtime.machine import machine_facts
 

@@ -24,9 +24,9 @@ from benchmarks.results import Measurement, markdown_table, write_result
 from runtime.features import read_video
 from runtime.localizer import Localizer
 from runtime.machine import machine_facts
+from runtime.profiling.timing import measure_interleaved, ratio
+from runtime.profiling.workload import sample_videos
 from runtime.spec import ModelSpec
-from runtime.timing import measure_interleaved, ratio
-from runtime.workload import sample_videos
 
 VIDEOS = 8
 """Files in the folder: enough for stages to overlap, few enough for several rounds."""

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ccnet.checkpoint import load_checkpoint, save_checkpoint
     from ccnet.config import Config, ModelConfig
-    from ccnet.model import CCNet
+    from ccnet.network.model import CCNet
 
 __version__ = "0.1.0"
 __all__ = ["CCNet", "Config", "ModelConfig", "load_checkpoint", "save_checkpoint"]
 
 _HOME = {
-    "CCNet": "ccnet.model",
+    "CCNet": "ccnet.network.model",
     "Config": "ccnet.config",
     "ModelConfig": "ccnet.config",
     "load_checkpoint": "ccnet.checkpoint",

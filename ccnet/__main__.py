@@ -1,5 +1,5 @@
 import sys
 
-from ccnet.cli import main
+from ccnet.cli.main import main
 
 sys.exit(main())

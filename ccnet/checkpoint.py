@@ -24,7 +24,7 @@ from runtime.files import atomic_folder, sha256_file, write_json
 from runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from ccnet.model import CCNet
+    from ccnet.network.model import CCNet
 
 SCHEMA = 1
 MANIFEST = "checkpoint.json"
@@ -56,7 +56,7 @@ class Checkpoint:
 
         Raises CheckpointError when the weights are missing, truncated or altered, or belong to another configuration.
         """
-        from ccnet.model import CCNet
+        from ccnet.network.model import CCNet
 
         path = self.folder / WEIGHTS
         check_file(path, size=self.weights_size, sha256=self.weights_sha256, said_by=MANIFEST)

@@ -14,16 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from runtime.errors import ConfigError
-from runtime.spec import (
-    FeatureLayout,
-    ModelSpec,
-    PostProcessing,
-    TimeBase,
-    check_length,
-    convert,
-    require,
-    section_from_json,
-)
+from runtime.schema import convert, require, section_from_json
+from runtime.spec import FeatureLayout, ModelSpec, PostProcessing, TimeBase, check_length
 
 MtgcOrder = Literal["c2f_f2c", "f2c_c2f"]
 IouLoss = Literal["giou", "diou"]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import cast
 
 from export.bundle_writer import changed_bundle
-from export.engine_request import CURRENT, EnginePrecision
-from export.tensorrt_engine import BUILD_SETTINGS, build_engine
+from export.tensorrt.build import BUILD_SETTINGS, build_engine
+from export.tensorrt.options import CURRENT, EnginePrecision
 from runtime.bundle import Artifact, Bundle, read_bundle
 from runtime.errors import BundleError, CCNetError
 

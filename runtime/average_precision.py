@@ -49,7 +49,7 @@ def average_precision(
         raise PredictionError(f"pred_scores: entry {int(np.argmin(np.isfinite(scores)))} is not finite")
     gt = _check("gt", gt_video, gt_segments, gt_labels, num_classes, AnnotationError)
 
-    from runtime.average_precision_kernels import average_precision_kernel
+    from runtime.kernels.average_precision import average_precision_kernel
 
     order = np.lexsort((-scores.astype(np.float64), labels))
     truth = _GroundTruth(*gt, num_classes)
@@ -80,7 +80,7 @@ class _GroundTruth:
         labels: npt.NDArray[np.int64],
         num_classes: int,
     ) -> None:
-        from runtime.average_precision_kernels import mark_duplicates_kernel
+        from runtime.kernels.average_precision import mark_duplicates_kernel
 
         self.videos, index = np.unique(video, return_inverse=True)
         keys = labels * len(self.videos) + index

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from runtime.errors import BundleError, ConfigError
 from runtime.files import sha256_file
-from runtime.spec import ModelSpec, section_from_json
+from runtime.schema import section_from_json
+from runtime.spec import ModelSpec
 
 SCHEMA = 1
 MANIFEST = "bundle.json"

@@ -13,8 +13,9 @@ from runtime.detections import Detections
 from runtime.errors import CCNetError
 from runtime.features import find_videos, read_video
 from runtime.localizer import Localizer
-from runtime.spec import ModelSpec, require
-from runtime.stream import Item
+from runtime.pipeline import Item
+from runtime.schema import require
+from runtime.spec import ModelSpec
 
 OnError = Literal["skip", "stop"]
 Record: TypeAlias = tuple[str, float, Detections]

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import EngineError
-from runtime.spec import LOGITS, OFFSETS, PointGrid, PostProcessing, require
+from runtime.schema import require
+from runtime.spec import LOGITS, OFFSETS, PointGrid, PostProcessing
 
 Candidates = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64]]
 

@@ -13,15 +13,16 @@ from typing import Any, Literal, TypeAlias
 
 from runtime.backends import OnMismatch, open_rung
 from runtime.backends.base import Backend, Float32
-from runtime.backends.selection import Opened, rung_lengths
+from runtime.backends.select import Opened, rung_lengths
 from runtime.bundle import read_bundle
 from runtime.detections import Detections
 from runtime.errors import ConfigError, FeatureError
 from runtime.features import VideoFeatures, check_features, pack
 from runtime.machine import GPU_BACKENDS
+from runtime.pipeline import Item, Results, stream_videos
 from runtime.postprocess import detect
-from runtime.spec import ModelSpec, PostProcessing, require
-from runtime.stream import Item, Results, stream_videos
+from runtime.schema import require
+from runtime.spec import ModelSpec, PostProcessing
 from runtime.windows import Window, merge_windows, plan_windows
 
 LongVideos = Literal["crop", "windows"]

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from runtime.decode import decode
 from runtime.detections import Detections
-from runtime.spec import ModelSpec, PostProcessing, require
+from runtime.schema import require
+from runtime.spec import ModelSpec, PostProcessing
 from runtime.suppression import suppress
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.errors import ConfigError
+from runtime.schema import require, section_from_json
 
 VISUAL, AUDIO, MASK = "visual", "audio", "mask"
 LOGITS, OFFSETS = "logits", "offsets"
@@ -28,7 +27,6 @@ OUTPUT_NAMES = (LOGITS, OFFSETS)
 
 Floats = npt.NDArray[np.floating[Any]]
 Method = Literal["soft", "hard", "none"]
-Section = TypeVar("Section")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,63 +222,3 @@ def check_length(length: int, levels: int) -> None:
     coarsest = 2 ** (levels - 1)
     good = isinstance(length, int) and length >= coarsest and length % coarsest == 0
     require(good, "length", length, f"a multiple of {coarsest} (the stride of level {levels})")
-
-
-def section_from_json(cls: type[Section], data: Any, *, where: str) -> Section:
-    """Build a (nested) dataclass from parsed JSON, strictly.
-
-    Raises ConfigError naming the full key for anything unknown, missing or of the wrong type.
-    """
-    if not isinstance(data, dict):
-        raise ConfigError(f"{where}: got {type(data).__name__}, expected an object")
-    hints = get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
-    unknown = sorted(set(data) - set(fields))
-    if unknown:
-        raise ConfigError(f"{where}: unknown key(s) {', '.join(unknown)}; known keys: {', '.join(fields)}")
-    required = [
-        name
-        for name, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    missing = sorted(set(required) - set(data))
-    if missing:
-        raise ConfigError(f"{where}: missing key(s) {', '.join(missing)}")
-    values = {name: convert(value, hints[name], where=f"{where}.{name}") for name, value in data.items()}
-    return cls(**values)
-
-
-def convert(value: Any, hint: Any, *, where: str) -> Any:
-    """One JSON value as the annotated type: dataclass, tuple[X, ...], dict, Literal, X | None or a plain one."""
-    if dataclasses.is_dataclass(hint):
-        return section_from_json(cast(Any, hint), value, where=where)
-    args = get_args(hint)
-    if type(None) in args:
-        inner = next(a for a in args if a is not type(None))
-        return None if value is None else convert(value, inner, where=where)
-    if getattr(hint, "__origin__", None) is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: got {value!r}, expected a list")
-        return tuple(convert(v, args[0], where=f"{where}[{i}]") for i, v in enumerate(value))
-    if getattr(hint, "__origin__", None) is Literal:
-        require(value in args, where, value, f"one of {', '.join(map(repr, args))}")
-        return value
-    if getattr(hint, "__origin__", None) is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}: got {value!r}, expected an object")
-        return {key: convert(v, args[1], where=f"{where}.{key}") for key, v in value.items()}
-    if hint is Any:
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{where}: got {value!r}, expected {hint.__name__}")
-    if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{where}: got {value!r}, expected a finite number")
-    return value
-
-
-def require(condition: bool, key: str, got: Any, expected: str) -> None:
-    """Raises ConfigError naming the key, what it got and what is expected, unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{key}: got {got!r}, expected {expected}")

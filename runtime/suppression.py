@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import ConfigError, PredictionError
-from runtime.spec import Method, PostProcessing, require
+from runtime.schema import require
+from runtime.spec import Method, PostProcessing
 
 Suppressed = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
@@ -57,7 +58,7 @@ def suppress(
     if method == "none":
         return _best(boundaries, confidence, classes, min_score, max_segments)
 
-    from runtime.suppression_kernels import suppress_kernel
+    from runtime.kernels.suppression import suppress_kernel
 
     groups, first_label, group_count = _grouping(classes) if multiclass else (classes, 0, 1)
     total = len(confidence)
@@ -99,7 +100,7 @@ def _grouping(labels: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], int
 def _vote(
     segments: npt.NDArray[np.float32], scores: npt.NDArray[np.float32], kept: npt.NDArray[np.int64], threshold: float
 ) -> npt.NDArray[np.float32]:
-    from runtime.voting_kernels import vote_kernel
+    from runtime.kernels.voting import vote_kernel
 
     voted = np.empty((len(kept), 2), np.float32)
     vote_kernel(segments, scores, kept, np.float32(threshold), voted)

@@ -19,7 +19,8 @@ from runtime.backends.base import Float32
 from runtime.decode import decode
 from runtime.detections import Detections
 from runtime.postprocess import to_events
-from runtime.spec import ModelSpec, PostProcessing, require
+from runtime.schema import require
+from runtime.spec import ModelSpec, PostProcessing
 
 
 @dataclass(frozen=True)

@@ -360,7 +360,7 @@ def tensorrt_module(sim: Simulation) -> types.ModuleType:
 
 def install(monkeypatch: pytest.MonkeyPatch, sim: Simulation) -> None:
     """Put the stand-ins where `import tensorrt` and `from cuda.bindings import runtime` find them."""
-    from runtime.backends import cuda
+    from runtime.backends.tensorrt import cuda
 
     bindings = types.ModuleType("cuda.bindings")
     bindings.runtime = cuda_module(sim)  # type: ignore[attr-defined]

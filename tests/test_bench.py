@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-import runtime.bench
-from ccnet.cli import main
+import runtime.profiling.bench
+from ccnet.cli.main import main
 from runtime.backends.checks import check_inputs
-from runtime.bench import Candidate, Plan, bench, rung_candidates
-from runtime.bench_report import bench_text, text_table
 from runtime.bundle import Artifact, Bundle, FileRecord, Manifest, Rung
-from runtime.cold_start import measure_cold_start
 from runtime.errors import BackendUnavailable, EngineError
+from runtime.profiling.bench import Candidate, Plan, bench, rung_candidates
+from runtime.profiling.cold_start import measure_cold_start
+from runtime.profiling.report import bench_text, text_table
+from runtime.profiling.timing import Rules
+from runtime.profiling.workload import sample_videos
 from runtime.spec import ModelSpec
-from runtime.timing import Rules
-from runtime.workload import sample_videos
 
 SPEC = ModelSpec(length=16, levels=2, visual_dim=6, audio_dim=3, labels=("a", "b"))
 QUICK = Plan(rules=Rules(warmup_seconds=0, warmup_calls=1, seconds=0, calls=4), batches=(1, 2), cold_starts=1)
@@ -207,7 +207,9 @@ def test_candidates_of_a_bundle(tmp_path: Path) -> None:
 
 def test_cold_start_goes_into_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     run = {"import_s": 0.1, "load_s": 2.0, "first_result_s": 0.5, "total_s": 3.0, "peak_bytes": 130e6}
-    monkeypatch.setattr(runtime.bench, "measure_cold_start", lambda arguments, repeats: {"runs": [run] * repeats})
+    monkeypatch.setattr(
+        runtime.profiling.bench, "measure_cold_start", lambda arguments, repeats: {"runs": [run] * repeats}
+    )
     measured = candidate("x", FakeBackend(), cold_start=("bundle",), weight_bytes=100_000_000)
     unproven = candidate("y", FakeBackend(), cold_start=("bundle",), gate="not-run")
     report = bench(SPEC, [measured, unproven], QUICK)
@@ -244,7 +246,7 @@ def test_plot(tmp_path: Path) -> None:
 
 
 def test_bench_needs_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import runtime.bench, ccnet.commands.bench"
+    code = "import sys; sys.modules['torch'] = None; import runtime.profiling.bench, ccnet.cli.bench"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -253,7 +255,7 @@ def test_a_cold_start_that_fails_is_listed_and_the_rest_goes_on(monkeypatch: pyt
     def fail(arguments: Any, repeats: int) -> Any:
         raise EngineError("no such arithmetic here")
 
-    monkeypatch.setattr(runtime.bench, "measure_cold_start", fail)
+    monkeypatch.setattr(runtime.profiling.bench, "measure_cold_start", fail)
     unable = candidate("x", FakeBackend(), cold_start=("bundle",))
     report = bench(SPEC, [unable, candidate("y", FakeBackend())], QUICK)
     assert [c["not_measured"] for c in report["candidates"]] == ["no such arithmetic here", None]

@@ -20,8 +20,8 @@ from benchmarks.arguments import Setting  # noqa: E402
 from benchmarks.compare import compare  # noqa: E402
 from benchmarks.networks import BRANCH_SCALE, Networks, benchmark_config, random_network  # noqa: E402
 from runtime.errors import ConfigError  # noqa: E402
+from runtime.profiling.timing import Rules  # noqa: E402
 from runtime.spec import ModelSpec  # noqa: E402
-from runtime.timing import Rules  # noqa: E402
 
 RULES = Rules(warmup_seconds=0, warmup_calls=1, seconds=0, calls=2)
 

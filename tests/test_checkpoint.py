@@ -15,7 +15,7 @@ import torch
 from ccnet import load_checkpoint, save_checkpoint
 from ccnet.checkpoint import MANIFEST, WEIGHTS, read_checkpoint
 from ccnet.config import Config, ModelConfig
-from ccnet.model import CCNet
+from ccnet.network.model import CCNet
 from runtime.errors import CheckpointError, ConfigError
 from runtime.files import recover_folder, sha256_file
 

@@ -92,7 +92,7 @@ def test_the_commands_of_the_runtime_work_and_the_others_name_their_extra(site: 
     bundle, out = str(tmp_path / "bundle"), str(tmp_path / "events.jsonl")
     code = f"""
 import contextlib, io
-from ccnet.cli import main
+from ccnet.cli.main import main
 errors = io.StringIO()
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
     result = [

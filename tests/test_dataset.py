@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ccnet.config import Config, ModelConfig, TrainConfig
-from ccnet.dataset import Collate, EpochBatches, Sample, TrainingLoader, TrainingVideos, check_folder, crop
+from ccnet.training.dataset import Collate, EpochBatches, Sample, TrainingLoader, TrainingVideos, check_folder, crop
 from runtime.annotations import VideoAnnotation
 from runtime.errors import FeatureError
 from runtime.spec import TimeBase

@@ -10,8 +10,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("matplotlib")
 
-from ccnet.cli import main
-from ccnet.commands import demo
+from ccnet.cli.main import demo, main
 from ccnet.config import PRESETS, Config
 from runtime.annotations import read_annotations
 from runtime.bundle import read_bundle
@@ -60,7 +59,7 @@ def test_predicting_happens_where_torch_cannot_be_imported():
     import subprocess
     import sys
 
-    code = demo._WITHOUT_TORCH.replace("from ccnet.cli import main; sys.exit(main(sys.argv[1:]))", "import torch")
+    code = demo._WITHOUT_TORCH.replace("from ccnet.cli.main import main; sys.exit(main(sys.argv[1:]))", "import torch")
     failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert failed.returncode != 0
     assert "torch" in failed.stderr

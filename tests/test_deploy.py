@@ -12,10 +12,10 @@ from test_model import SWITCHES, TINY, inputs, randomized
 from torch import Tensor
 
 from ccnet.config import Config, ModelConfig
-from ccnet.model import CCNet
-from ccnet.released import load_released
-from export.deploy import Deployment, deployment_form
-from export.deploy_layout import Layout
+from ccnet.network.model import CCNet
+from ccnet.network.released import load_released
+from export.fused.layout import Layout
+from export.fused.network import Deployment, deployment_form
 from runtime.errors import ExportError
 from runtime.spec import point_grid
 
@@ -153,7 +153,7 @@ SIX_LEVELS = ModelConfig(length=32, visual_dim=12, audio_dim=6, dim=16, num_clas
 def test_exports_to_onnx_within_the_node_budget(tmp_path: Path, opset: int, batch: int | None, length: int) -> None:
     """The number of nodes depends on switches and levels, not on widths: that of the full-size network is the same."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    from export.to_onnx import export_onnx
+    from export.graph.to_onnx import export_onnx
 
     eager = randomized(SIX_LEVELS)
     spec = Config(model=SIX_LEVELS).spec(("a", "b", "c")).with_length(length)
@@ -179,7 +179,7 @@ def test_exports_to_onnx_within_the_node_budget(tmp_path: Path, opset: int, batc
 def test_a_small_largest_batch_leaves_the_batch_axis_free(tmp_path: Path, max_batch: int) -> None:
     """The exporter took an axis of up to 2 for three different ones, as its example has 2 videos."""
     pytest.importorskip("onnx")
-    from export.to_onnx import export_onnx
+    from export.graph.to_onnx import export_onnx
 
     spec = Config(model=SIX_LEVELS).spec(("a", "b", "c"))
     export_onnx(deployment_form(randomized(SIX_LEVELS)), spec, tmp_path / "model.onnx", max_batch=max_batch)

@@ -12,7 +12,7 @@ from fakes import rung
 from runtime.backends import open_backend
 from runtime.bundle import Artifact
 from runtime.localizer import Localizer
-from runtime.workload import sample_videos
+from runtime.profiling.workload import sample_videos
 
 pytestmark = pytest.mark.slow  # exporting takes about half a minute
 
@@ -25,10 +25,10 @@ pytest.importorskip("onnxruntime")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
     """(network, spec, bundle folder) of a small random CCNet with its deployment form as ONNX."""
     from ccnet.config import Config, ModelConfig
-    from ccnet.model import CCNet
+    from ccnet.network.model import CCNet
     from export.bundle_writer import new_bundle
-    from export.deploy import deployment_form
-    from export.to_onnx import export_onnx
+    from export.fused.network import deployment_form
+    from export.graph.to_onnx import export_onnx
 
     config = Config(
         model=ModelConfig(

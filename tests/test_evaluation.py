@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fakes import LABELS, make_bundle, plant, write_features
 
-from ccnet.cli import main
+from ccnet.cli.main import main
 from runtime.annotations import Annotations, VideoAnnotation, read_annotations
 from runtime.detections import Detections, write_events
 from runtime.errors import AnnotationError, PredictionError

@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 from fakes import edit_manifest
 
-import export.gate
-import export.make_bundle
-import export.to_onnx
-from ccnet.cli import main
-from ccnet.commands.export import _engine_arguments
+import export.bundle
+import export.graph.to_onnx
+import export.parity.check
+from ccnet.cli.export import _engine_arguments
+from ccnet.cli.main import main
 from ccnet.config import Config, preset, with_overrides
-from export.engine_request import EngineRequest
-from export.outputs import load_reference
-from export.precision import TOLERANCES, Tolerance
-from export.to_onnx import OnnxInfo
+from export.graph.to_onnx import OnnxInfo
+from export.parity.reference import load_reference
+from export.parity.tolerances import TOLERANCES, Tolerance
+from export.tensorrt.options import EngineRequest
 from runtime.bundle import PARITY, Artifact, read_bundle
 from runtime.errors import BackendUnavailable, ExportError
 from runtime.localizer import Localizer
-from runtime.workload import sample_videos
+from runtime.profiling.workload import sample_videos
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -57,7 +57,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from ccnet.checkpoint import save_checkpoint
-    from ccnet.model import CCNet
+    from ccnet.network.model import CCNet
 
     torch.manual_seed(0)
     config = tiny_config()
@@ -146,7 +146,7 @@ def test_a_miss_is_exit_status_3_and_no_bundle(
         onnx.save(model, path)
         return OnnxInfo(path=path, files=(path.name,), opset=20, nodes=1, operators={}, weight_bytes=1, seconds=0.0)
 
-    monkeypatch.setattr(export.to_onnx, "export_onnx", wrong_graph)
+    monkeypatch.setattr(export.graph.to_onnx, "export_onnx", wrong_graph)
     assert main(["export", str(checkpoint), "--out", str(tmp_path / "bundle"), "--videos", "2"]) == 3
     assert "logits, largest difference" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -163,7 +163,7 @@ def test_verify_proves_what_was_not_run_and_flips_the_gate(bundle: Path, referen
 
 def test_verify_rejects_a_rung_that_fails(bundle: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unproven(bundle)
-    monkeypatch.setattr(export.gate, "tolerance", strict)
+    monkeypatch.setattr(export.parity.check, "tolerance", strict)
     assert main(["verify", str(bundle), "--reference", str(reference)]) == 3
     found = read_bundle(bundle)
     assert found.manifest.rungs == ()
@@ -174,7 +174,7 @@ def test_verify_rejects_a_rung_that_fails(bundle: Path, reference: Path, monkeyp
 
 def test_verify_without_torch(bundle: Path, reference: Path) -> None:
     unproven(bundle)
-    code = "import sys; sys.modules['torch'] = None; from ccnet.cli import main; "
+    code = "import sys; sys.modules['torch'] = None; from ccnet.cli.main import main; "
     code += f"sys.exit(main(['verify', {str(bundle)!r}, '--reference', {str(reference)!r}]))"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert read_bundle(bundle).manifest.rungs[0].gate == "passed"
@@ -343,10 +343,10 @@ def test_the_ladder_goes_on_without_an_engine_that_can_not_be_built(
     def build_engine(*_: object, **options: object) -> None:
         raise ExportError(f"no kernels for {options['precision']}")
 
-    monkeypatch.setattr(export.make_bundle, "build_engine", build_engine)
-    monkeypatch.setattr(export.make_bundle, "_LADDER", ("fp32",))
-    monkeypatch.setattr(export.make_bundle, "_ONNX_LADDER", (("onnxruntime", "fp32"),))
-    monkeypatch.setattr(export.make_bundle, "_runs_int8", lambda: False)
+    monkeypatch.setattr(export.bundle, "build_engine", build_engine)
+    monkeypatch.setattr(export.bundle, "_LADDER", ("fp32",))
+    monkeypatch.setattr(export.bundle, "_ONNX_LADDER", (("onnxruntime", "fp32"),))
+    monkeypatch.setattr(export.bundle, "_runs_int8", lambda: False)
     out = tmp_path / "bundle"
     command = ["export", str(checkpoint), "--out", str(out), "--videos", "3", "--format", "onnx", "tensorrt"]
     assert main([*command, "--precision", "auto"]) == 0

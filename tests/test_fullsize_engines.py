@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from export.tensorrt_engine import EngineInfo, build_engine
+from export.tensorrt.build import EngineInfo, build_engine
 from runtime.bundle import Bundle
 
 pytestmark = pytest.mark.slow
@@ -53,9 +53,9 @@ def bundle(rtx: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundl
     from benchmarks.networks import benchmark_config, labels, random_network
     from ccnet.checkpoint import read_checkpoint, save_checkpoint
     from ccnet.torch_backend import TorchBackend
-    from export.inputs import planted_inputs
-    from export.make_bundle import Request, make_bundle
-    from export.outputs import Reference, record
+    from export.bundle import Request, make_bundle
+    from export.parity.inputs import planted_inputs
+    from export.parity.reference import Reference, record
     from runtime.bundle import read_bundle
 
     folder = tmp_path_factory.mktemp("fullsize")

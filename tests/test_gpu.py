@@ -20,10 +20,9 @@ import numpy as np
 import pytest
 from small_network import SPEC, reference, write_onnx
 
-from benchmarks.gpu_stages import build_here, gate_engine
-from export.tensorrt_engine import EngineInfo
-from runtime.backends import cuda
-from runtime.backends.tensorrt import TensorRTBackend
+from benchmarks.gpu.stages import build_here, gate_engine
+from export.tensorrt.build import EngineInfo
+from runtime.backends.tensorrt.backend import TensorRTBackend, cuda
 from runtime.bundle import Artifact, read_bundle
 from runtime.errors import BackendUnavailable, BundleError, CCNetError, EngineError, EngineMismatch, ExportError
 

@@ -13,12 +13,13 @@ import pytest
 from tensorrt_simulation import Simulation, install
 from test_tensorrt_backend import ARTIFACT, SPEC, write_engine
 
-from benchmarks import gpu_report, gpu_stages
-from benchmarks.gpu_page import measurements, page
-from benchmarks.gpu_report import Stage
-from export.inputs import planted_inputs, stress_inputs
-from export.outputs import Reference, record, save_reference
-from runtime.backends.tensorrt import TensorRTBackend
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import stages as gpu_stages
+from benchmarks.gpu.page import measurements, page
+from benchmarks.gpu.report import Stage
+from export.parity.inputs import planted_inputs, stress_inputs
+from export.parity.reference import Reference, record, save_reference
+from runtime.backends.tensorrt.backend import TensorRTBackend
 from runtime.bundle import read_bundle
 from runtime.errors import ExportError
 
@@ -262,7 +263,7 @@ def test_measurements() -> None:
 @pytest.mark.slow  # tens of seconds of eager PyTorch, compiled post-processing and torch imports
 def test_the_torch_side(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
-    from benchmarks import gpu_torch
+    from benchmarks.gpu import torch_stages as gpu_torch
     from benchmarks.networks import Networks, benchmark_config
 
     products = gpu_torch.products(SETTINGS)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from fakes import make_bundle, rung
 
-from ccnet.cli import main
-from ccnet.commands.doctor import examine
-from runtime.backends.selection import BACKENDS
+from ccnet.cli.doctor import examine
+from ccnet.cli.main import main
+from runtime.backends.select import BACKENDS
 from runtime.machine import machine_class
 
 pytest.importorskip("onnx")
@@ -89,7 +89,7 @@ def test_doctor_survives_a_broken_library(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_doctor_exit_status_says_whether_anything_can_run(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from ccnet.commands import doctor
+    from ccnet.cli.main import doctor
 
     def usable() -> str:
         return "fine"

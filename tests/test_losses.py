@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccnet.config import LossConfig
-from ccnet.losses import DetectionLoss, diou_loss, giou_loss, sigmoid_focal_loss
-from ccnet.targets import Targets
+from ccnet.training.losses import DetectionLoss, diou_loss, giou_loss, sigmoid_focal_loss
+from ccnet.training.targets import Targets
 
 
 def case(seed=0, batch=2, points=12, classes=3):

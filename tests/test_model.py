@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ccnet.config import ModelConfig
-from ccnet.layers import Block, sinusoidal_positions
-from ccnet.model import CCNet
-from ccnet.released import load_released
+from ccnet.network.layers import Block, sinusoidal_positions
+from ccnet.network.model import CCNet
+from ccnet.network.released import load_released
 from runtime.errors import FeatureError
 from runtime.spec import point_grid
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from fakes import SPEC, OracleBackend, oracle
 
-from export.events import FEWEST_EVENTS, match_events
-from export.inputs import ParityVideo, crops, folder_inputs, planted_inputs, stress_inputs, stress_lengths
-from export.outputs import Outputs, Reference, load_reference, record, save_reference
-from export.parity import TITLES, compare
-from export.precision import TOLERANCES, graph_precision, tolerance
+from export.parity.compare import TITLES, compare
+from export.parity.events import FEWEST_EVENTS, match_events
+from export.parity.inputs import ParityVideo, crops, folder_inputs, planted_inputs, stress_inputs, stress_lengths
+from export.parity.reference import Outputs, Reference, load_reference, record, save_reference
+from export.parity.tolerances import TOLERANCES, graph_precision, tolerance
 from runtime.backends.base import Bool, Float32
 from runtime.detections import Detections
 from runtime.errors import ConfigError, ParityError
@@ -277,8 +277,8 @@ def test_tolerances_are_ordered_and_unknown_precisions_refused() -> None:
 
 
 def test_the_gate_needs_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import export.parity, export.outputs, export.gate, "
-    code += "export.verification, export.bundle_writer, export.polygraphy_files, ccnet.commands.verify"
+    code = "import sys; sys.modules['torch'] = None; import export.parity.compare, export.parity.reference, "
+    code += "export.parity.check, export.parity.verify, export.bundle_writer, export.parity.polygraphy_files, ccnet.cli.verify"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

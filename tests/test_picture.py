@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ccnet.config import Config, ModelConfig
-from ccnet.model import CCNet
-from ccnet.picture import Shown, draw_timeline, read_gates
+from ccnet.network.model import CCNet
+from ccnet.plots import Shown, draw_timeline, read_gates
 from runtime.annotations import VideoAnnotation
 from runtime.detections import Detections
 from runtime.errors import ConfigError

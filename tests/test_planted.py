@@ -8,8 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from ccnet.planted import Planter, Planting
-from ccnet.planted_annotations import demo_annotations
+from ccnet.synthetic.annotations import demo_annotations
+from ccnet.synthetic.features import Planter, Planting
 from runtime.annotations import VideoAnnotation, read_annotations
 from runtime.errors import ConfigError
 from runtime.spec import TimeBase

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ccnet.cli import main
+from ccnet.cli.main import main
 from ccnet.config import Config, ModelConfig
-from ccnet.planted import Planting
-from ccnet.planted_annotations import demo_annotations
-from ccnet.planted_folder import plant_folder
+from ccnet.synthetic.annotations import demo_annotations
+from ccnet.synthetic.features import Planting
+from ccnet.synthetic.folder import plant_folder
 from runtime.annotations import read_annotations
 from runtime.errors import ConfigError, FeatureError
 from runtime.features import read_video

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fakes import LABELS, SPEC, OracleBackend, make_bundle, plant, rung, write_features
 
-from ccnet.cli import main
+from ccnet.cli.main import main
 from runtime.backends.base import Bool, Float32
 from runtime.corpus import Corpus, CorpusVideo, folder_videos
 from runtime.detections import read_events
@@ -190,7 +190,7 @@ def test_an_interrupt_keeps_the_good_ones(
         if len(seen) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("ccnet.commands.predict.Progress.advance", interrupting)
+    monkeypatch.setattr("ccnet.cli.predict.Progress.advance", interrupting)
     out = tmp_path / "events.jsonl"
     assert predict(bundle, features, out) == 1
     assert not out.exists()

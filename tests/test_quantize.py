@@ -17,10 +17,10 @@ from torch import Tensor, nn  # noqa: E402
 
 from ccnet.torch_backend import TorchBackend  # noqa: E402
 from export import make_bundle  # noqa: E402
-from export.inputs import planted_inputs, stress_inputs  # noqa: E402
-from export.outputs import Reference, record  # noqa: E402
-from export.precision import TOLERANCES  # noqa: E402
-from export.quantize import quantize_columns, quantize_weights  # noqa: E402
+from export.graph.quantize import quantize_columns, quantize_weights  # noqa: E402
+from export.parity.inputs import planted_inputs, stress_inputs  # noqa: E402
+from export.parity.reference import Reference, record  # noqa: E402
+from export.parity.tolerances import TOLERANCES  # noqa: E402
 from runtime.backends import open_backend  # noqa: E402
 from runtime.bundle import read_bundle  # noqa: E402
 from runtime.errors import ConfigError, ExportError  # noqa: E402
@@ -210,7 +210,7 @@ def test_an_int8_rung_is_gated_and_runs(making: Any, tmp_path: Path) -> None:
 def test_auto_leaves_int8_out_where_no_product_is_large_enough(
     making: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.quantize.LEAST_WEIGHTS", 1 << 20)
+    monkeypatch.setattr("export.graph.quantize.LEAST_WEIGHTS", 1 << 20)
     names = {rung.name for rung in making(tmp_path / "bundle", "auto").rungs}
     assert "openvino-fp32" in names
     assert "openvino-int8" not in names

@@ -11,7 +11,7 @@ import pytest
 from fakes import make_bundle, rung
 
 import export.rebuild
-from export.tensorrt_engine import EngineInfo
+from export.tensorrt.build import EngineInfo
 from runtime.bundle import MANIFEST, Artifact, Bundle, read_bundle
 from runtime.errors import BundleError, ExportError
 from runtime.files import sha256_file

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ccnet.checkpoint import load_checkpoint, read_checkpoint
-from ccnet.cli import main
+from ccnet.cli.main import main
 from ccnet.config import ModelConfig
-from ccnet.model import CCNet
-from ccnet.released import load_released, read_released, released_name
+from ccnet.network.model import CCNet
+from ccnet.network.released import load_released, read_released, released_name
 from runtime.errors import CheckpointError
 
 TINY = ModelConfig(

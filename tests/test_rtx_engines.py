@@ -14,7 +14,7 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (pip i
 from benchmarks import rtx_engines
 from benchmarks.arguments import Setting
 from benchmarks.networks import Networks, benchmark_config
-from runtime.timing import Rules
+from runtime.profiling.timing import Rules
 
 
 @pytest.mark.slow  # four exports

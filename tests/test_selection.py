@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from fakes import OracleBackend, edit_manifest, make_bundle, onnx_artifact, rung
 
-from export.verification import rungs_to_prove
+from export.parity.verify import rungs_to_prove
 from runtime.backends import open_backend, open_rung
-from runtime.backends.selection import matching_rungs, rebuild_engine, rejected_rungs, rung_lengths
+from runtime.backends.select import matching_rungs, rebuild_engine, rejected_rungs, rung_lengths
 from runtime.bundle import Artifact, Bundle, Rung, read_bundle
 from runtime.errors import BackendUnavailable, EngineMismatch, MissingDependency
 from runtime.machine import machine_class
@@ -148,9 +148,9 @@ def foreign_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
             refuse(artifact)
             return cls(spec, name="tensorrt")
 
-    module = types.ModuleType("runtime.backends.tensorrt")
+    module = types.ModuleType("runtime.backends.tensorrt.backend")
     module.__dict__.update(check_engine=check_engine, TensorRTBackend=FakeTensorRT)
-    monkeypatch.setitem(sys.modules, "runtime.backends.tensorrt", module)
+    monkeypatch.setitem(sys.modules, "runtime.backends.tensorrt.backend", module)
 
 
 @pytest.fixture
@@ -190,12 +190,12 @@ def test_a_rebuilt_engine_is_checked_verified_and_used(mixed: Bundle, monkeypatc
         edit_manifest(bundle.folder, artifacts=(onnx_artifact(32), rebuilt))
         return read_bundle(bundle.folder)
 
-    monkeypatch.setattr("runtime.backends.selection.rebuild_engine", rebuild)
+    monkeypatch.setattr("runtime.backends.select.rebuild_engine", rebuild)
     assert open_backend(mixed, "tensorrt", on_mismatch="rebuild").name == "tensorrt"
 
 
 def test_a_rebuild_that_fails_shows_what_the_command_said(mixed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.backends.selection._REBUILD", (sys.executable, "-c", "raise SystemExit('no GPU')"))
+    monkeypatch.setattr("runtime.backends.select._REBUILD", (sys.executable, "-c", "raise SystemExit('no GPU')"))
     with pytest.raises(BackendUnavailable, match=r"(?s)building 'tensorrt-fp16' again failed.*no GPU"):
         rebuild_engine(mixed, ENGINE)
 

@@ -16,7 +16,7 @@ from runtime.backends.base import Bool, Float32
 from runtime.errors import ConfigError, EngineError, FeatureError
 from runtime.features import VideoFeatures
 from runtime.localizer import Localizer
-from runtime.stream import Localized
+from runtime.pipeline import Localized
 
 
 def video(i: int) -> VideoFeatures:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ccnet.targets import build_targets, regression_ranges
+from ccnet.training.targets import build_targets, regression_ranges
 from runtime.spec import point_grid
 
 

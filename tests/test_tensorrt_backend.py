@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from tensorrt_simulation import Simulation, expected_outputs, install, plan_bytes
 
-from runtime.backends import cuda
-from runtime.backends.tensorrt import TensorRTBackend, check_engine
-from runtime.backends.tensorrt_lane import MAX_RECORDED
+from runtime.backends.tensorrt.backend import TensorRTBackend, check_engine, cuda
+from runtime.backends.tensorrt.context import MAX_RECORDED
 from runtime.bundle import Artifact
 from runtime.errors import (
     BackendUnavailable,

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.engine_precision import check_inspected, check_plan, check_requested, inspected_precisions
-from export.engine_request import EngineRequest
-from export.onnx_file import read_opset
-from export.rtx_plan import RtxPlan, read_plan
-from export.tensorrt_engine import EngineInfo, build_engine
+from benchmarks.rtx_plan import RtxPlan, read_plan
+from export.graph.onnx_file import read_opset
+from export.tensorrt.build import EngineInfo, build_engine
+from export.tensorrt.options import EngineRequest
+from export.tensorrt.precision import check_inspected, check_plan, check_requested, inspected_precisions
 from runtime.bundle import Artifact
 from runtime.errors import BackendUnavailable, ExportError, MissingDependency
-from runtime.spec import section_from_json
+from runtime.schema import section_from_json
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 from small_network import OPSETS, SPEC, write_onnx  # noqa: E402
@@ -196,7 +196,7 @@ def test_full_tensorrt_needs_the_library_and_a_gpu(models: Path, tmp_path: Path)
 
 
 def test_current_gpu_without_one(rtx: Any, models: Path, tmp_path: Path) -> None:
-    from runtime.backends import cuda
+    from runtime.backends.tensorrt import cuda
 
     try:
         cuda.probe()
@@ -210,7 +210,7 @@ def test_current_gpu_without_one(rtx: Any, models: Path, tmp_path: Path) -> None
 def test_the_current_gpu_may_be_listed_too(
     rtx: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from runtime.backends import cuda
+    from runtime.backends.tensorrt import cuda
 
     monkeypatch.setattr(cuda, "probe", lambda: Named(name="this GPU", compute_capability="8.9"))
     info = build(models, tmp_path, compute_capabilities=("8.9", "12.0", "current"))
@@ -398,8 +398,8 @@ def test_the_small_network_is_what_it_says(models: Path) -> None:
 def test_the_real_network_at_a_tiny_size(rtx: Any, tmp_path: Path, precision: str) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from benchmarks.networks import benchmark_config, labels, random_network
-    from export.deploy import deployment_form
-    from export.to_onnx import export_onnx
+    from export.fused.network import deployment_form
+    from export.graph.to_onnx import export_onnx
 
     config = benchmark_config("tiny")
     types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

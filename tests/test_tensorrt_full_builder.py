@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tensorrt_simulation import IProfiler, Severity, Simulation, TensorIOMode, install
 
-from export.tensorrt_engine import EngineInfo, build_engine
+from export.tensorrt.build import EngineInfo, build_engine
 from runtime.errors import BackendUnavailable, ExportError
 from runtime.files import sha256_file
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from runtime import machine, timing
-from runtime.timing import Ratio, Rules, Timing, measure, measure_interleaved, ratio, steady_rate
+from runtime import machine
+from runtime.profiling import timing
+from runtime.profiling.timing import Ratio, Rules, Timing, measure, measure_interleaved, ratio, steady_rate
 
 
 class Clock:

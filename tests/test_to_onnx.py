@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from export.to_onnx import EXTERNAL_BYTES, _split, audit, example_inputs, export_onnx
+from export.graph.to_onnx import EXTERNAL_BYTES, _split, audit, example_inputs, export_onnx
 from runtime.errors import ExportError
 from runtime.spec import ModelSpec
 

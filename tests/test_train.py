@@ -19,19 +19,19 @@ import pytest
 import torch
 from torch import nn
 
-import ccnet.train
-import ccnet.validation
+import ccnet.training.loop
+import ccnet.training.validation
 from ccnet import load_checkpoint
 from ccnet.checkpoint import load_tensors, read_checkpoint
 from ccnet.config import Config, LossConfig, ModelConfig, TrainConfig
-from ccnet.learner import Learner, choose_device
-from ccnet.model import CCNet
-from ccnet.optimization import AveragedWeights, learning_rate, make_optimizer
-from ccnet.planted import Planting
-from ccnet.planted_annotations import demo_annotations
-from ccnet.planted_folder import plant_folder
-from ccnet.progress import EPOCH_COLUMNS, LOSS_COLUMNS, STEP_COLUMNS
-from ccnet.train import TrainingResult, train
+from ccnet.network.model import CCNet
+from ccnet.synthetic.annotations import demo_annotations
+from ccnet.synthetic.features import Planting
+from ccnet.synthetic.folder import plant_folder
+from ccnet.training.journal import EPOCH_COLUMNS, LOSS_COLUMNS, STEP_COLUMNS
+from ccnet.training.learner import Learner, choose_device
+from ccnet.training.loop import TrainingResult, train
+from ccnet.training.optimizer import AveragedWeights, learning_rate, make_optimizer
 from runtime.annotations import read_annotations
 from runtime.errors import (
     AnnotationError,
@@ -212,7 +212,7 @@ def test_stopped_and_resumed_equals_not_stopped(data, straight, tmp_path, monkey
 
 
 def test_stopped_during_validation(data: Data, straight: Path, tmp_path: Path, monkeypatch) -> None:
-    original = ccnet.validation.read_video
+    original = ccnet.training.validation.read_video
 
     def reading(*arguments, **rest):
         if next(videos) == 0:
@@ -220,9 +220,9 @@ def test_stopped_during_validation(data: Data, straight: Path, tmp_path: Path, m
         return original(*arguments, **rest)
 
     videos = itertools.count()
-    monkeypatch.setattr(ccnet.validation, "_BATCH", 2)
+    monkeypatch.setattr(ccnet.training.validation, "_BATCH", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(ccnet.validation, "read_video", reading)
+        patch.setattr(ccnet.training.validation, "read_video", reading)
         with pytest.raises(TrainingStopped):
             data.train(tmp_path / "run")
     assert table(tmp_path / "run" / "metrics.csv") == []
@@ -236,7 +236,7 @@ def test_killed_after_an_epoch(data: Data, straight: Path, tmp_path: Path, monke
     class Killed(BaseException):
         pass
 
-    original = ccnet.train.save_state
+    original = ccnet.training.loop.save_state
 
     def saving(folder, learner, position, **rest):
         if position.epoch == 2:
@@ -244,8 +244,8 @@ def test_killed_after_an_epoch(data: Data, straight: Path, tmp_path: Path, monke
         original(folder, learner, position, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ccnet.train, "_SAVING_SHARE", math.inf)  # save after every epoch, however slow the disk
-        patch.setattr(ccnet.train, "save_state", saving)
+        patch.setattr(ccnet.training.loop, "_SAVING_SHARE", math.inf)  # save after every epoch, however slow the disk
+        patch.setattr(ccnet.training.loop, "save_state", saving)
         with pytest.raises(Killed):
             data.train(tmp_path / "run")
     data.train(tmp_path / "run", resume=True)

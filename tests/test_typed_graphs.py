@@ -13,10 +13,10 @@ onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
 
 from benchmarks.networks import benchmark_config, labels, random_network  # noqa: E402
-from export.deploy import deployment_form  # noqa: E402
-from export.inputs import stress_inputs  # noqa: E402
-from export.precision import TOLERANCES, GraphPrecision, torch_dtype  # noqa: E402
-from export.to_onnx import export_onnx  # noqa: E402
+from export.fused.network import deployment_form  # noqa: E402
+from export.graph.to_onnx import export_onnx  # noqa: E402
+from export.parity.inputs import stress_inputs  # noqa: E402
+from export.parity.tolerances import TOLERANCES, GraphPrecision, torch_dtype  # noqa: E402
 from runtime.backends.openvino import OpenVinoBackend  # noqa: E402
 from runtime.errors import BackendUnavailable  # noqa: E402
 from runtime.features import pack  # noqa: E402

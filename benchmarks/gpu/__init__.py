@@ -1,0 +1,1 @@
+"""One run that builds, verifies and times everything on a GPU machine."""

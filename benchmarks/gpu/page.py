@@ -1,0 +1,126 @@
+"""The page and the comparable numbers of `benchmarks.gpu.report`, from the outcomes of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from benchmarks.results import Measurement, markdown_table
+
+Outcomes = Mapping[str, Mapping[str, Any]]
+
+
+def measurements(done: Outcomes) -> list[Measurement]:
+    """Numbers that can be compared between two reports."""
+    found = []
+    for name, row in _rows(done):
+        batch = f"batch {row['batch']} / {name}"
+        for key, label in (("engine_ms", "engine p50"), ("infer_ms", "infer p50"), ("end_to_end_ms", "end to end p50")):
+            if key in row:
+                found.append(Measurement(name=f"{batch} / {label}", value=row[key]["p50"], unit="ms"))
+        rate = Measurement(
+            name=f"{batch} / throughput", value=row["videos_per_second"], unit="videos/s", better="higher"
+        )
+        found.append(rate)
+    return found
+
+
+def page(facts: Mapping[str, Any], done: Outcomes) -> str:
+    """Markdown: verdicts first, then speed, roofline, layers, and what became of each stage."""
+    sections = [
+        f"# Engines on a GPU\n\nCommit {facts['commit']}. Written by `python -m benchmarks.gpu.report`.",
+        _engines(done),
+        _speeds(done),
+        _roofline(done),
+        _layers(done),
+        _stages(done),
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _result(done: Outcomes, name: str) -> Mapping[str, Any]:
+    result: Mapping[str, Any] = done.get(name, {}).get("result") or {}
+    return result
+
+
+def _rows(done: Outcomes) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(way to run, row) of everything that was timed and whose gate did not fail."""
+    for name in done:
+        result = _result(done, name)
+        if result.get("gate", {}).get("passed", True):
+            for row in result.get("rows", []):
+                yield name.removesuffix(" speed"), row
+
+
+def _engines(done: Outcomes) -> str:
+    rows = []
+    for name, outcome in done.items():
+        if name.endswith(" build"):
+            engine = name.removesuffix(" build")
+            facts = _result(done, name).get("engine", {})
+            gate = done.get(f"{engine} gate", {})
+            verdict = "passed" if gate.get("status") == "done" else str(gate.get("error", "not run"))
+            rows.append(
+                [
+                    engine,
+                    f"{facts['seconds']:.0f} s" if facts else str(outcome.get("error", ""))[:120],
+                    _mebibytes(facts.get("engine_bytes")),
+                    _mebibytes(facts.get("scratch_bytes")),
+                    str(facts.get("delivered_precisions") or "not told"),
+                    verdict[:160],
+                ]
+            )
+    if not rows:
+        return ""
+    header = ["Engine", "Built in", "Size", "Scratch", "Layers by precision", "Gate"]
+    return "## Engines\n\n" + markdown_table(header, rows)
+
+
+def _speeds(done: Outcomes) -> str:
+    rows = []
+    for name, row in sorted(_rows(done), key=lambda item: item[1]["batch"]):
+        columns = ("engine_ms", "engine_ms_without_graph", "infer_ms", "end_to_end_ms")
+        times = [f"{row[c]['p50']:.3f} / {row[c]['p99']:.3f}" if c in row else "" for c in columns]
+        rows.append([f"batch {row['batch']}, {name}", *times, f"{row['videos_per_second']:.0f}"])
+    if not rows:
+        return ""
+    header = ["Way", "Engine, graph", "Engine, no graph", "Host to host", "Features to events", "Videos/s"]
+    note = "Milliseconds per batch, p50 / p99. Videos/s with copies overlapped, host arrays to outputs."
+    return f"## Speed\n\n{note}\n\n" + markdown_table(header, rows)
+
+
+def _roofline(done: Outcomes) -> str:
+    copy, products = _result(done, "copy"), _result(done, "products")
+    lines = []
+    if copy:
+        lines.append(
+            f"- copy of {_mebibytes(copy['bytes'])}: {copy['bytes_per_second'] / 1e9:.0f} GB/s, read and written"
+        )
+    for precision, rate in products.get("operations_per_second", {}).items():
+        lines.append(f"- {precision} product of {products['side']} x {products['side']}: {rate / 1e12:.1f} TFLOP/s")
+    return "## Roofline of this machine, same run\n\n" + "\n".join(lines) if lines else ""
+
+
+def _layers(done: Outcomes) -> str:
+    parts = []
+    for name in done:
+        if name.endswith(" layers"):
+            for batch, found in _result(done, name).items():
+                rows = [[layer[:100], f"{ms:.4f}", f"{ms / found['total_ms']:.1%}"] for layer, ms in found["slowest"]]
+                total = f"{found['total_ms']:.3f} ms in {found['layers']} layers"
+                title = f"{name.removesuffix(' layers')}, batch {batch}: {total}"
+                parts.append(f"### {title}\n\n" + markdown_table(["Layer", "ms", "share"], rows))
+    return "## Slowest layers (plain runs, profiled)\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _stages(done: Outcomes) -> str:
+    rows = []
+    for name, outcome in done.items():
+        why = str(outcome.get("error") or _result(done, name).get("summary", ""))
+        cell = " ".join(why.split()).replace("|", "/")[:300]
+        rows.append([name, str(outcome["status"]), f"{outcome.get('seconds', 0):.1f}", cell])
+    return "## Stages\n\n" + markdown_table(["Stage", "Outcome", "s", "Why"], rows) if rows else ""
+
+
+def _mebibytes(count: Any) -> str:
+    return f"{count / 2**20:.0f} MiB" if count else ""

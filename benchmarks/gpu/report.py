@@ -1,0 +1,229 @@
+"""Everything there is to do on a GPU, in one go: `python -m benchmarks.gpu.report --checkpoint C --out DIR`.
+
+Builds and gates engines of every precision that the installed libraries have, runs the GPU tests, times engines and
+their peers beside the roofline measured in the same run, profiles layers. Each stage is a process of its own: a stage
+that fails, crashes or runs out of time is recorded with its error, the rest goes on, and the report is written again
+after each. The TensorRT side (`benchmarks.gpu.stages`) needs no torch; the torch side (`benchmarks.gpu.torch_stages`)
+runs in the interpreter given by `--torch-python`. With `--device cpu` the same stages run as far as a CPU allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.page import measurements, page
+from benchmarks.results import write_result
+from runtime.files import write_json
+from runtime.machine import machine_facts
+
+ROOT = Path(__file__).resolve().parents[1]
+PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+SPARE_SECONDS = 5.0
+"""A stage is not begun with less time left than this."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process. `needs`: stages that must have been done."""
+
+    name: str
+    side: str
+    """`tensorrt` (this interpreter), `torch` (the other one) or `pytest`."""
+    action: str
+    limit_seconds: float
+    settings: dict[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+
+
+def plan(options: argparse.Namespace) -> list[Stage]:
+    """All stages, those first on which others build or whose result matters most."""
+    stages = [Stage("machine", "tensorrt", "machine", 60), Stage("copy", "tensorrt", "copy", 60)]
+    torch = options.torch_python is not None
+    if torch:
+        stages.append(Stage("products", "torch", "products", 120))
+    graphs: tuple[str, ...] = ()
+    if options.bundle is None:
+        stages.append(Stage("export", "torch", "export", 600, {"precisions": list(options.precisions)}))
+        graphs = ("export",)
+    built: list[Stage] = []
+    for flavour in options.flavours:
+        for precision in options.precisions:
+            name = f"{flavour} {precision}"
+            chosen = {"flavour": flavour, "precision": precision}
+            built.append(Stage(f"{name} build", "tensorrt", "build", 420, chosen, graphs))
+            built.append(Stage(f"{name} gate", "tensorrt", "gate", 120, chosen, (f"{name} build",)))
+            built.append(Stage(f"{name} speed", "tensorrt", "speed", 240, chosen, (f"{name} gate",)))
+            built.append(Stage(f"{name} layers", "tensorrt", "layers", 60, chosen, (f"{name} gate",)))
+    stages += built
+    stages.append(Stage("tests", "pytest", "pytest", 420, {}, graphs))
+    if torch and options.checkpoint is not None:
+        for form, precision in (
+            ("eager", "fp32"),
+            ("eager", "tf32"),
+            ("eager", "bf16"),
+            ("deployment", "bf16"),
+            ("compiled", "bf16"),
+        ):
+            chosen = {"form": form, "precision": precision}
+            stages.append(Stage(f"torch {form} {precision}", "torch", "peer", 300, chosen))
+    for precision in ("fp32", "fp16"):
+        if precision in options.precisions:
+            stages.append(
+                Stage(f"onnxruntime {precision}", "tensorrt", "onnxruntime", 180, {"precision": precision}, graphs)
+            )
+    return stages
+
+
+def run(options: argparse.Namespace) -> Path:
+    """Run all stages and return the path of the report's JSON."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * options.minutes
+    common = {
+        "device": options.device,
+        "batches": list(options.batches),
+        "seconds": options.seconds,
+        "work": str(options.work),
+        "bundle": str(options.bundle or options.work / "bundle"),
+        "reference": str(options.reference or options.work / "reference.npz"),
+        "checkpoint": str(options.checkpoint) if options.checkpoint else None,
+        "opset": options.opset,
+    }
+    facts = {"machine": machine_facts(), "commit": _commit(), "settings": common, "minutes": options.minutes}
+    done: dict[str, dict[str, Any]] = {}
+    stages = plan(options)
+    path = _write(options.out, facts, done)
+    for number, stage in enumerate(stages, 1):
+        left = deadline - time.monotonic()
+        missing = [name for name in stage.needs if done[name]["status"] != "done"]
+        if missing:
+            outcome: dict[str, Any] = {"status": "skipped", "error": f"needs '{missing[0]}'"}
+        elif left < SPARE_SECONDS:
+            outcome = {"status": "skipped", "error": f"the {options.minutes:g} minutes were used up"}
+        else:
+            print(f"[{number}/{len(stages)}] {stage.name} ({left:.0f} s left)", flush=True)
+            outcome = _run_stage(stage, options, common, min(stage.limit_seconds, left))
+        done[stage.name] = outcome
+        print(f"    {outcome['status']} {outcome.get('seconds', 0):.1f} s {outcome.get('error', '')[:300]}", flush=True)
+        path = _write(options.out, facts, done)
+    return path
+
+
+def _run_stage(stage: Stage, options: argparse.Namespace, common: dict[str, Any], limit: float) -> dict[str, Any]:
+    slug = stage.name.replace(" ", "-")
+    settings, result = options.work / f"{slug}.settings.json", options.work / f"{slug}.result.json"
+    result.unlink(missing_ok=True)
+    write_json(settings, common | stage.settings)
+    command, environment = _command(stage, options, common, settings, result)
+    begin = time.perf_counter()
+    try:
+        process = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"status": "failed", "error": f"took longer than {limit:.0f} s", "seconds": time.perf_counter() - begin}
+    seconds = time.perf_counter() - begin
+    output = (process.stdout + process.stderr)[-3000:]
+    if stage.side == "pytest":
+        return _tests_outcome(process.returncode, process.stdout, output) | {"seconds": seconds}
+    if not result.is_file():
+        return {"status": "failed", "error": f"ended with {process.returncode}", "output": output, "seconds": seconds}
+    outcome: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    gate = outcome.get("result", {}).get("passed") if stage.action == "gate" else None
+    if gate is False:  # an engine that fails its gate gets no speed
+        outcome |= {"status": "failed", "error": "the parity gate failed"}
+    return outcome | {"seconds": seconds}
+
+
+def _command(
+    stage: Stage, options: argparse.Namespace, common: dict[str, Any], settings: Path, result: Path
+) -> tuple[list[str], dict[str, str]]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    if stage.side == "pytest":
+        environment |= {"CCNET_GPU_BUNDLE": common["bundle"], "CCNET_GPU_REFERENCE": common["reference"]}
+        return [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "-q", *options.tests], environment
+    python = options.torch_python if stage.side == "torch" else sys.executable
+    module = "benchmarks.gpu.torch_stages" if stage.side == "torch" else "benchmarks.gpu.stages"
+    return [str(python), "-m", module, stage.action, str(settings), str(result)], environment
+
+
+def _tests_outcome(status: int, stdout: str, output: str) -> dict[str, Any]:
+    summary = next((line for line in reversed(stdout.splitlines()) if line.strip()), "no output")
+    if status == 0:  # all skipped is no proof
+        ran = "passed" in summary
+        return {"status": "done" if ran else "skipped", "result": {"summary": summary, "output": output}}
+    return {"status": "failed", "error": f"pytest ended with {status}: {summary}", "output": output}
+
+
+def _write(out: Path, facts: dict[str, Any], done: dict[str, dict[str, Any]]) -> Path:
+    machine = facts["machine"] | done.get("machine", {}).get("result", {})
+    return write_result(
+        out,
+        "gpu",
+        measurements=measurements(done),
+        page=page(facts, done),
+        machine=machine,
+        commit=facts["commit"],
+        settings=facts["settings"],
+        stages=done,
+    )
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="network to export and to compare with (torch side)")
+    parser.add_argument("--bundle", type=Path, help="bundle with ONNX graphs, in place of exporting the checkpoint")
+    parser.add_argument("--reference", type=Path, help="eager outputs of 'ccnet reference' that belong to the bundle")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu", help="folder of engines and graphs")
+    parser.add_argument("--torch-python", type=Path, help="interpreter with torch (default: none, no torch stages)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--flavours", nargs="+", default=["tensorrt", "tensorrt-rtx"], choices=("tensorrt", "tensorrt-rtx")
+    )
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--opset", type=int, default=17, help="of the exported graphs; 17 is what TensorRT 8.6 reads")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
+    parser.add_argument("--minutes", type=float, default=25.0, help="time budget; stages beyond it are skipped")
+    parser.add_argument("--tests", nargs="*", default=["tests/test_gpu.py"], help="files given to pytest")
+    parser.add_argument("--dry-run", action="store_true", help="print the stages with their limits and stop")
+    options = parser.parse_args(argv)
+    if options.bundle is None and (options.checkpoint is None or options.torch_python is None):
+        parser.error("give --bundle (and --reference), or --checkpoint with --torch-python")
+    if options.bundle is not None and options.reference is None:
+        parser.error("--bundle needs --reference, the eager outputs that its engines are held against")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0 when every stage that could run was done."""
+    options = parse(argv)
+    if options.dry_run:
+        for stage in plan(options):
+            print(f"{stage.name:<28} {stage.side:<9} at most {stage.limit_seconds:4.0f} s")
+        return 0
+    path = run(options)
+    print(path)
+    stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    return 1 if any(outcome["status"] == "failed" for outcome in stages.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

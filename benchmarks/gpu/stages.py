@@ -1,0 +1,281 @@
+"""The TensorRT side of `benchmarks.gpu.report`: one stage per process, without torch.
+
+`python -m benchmarks.gpu.stages STAGE SETTINGS.json RESULT.json` runs one stage, so that a crash inside a library ends
+that stage alone. Needs numpy and the library of the stage; Python 3.10 and newer.
+
+Shapes:  B batch   T steps   P points of all levels   C classes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.parity.compare import compare
+from export.parity.reference import load_reference
+from export.tensorrt.build import EngineInfo, build_engine
+from runtime.backends.base import Backend
+from runtime.backends.tensorrt.backend import TensorRTBackend, cuda
+from runtime.backends.tensorrt.library import TensorRTFlavour, load_library
+from runtime.bundle import Artifact, Bundle, read_bundle
+from runtime.errors import BackendUnavailable, CCNetError, ExportError, MissingDependency
+from runtime.features import pack
+from runtime.files import write_json
+from runtime.machine import machine_facts
+from runtime.profiling.timing import Rules, measure, steady_rate
+from runtime.profiling.workload import sample_videos
+from runtime.schema import section_from_json
+from runtime.spec import ModelSpec
+
+Settings = dict[str, Any]
+"""`bundle`, `reference`, `work` (folders and files), `batches`, `seconds` (per measurement), `device` (cuda or cpu),
+and for engines `flavour`, `precision`."""
+
+
+class Absent(CCNetError):
+    """The bundle does not hold what the stage is about."""
+
+
+COPY_BYTES = 1 << 30
+SLOWEST = 10
+
+
+def machine(settings: Settings) -> dict[str, Any]:
+    """Processor, libraries, GPU and its processes."""
+    facts = machine_facts()
+    if settings["device"] == "cuda":
+        facts["cuda"] = dataclasses.asdict(cuda.probe())
+        facts["gpu_memory"] = dict(zip(("free", "total"), cuda.memory_info(), strict=True))
+    for flavour in ("tensorrt", "tensorrt-rtx"):
+        try:
+            facts["libraries"][flavour] = str(load_library(flavour).__version__)  # type: ignore[arg-type]
+        except BackendUnavailable as error:  # noqa: PERF203 - two libraries
+            facts.setdefault("absent", {})[flavour] = str(error)
+    return facts
+
+
+def copy(settings: Settings) -> dict[str, Any]:
+    """Bytes per second of a large copy, read and write counted: the roof for reading weights."""
+    if settings["device"] == "cpu":
+        source = np.ones(COPY_BYTES >> 4, np.uint8)
+        target = np.empty_like(source)
+        timing = measure(lambda: np.copyto(target, source), Rules(seconds=0.2, calls=5))
+        return {"bytes": source.nbytes, "bytes_per_second": 2 * source.nbytes / timing.median}
+    cuda.call("cudaSetDevice", 0)
+    kind = cuda.bindings().cudaMemcpyKind.cudaMemcpyDeviceToDevice
+    with contextlib.ExitStack() as stack:
+        stream = cuda.Stream()
+        stack.callback(stream.close)
+        first, second = cuda.DeviceBuffer(COPY_BYTES), cuda.DeviceBuffer(COPY_BYTES)
+        stack.callback(first.close)
+        stack.callback(second.close)
+
+        def work() -> None:
+            cuda.call("cudaMemcpyAsync", second.pointer, first.pointer, COPY_BYTES, kind, stream.handle)
+
+        milliseconds = [stream.milliseconds(work) for _ in range(23)][3:]
+    return {"bytes": COPY_BYTES, "bytes_per_second": 2 * COPY_BYTES / (float(np.median(milliseconds)) / 1e3)}
+
+
+def build(settings: Settings) -> dict[str, Any]:
+    """Build one engine for this GPU (RTX without one: portable) from the bundle's graph of that precision."""
+    bundle, graph = _graph(settings)
+    flavour, precision = settings["flavour"], settings["precision"]
+    largest = max(settings["batches"])
+    path = _engine_path(settings)
+    info = build_here(
+        bundle.path(graph), path, flavour, precision, (1, min(8, largest), largest), gpu=settings["device"] == "cuda"
+    )
+    artifact = info.artifact(name=f"{flavour}-{precision}", length=graph.length)
+    write_json(path.with_suffix(".json"), dataclasses.asdict(artifact))
+    return {"engine": info.build, "profile": info.profile, "opset": info.opset, "onnx_sha256": info.onnx_sha256}
+
+
+def build_here(
+    graph: Path, out: Path, flavour: TensorRTFlavour, precision: Any, profile: tuple[int, int, int], *, gpu: bool = True
+) -> EngineInfo:
+    """Build for this GPU. RTX names no target for some GPUs: there, and without a GPU, a portable engine is built.
+
+    Whether a portable engine runs on a GPU is found out by running it.
+    """
+    if flavour == "tensorrt-rtx":
+        with contextlib.suppress(ExportError):
+            if gpu:
+                return build_engine(graph, out, flavour=flavour, precision=precision, profile=profile,
+                                    compute_capabilities=("current",))  # fmt: skip
+    return build_engine(graph, out, flavour=flavour, precision=precision, profile=profile)
+
+
+def gate(settings: Settings) -> dict[str, Any]:
+    """Parity of a built engine with the recorded outputs of the eager network."""
+    path, artifact, spec = _engine(settings)
+    return gate_engine(path, artifact, spec, Path(settings["reference"]))
+
+
+def gate_engine(path: Path, artifact: Artifact, spec: ModelSpec, reference: Path) -> dict[str, Any]:
+    """Compare an engine with a file of `ccnet reference`; `passed` and the differences."""
+    with TensorRTBackend.open(path, artifact, spec) as backend:
+        return gate_backend(backend, reference)
+
+
+def gate_backend(backend: Backend, reference: Path) -> dict[str, Any]:
+    """Compare any backend with a file of `ccnet reference`; `passed` and the differences."""
+    recorded = load_reference(reference).cut(backend.spec.length)
+    return compare(backend, recorded.outputs, recorded.videos).to_json()
+
+
+def speed(settings: Settings) -> dict[str, Any]:
+    """Times of a built engine for every batch size, with recorded graphs and, engine only, without."""
+    path, artifact, spec = _engine(settings)
+    begin = time.perf_counter()
+    with TensorRTBackend.open(path, artifact, spec) as backend:
+        load_seconds = time.perf_counter() - begin
+        rows = time_backend(backend, spec, settings)
+        facts = backend.describe()
+        memory = cuda.memory_info()
+    with TensorRTBackend.open(path, artifact, spec, cuda_graph=False) as backend:
+        for row in rows:
+            row["engine_ms_without_graph"] = _summary(backend.engine_milliseconds(row["batch"]))
+    return {"rows": rows, "load_seconds": load_seconds, "free_bytes": memory[0], "describe": facts}
+
+
+def layers(settings: Settings) -> dict[str, Any]:
+    """The slowest layers of a built engine at batch 1 and at the largest batch."""
+    path, artifact, spec = _engine(settings)
+    found: dict[str, Any] = {}
+    with TensorRTBackend.open(path, artifact, spec) as backend:
+        for batch in (1, max(settings["batches"])):
+            times = backend.layer_milliseconds(batch)
+            slowest = list(itertools.islice(times.items(), SLOWEST))
+            total = sum(times.values())
+            found[str(batch)] = {"total_ms": total, "layers": len(times), "slowest": slowest}
+    return found
+
+
+def onnxruntime(settings: Settings) -> dict[str, Any]:
+    """Gate and times of ONNX Runtime on the same graph: CUDA provider, or CPU where the stages run on one."""
+    from runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+    bundle, graph = _graph(settings)
+    spec = bundle.spec.with_length(graph.length)
+    largest = max(settings["batches"])
+    begin = time.perf_counter()
+    with OnnxRuntimeBackend.open(
+        bundle.path(graph), spec, device=settings["device"], precision=settings["precision"], max_batch=largest
+    ) as backend:
+        load_seconds = time.perf_counter() - begin
+        found: dict[str, Any] = {"load_seconds": load_seconds, "describe": backend.describe()}
+        if settings.get("reference"):
+            found["gate"] = gate_backend(backend, Path(settings["reference"]))
+        return found | {"rows": time_backend(backend, spec, settings)}
+
+
+def time_backend(backend: Backend, spec: ModelSpec, settings: Settings) -> list[dict[str, Any]]:
+    """One row per batch size: host arrays to outputs, device time, end to end, throughput with overlap."""
+    return [
+        _row(backend, spec, batch, settings["seconds"]) for batch in settings["batches"] if batch <= backend.max_batch
+    ]
+
+
+def _row(backend: Backend, spec: ModelSpec, batch: int, seconds: float) -> dict[str, Any]:
+    rules = Rules(warmup_seconds=min(0.3, seconds), seconds=seconds, calls=10)
+    videos = sample_videos(spec, batch)
+    inputs = pack(videos, spec)
+    row: dict[str, Any] = {"batch": batch, "infer_ms": measure(lambda: backend.infer(*inputs), rules).summary()}
+    if isinstance(backend, TensorRTBackend):
+        row["engine_ms"] = _summary(backend.engine_milliseconds(batch))
+        with contextlib.closing(_overlapped(backend, inputs)) as batches:
+            row["videos_per_second"] = steady_rate(batches, rules).per_second * batch
+    else:
+        row["videos_per_second"] = steady_rate(iter(lambda: backend.infer(*inputs), None), rules).per_second * batch
+    row.update(_end_to_end(backend, spec, videos, batch, rules))
+    return row
+
+
+def _overlapped(backend: TensorRTBackend, inputs: tuple[Any, Any, Any]) -> Generator[None, None, None]:
+    """Endless batches, the copies of one under the inference of its neighbour."""
+    pending = backend.submit(*inputs)
+    try:
+        while True:
+            following = backend.submit(*inputs)
+            backend.collect(pending)
+            pending = following
+            yield
+    finally:
+        backend.collect(pending)
+
+
+def _end_to_end(backend: Backend, spec: ModelSpec, videos: list[Any], batch: int, rules: Rules) -> dict[str, Any]:
+    """Host features to events; the reason instead where post-processing is not installed."""
+    from runtime.localizer import Localizer
+
+    try:
+        localizer = Localizer([backend], spec)
+        found = {"end_to_end_ms": measure(lambda: localizer.batch(videos), rules).summary()}
+        rate = steady_rate(iter(localizer.stream(_named(videos), batch_size=batch)), rules)
+    except CCNetError as error:
+        return {"end_to_end_failed": str(error)}
+    return found | {"end_to_end_videos_per_second": rate.per_second}
+
+
+def _named(videos: list[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"video {index}", video) for index, video in enumerate(itertools.cycle(videos)))
+
+
+def _summary(milliseconds: Any) -> dict[str, float | int]:
+    from runtime.profiling.timing import Timing
+
+    return Timing(np.asarray(milliseconds, np.float64) / 1e3).summary()
+
+
+def _graph(settings: Settings) -> tuple[Bundle, Artifact]:
+    bundle = read_bundle(settings["bundle"])
+    wanted = "fp32" if settings["precision"] == "tf32" else settings["precision"]
+    for artifact in bundle.manifest.artifacts:
+        if artifact.flavour == "onnx" and artifact.precision == wanted and artifact.length == bundle.spec.length:
+            return bundle, artifact
+    raise Absent(f"{bundle.folder}: has no {wanted} graph; export it with --precision {wanted}")
+
+
+def _engine_path(settings: Settings) -> Path:
+    return Path(settings["work"]) / f"{settings['flavour']}-{settings['precision']}.engine"
+
+
+def _engine(settings: Settings) -> tuple[Path, Artifact, ModelSpec]:
+    path = _engine_path(settings)
+    if not path.is_file():
+        raise ExportError(f"{path}: was not built")
+    artifact = section_from_json(Artifact, json.loads(path.with_suffix(".json").read_text()), where=path.name)
+    return path, artifact, read_bundle(settings["bundle"]).spec.with_length(artifact.length)
+
+
+STAGES: dict[str, Callable[[Settings], dict[str, Any]]] = {
+    stage.__name__: stage for stage in (machine, copy, build, gate, speed, layers, onnxruntime)
+}
+
+
+def main(argv: list[str], stages: dict[str, Callable[[Settings], dict[str, Any]]] | None = None) -> int:
+    """Run one stage and write what it returns, or its error, as JSON."""
+    name, settings_path, result_path = argv
+    settings = json.loads(Path(settings_path).read_text(encoding="utf-8"))
+    try:
+        result = {"status": "done", "result": (stages or STAGES)[name](settings)}
+    except CCNetError as error:
+        # a library that is not installed, or that has no such precision, is a fact about it and no failure
+        absent = isinstance(error, MissingDependency | Absent) or "does not support" in str(error)
+        result = {"status": "absent" if absent else "failed", "error": f"{type(error).__name__}: {error}"}
+    write_json(result_path, result)
+    return 0 if result["status"] == "done" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,148 @@
+"""The torch side of `benchmarks.gpu.report`: one stage per process, run by the interpreter that has torch.
+
+`python -m benchmarks.gpu.torch_stages STAGE SETTINGS.json RESULT.json`, like `benchmarks.gpu.stages`.
+
+Shapes:  B batch   T steps (see `runtime.spec.ModelSpec`)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu.stages import Settings, gate_backend, main, time_backend
+from runtime.bundle import Artifact
+from runtime.errors import ExportError
+from runtime.machine import library_versions
+
+MATRIX = 8192
+CPU_MATRIX = 512
+BF16_OPSET = 22
+"""The first in which every operator of the network may be bfloat16."""
+
+
+def products(settings: Settings) -> dict[str, Any]:
+    """Operations per second of a large square matrix product in each precision: the arithmetic roof."""
+    import torch
+
+    cpu = settings["device"] == "cpu"
+    side = CPU_MATRIX if cpu else MATRIX
+    found: dict[str, float] = {}
+    for name, dtype in (
+        ("fp16", torch.float16),
+        ("bf16", torch.bfloat16),
+        ("tf32", torch.float32),
+        ("fp32", torch.float32),
+    ):
+        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+        a, b = (torch.randn(side, side, device=settings["device"]).to(dtype) for _ in range(2))
+        seconds = [_seconds(lambda: a @ b, settings["device"]) for _ in range(12)][2:]  # noqa: B023 - called at once
+        found[name] = 2 * side**3 / float(np.median(seconds))
+    return {"side": side, "operations_per_second": found, "device": _device_name(settings["device"])}
+
+
+def _seconds(call: Callable[[], object], device: str) -> float:
+    import time
+
+    import torch
+
+    if device == "cpu":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    event: Any = torch.cuda.Event
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def export(settings: Settings) -> dict[str, Any]:
+    """Checkpoint -> bundle with a typed graph per precision, and the eager outputs to hold engines against.
+
+    The graphs are not gated here, on whatever CPU the GPU machine has; every engine is, against these outputs.
+    """
+    from ccnet.checkpoint import read_checkpoint
+    from export.bundle_writer import new_bundle
+    from export.fused.network import deployment_form
+    from export.graph.to_onnx import export_onnx
+    from export.parity.tolerances import torch_dtype
+
+    checkpoint = read_checkpoint(settings["checkpoint"])
+    model, spec, largest = checkpoint.load_model(), checkpoint.spec, max(settings["batches"])
+    seconds = {}
+    with new_bundle(
+        settings["bundle"],
+        spec=spec,
+        model=dataclasses.asdict(checkpoint.config.model),
+        checkpoint_sha256=checkpoint.weights_sha256,
+        versions=library_versions(),
+    ) as draft:
+        for precision in dict.fromkeys("fp32" if p == "tf32" else p for p in settings["precisions"]):
+            opset = max(BF16_OPSET, settings["opset"]) if precision == "bf16" else settings["opset"]
+            network = deployment_form(model, dtype=torch_dtype(precision))
+            info = export_onnx(network, spec, draft.folder / f"{precision}.onnx", opset=opset, max_batch=largest)
+            seconds[precision] = info.seconds
+            graph = Artifact(name=f"onnx-{precision}", flavour="onnx", files=info.files, precision=precision,
+                             length=spec.length, max_batch=largest, opset=opset)  # fmt: skip
+            draft.add_artifact(graph)
+        draft.bundle()
+    _ccnet(["reference", settings["checkpoint"], "--out", settings["reference"], "--device", settings["device"]])
+    return {"seconds": seconds}
+
+
+def _ccnet(arguments: Sequence[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "ccnet", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ExportError(
+            f"ccnet {' '.join(arguments)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}"
+        )
+
+
+def peer(settings: Settings) -> dict[str, Any]:
+    """Gate and times of PyTorch in one form (`eager`, `compiled`, `deployment`) and precision."""
+    import torch
+
+    from ccnet.checkpoint import read_checkpoint
+    from ccnet.torch_backend import TorchBackend
+
+    checkpoint = read_checkpoint(settings["checkpoint"])
+    model: Any = checkpoint.load_model()
+    if settings["form"] == "deployment":
+        from export.fused.network import deployment_form
+
+        model = deployment_form(model)
+    elif settings["form"] == "compiled":
+        model = torch.compile(model, mode="max-autotune" if settings["device"] == "cuda" else "default")
+    with TorchBackend(
+        model,
+        checkpoint.spec,
+        device=settings["device"],
+        precision=settings["precision"],
+        max_batch=max(settings["batches"]),
+    ) as backend:
+        found: dict[str, Any] = {"describe": backend.describe()}
+        if settings.get("reference"):
+            found["gate"] = gate_backend(backend, Path(settings["reference"]))
+        return found | {"rows": time_backend(backend, checkpoint.spec, settings)}
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name()) if device == "cuda" else "cpu"
+
+
+STAGES: dict[str, Callable[[Settings], dict[str, Any]]] = {s.__name__: s for s in (products, export, peer)}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], STAGES))

@@ -1,0 +1,150 @@
+"""`ccnet bench`: the speed of every proven way to run a bundle here, each with its accuracy."""
+
+from __future__ import annotations
+
+import argparse
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ccnet.cli.options import positive, seconds
+from runtime.backends.select import BACKENDS
+from runtime.bundle import read_bundle
+from runtime.errors import BackendUnavailable, CheckpointError, ConfigError
+from runtime.files import write_json
+from runtime.machine import cpu_flags
+from runtime.profiling.bench import Candidate, Plan, bench, rung_candidates
+from runtime.profiling.report import bench_text
+from runtime.profiling.timing import Rules
+
+if TYPE_CHECKING:
+    from ccnet.checkpoint import Checkpoint
+    from ccnet.torch_backend import TorchPrecision
+    from export.parity.inputs import ParityVideo
+    from export.parity.reference import Outputs
+    from runtime.backends.base import Backend
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "bench", help="measure latency, throughput, cold start and memory of a bundle's engines on this machine"
+    )
+    parser.add_argument("bundle", help="bundle folder")
+    parser.add_argument("--backend", nargs="+", default=[], choices=BACKENDS, help="only these (default: all)")
+    parser.add_argument("--batches", nargs="+", type=positive, default=[1, 2, 4, 8], metavar="N")
+    parser.add_argument("--checkpoint", help="also measure eager PyTorch and torch.compile, from this checkpoint")
+    parser.add_argument(
+        "--seconds", type=seconds, default=2.0, help="measured time per candidate and batch size, at least"
+    )
+    parser.add_argument("--calls", type=positive, default=10, help="measured videos per candidate and batch, at least")
+    parser.add_argument("--no-compile", action="store_true", help="with --checkpoint: leave torch.compile out")
+    parser.add_argument("--json", metavar="OUT", help="write the whole report here")
+    parser.add_argument("--plot", metavar="OUT.png", help="draw latency and throughput against batch size")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    if arguments.no_compile and not arguments.checkpoint:
+        raise ConfigError("--no-compile: torch.compile takes part only with --checkpoint")
+    bundle = read_bundle(arguments.bundle)
+    candidates = rung_candidates(bundle, arguments.backend)
+    if not candidates:
+        known = ", ".join(sorted({rung.backend for rung in bundle.manifest.rungs})) or "none"
+        raise BackendUnavailable(
+            f"{bundle.folder}: no rung for {', '.join(arguments.backend) or 'any'}; it has: {known}"
+        )
+    if arguments.checkpoint:
+        peers = _torch_candidates(arguments.checkpoint, bundle.manifest.checkpoint_sha256, not arguments.no_compile)
+        candidates = [*peers, *candidates]
+    rules = Rules(warmup_seconds=min(0.5, arguments.seconds), seconds=arguments.seconds, calls=arguments.calls)
+    plan = Plan(rules=rules, batches=tuple(sorted(set(arguments.batches))))
+    report = bench(bundle.spec, candidates, plan, progress=lambda text: print(f"bench: {text}", flush=True))
+    report["bundle"] = {
+        "checkpoint_sha256": bundle.manifest.checkpoint_sha256,
+        "created": bundle.manifest.created,
+        "versions": bundle.manifest.versions,
+    }
+    print("\n" + bench_text(report))
+    if arguments.json:
+        write_json(arguments.json, report)
+        print(f"\nreport: {arguments.json}")
+    if arguments.plot:
+        from ccnet.bench_plot import plot_bench
+
+        plot_bench(report, arguments.plot)
+        print(f"plot: {arguments.plot}")
+    return 0
+
+
+def _torch_candidates(folder: str, expected_sha256: str, compiled: bool) -> list[Candidate]:
+    """Eager PyTorch in fp32 first (what everything is compared with), then its faster ways."""
+    import torch
+
+    from ccnet.checkpoint import read_checkpoint
+
+    checkpoint = read_checkpoint(folder)
+    if checkpoint.weights_sha256 != expected_sha256:
+        raise CheckpointError(
+            f"{folder}: its weights are {checkpoint.weights_sha256[:16]}..., the bundle was exported from "
+            f"{expected_sha256[:16]}...; give the checkpoint of this bundle"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precisions: list[TorchPrecision] = ["fp32"]
+    if device == "cuda":
+        precisions += ["tf32", "fp16", "bf16"]
+    elif {"avx512_bf16", "amx_bf16"} & set(cpu_flags() or ()):
+        precisions.append("bf16")
+    candidates = [_torch_candidate(checkpoint, device, precision) for precision in precisions]
+    if compiled:
+        fastest: TorchPrecision = "tf32" if device == "cuda" else "fp32"
+        candidates.append(_torch_candidate(checkpoint, device, fastest, compiled=True))
+    return candidates
+
+
+def _torch_candidate(
+    checkpoint: Checkpoint, device: str, precision: TorchPrecision, *, compiled: bool = False
+) -> Candidate:
+    """Eager or compiled PyTorch; everything but eager fp32, which is the reference, has to pass the gate here."""
+    name = f"{'torch.compile' if compiled else 'eager'}-{precision}"
+    reference = precision == "fp32" and not compiled
+    return Candidate(
+        name=name,
+        open=partial(_open_torch, checkpoint, device, precision, compiled),
+        length=checkpoint.spec.length,
+        gate="reference" if reference else "to-prove",
+        prove=None if reference else partial(_prove, checkpoint, device),
+        files={"model.safetensors": checkpoint.weights_sha256},
+        weight_bytes=checkpoint.weights_size,
+    )
+
+
+def _open_torch(checkpoint: Checkpoint, device: str, precision: TorchPrecision, compiled: bool) -> Backend:
+    import torch
+
+    from ccnet.torch_backend import TorchBackend
+
+    model: Any = checkpoint.load_model(device)
+    if compiled:
+        model = torch.compile(model, dynamic=False)
+    return TorchBackend(model, checkpoint.spec, device=device, precision=precision)
+
+
+def _prove(checkpoint: Checkpoint, device: str, backend: Backend) -> tuple[str, dict[str, Any]]:
+    """The parity gate of the export on a way to run PyTorch: verdict and accuracy."""
+    from export.parity.compare import compare
+
+    videos, expected = _expected(checkpoint.folder, device)
+    report = compare(backend, expected, videos)
+    return ("passed" if report.passed else "failed"), report.summary()
+
+
+@lru_cache(maxsize=1)
+def _expected(folder: Path, device: str) -> tuple[list[ParityVideo], Outputs]:
+    """A part of the export's inputs, enough to tell a wrong result, and what eager fp32 makes of them."""
+    from ccnet.checkpoint import read_checkpoint
+    from export.parity.inputs import planted_inputs, stress_inputs
+    from export.parity.reference import record
+
+    checkpoint = read_checkpoint(folder)
+    videos = stress_inputs(checkpoint.spec)[::4] + planted_inputs(checkpoint.spec, count=8)
+    with _open_torch(checkpoint, device, "fp32", compiled=False) as reference:
+        return videos, record(reference, videos)

@@ -1,0 +1,185 @@
+"""`ccnet demo`: the whole job on planted features, by the same commands a user types, in minutes on two cores.
+
+Exit status: 0 when the trained network reaches the goal on the test subset and the untrained one is far from it, 1 when
+it does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ccnet.config import PRESETS, Config
+from runtime.errors import CCNetError
+
+GOAL = 0.60
+"""Test mAP (Avg over tIoU 0.1:0.1:0.9) that the trained network has to reach."""
+UNTRAINED_LIMIT = 0.05
+"""The untrained network must stay below this: otherwise the test would prove nothing."""
+PRESET = "demo"
+DIFFICULTY = 0.25
+VIDEOS = {"train": 480, "validation": 40, "test": 80}
+SEED = 0
+_CANDIDATES = 16
+"""Videos that the picture is chosen from."""
+
+# A process in which `import torch` fails, as on a machine that has the lean runtime only.
+_WITHOUT_TORCH = (
+    "import sys; sys.modules['torch'] = None; from ccnet.cli.main import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "demo",
+        help="plant, train, export, predict, evaluate, bench and draw, on a small set",
+        description="Plants a small set of videos with real durations and overlaps, trains a small network, exports it "
+        "through the parity gate, predicts and evaluates in a process without PyTorch, measures its speed and draws "
+        f"one video. Fails when the test mAP stays below {GOAL}.",
+    )
+    parser.add_argument("--out", default="demo", metavar="DIR", help="folder for everything (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    out = Path(arguments.out)
+    if out.is_dir() and any(out.iterdir()) and not (out / "annotations.json").exists():
+        raise CCNetError(f"{out}: a folder with other files in it; give --out a new one")
+    demo = _Demo(out, PRESETS[PRESET])
+    return demo.run()
+
+
+class _Demo:
+    """The steps, in the order they run; every file lies in one folder."""
+
+    def __init__(self, out: Path, config: Config) -> None:
+        self.out, self.config = out, config
+        self.annotations = out / "annotations.json"
+        self.features = out / "features"
+        self.training = out / "training"
+        self.bundle = out / "bundle"
+        self.events = out / "events.jsonl"
+        self.scores = out / "evaluation.json"
+        self.picture = out / "timeline.png"
+        self._begun = time.perf_counter()
+
+    def run(self) -> int:
+        self._plant()
+        untrained = self._score_untrained()
+        self._train()
+        videos = ("--features", self.features, "--annotations", self.annotations)
+        self._command("export", self.training / "best", "--out", self.bundle, *videos)
+        test = ("--annotations", self.annotations, "--subset", "test")
+        self._command("predict", self.bundle, "--features", self.features, *test, "--out", self.events, torch=False)
+        self._command("evaluate", self.events, *test, "--json", self.scores, torch=False)
+        self._command("bench", self.bundle, "--batches", 1, 4, "--seconds", 0.5, "--calls", 5, torch=False)
+        self._draw()
+
+        trained = float(json.loads(self.scores.read_text(encoding="utf-8"))["average_map"])
+        reached = trained >= GOAL and untrained < UNTRAINED_LIMIT
+        self._say(
+            f"test mAP (Avg.): untrained {untrained:.3f} (has to be below {UNTRAINED_LIMIT}), trained {trained:.3f} "
+            f"(has to be {GOAL:.2f} at least): {'reached' if reached else 'NOT REACHED'}"
+        )
+        print(f"picture: {self.picture}\nbundle:  {self.bundle}\nnext:    ccnet inspect {self.bundle}")
+        return 0 if reached else 1
+
+    def _plant(self) -> None:
+        from ccnet.synthetic.annotations import demo_annotations
+        from runtime.files import write_json
+
+        counts = ", ".join(f"{count} {subset}" for subset, count in VIDEOS.items())
+        self._say(f"a set of {counts} videos with the durations and overlaps of UnAV-100: {self.annotations}")
+        write_json(self.annotations, demo_annotations(VIDEOS, self.config.model.num_classes, seed=SEED))
+        where = ("--annotations", self.annotations, "--out", self.features)
+        self._command("plant", "--preset", PRESET, *where, "--difficulty", DIFFICULTY, "--seed", SEED)
+
+    def _score_untrained(self) -> float:
+        """Test mAP of the network before any training, through the evaluation path of all others."""
+        import torch
+
+        from ccnet.network.model import CCNet
+        from ccnet.torch_backend import TorchBackend
+        from runtime.annotations import read_annotations
+        from runtime.corpus import Corpus
+        from runtime.evaluation import evaluate
+        from runtime.localizer import Localizer
+
+        annotations = read_annotations(self.annotations)
+        spec = self.config.spec(annotations.labels)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(self.config.train.seed)
+            model = CCNet(self.config.model).eval()
+        with Localizer([TorchBackend(model, spec)], spec) as localizer:
+            corpus = Corpus(localizer, self.features, annotations.subset("test"), on_error="stop")
+            predictions = {video_id: detections for video_id, _, detections in corpus.records()}
+        for _, error in corpus.failed:
+            raise error
+        average = evaluate(predictions, annotations, "test").average_map
+        self._say(f"the untrained network has a test mAP (Avg.) of {average:.3f}")
+        return average
+
+    def _train(self) -> None:
+        where = ("--annotations", self.annotations, "--features", self.features, "--out", self.training)
+        resume = ("--resume",) if (self.training / "last").is_dir() else ()
+        self._command("train", "--preset", PRESET, *where, *resume)
+
+    def _draw(self) -> None:
+        """The test video whose gates move most, among those with the most classes: the one with the most to tell."""
+        from ccnet.checkpoint import read_checkpoint
+        from ccnet.plots import Shown, draw_timeline, read_gates
+        from ccnet.synthetic.features import Planter, Planting
+        from runtime.annotations import read_annotations
+        from runtime.detections import read_events
+        from runtime.features import read_video
+
+        annotations = read_annotations(self.annotations)
+        checkpoint = read_checkpoint(self.training / "best")
+        spec, model = checkpoint.spec, checkpoint.load_model()
+        videos = sorted(annotations.subset("test"), key=lambda video: -len(set(video.labels.tolist())))[:_CANDIDATES]
+        gates = {
+            video.video_id: read_gates(
+                model, spec, read_video(self.features, video.video_id, spec.layout, spec.visual_dim, spec.audio_dim)
+            )
+            for video in videos
+        }
+        video = max(videos, key=lambda video: gates[video.video_id].audio.std() + gates[video.video_id].visual.std())
+        planter = Planter(
+            num_classes=spec.num_classes,
+            visual_dim=spec.visual_dim,
+            audio_dim=spec.audio_dim,
+            time_base=spec.time_base,
+            planting=Planting.of_difficulty(DIFFICULTY, SEED),
+        )
+        draw_timeline(
+            self.picture,
+            truth=video,
+            found=read_events(self.events, spec.labels)[video.video_id],
+            gates=gates[video.video_id],
+            shown=Shown(spec.time_base.fps, *planter.presence(video)),
+        )
+
+    def _command(self, *words: object, torch: bool = True) -> None:
+        """Run `ccnet ...`; `torch=False`: in a process of its own in which PyTorch can't be imported.
+
+        Raises CCNetError when it fails; the command has said why by then.
+        """
+        from ccnet.cli.main import main
+
+        argv = [str(word) for word in words]
+        self._say(f"ccnet {' '.join(argv)}" + ("" if torch else "      (PyTorch can't be imported here)"))
+        if torch:
+            status = main(argv)
+        else:
+            process = subprocess.run([sys.executable, "-c", _WITHOUT_TORCH, *argv], env=os.environ, check=False)
+            status = process.returncode
+        if status:
+            raise CCNetError(f"ccnet {argv[0]} ended with exit status {status}, expected 0")
+
+    def _say(self, line: str) -> None:
+        print(f"\n[{time.perf_counter() - self._begun:5.1f} s] {line}", flush=True)

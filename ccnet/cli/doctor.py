@@ -1,0 +1,151 @@
+"""`ccnet doctor`: which engines can be used on this machine, and what each of the others lacks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+from collections.abc import Callable
+from typing import Any
+
+from runtime.backends.select import BACKENDS
+from runtime.errors import BackendUnavailable, MissingDependency
+from runtime.machine import machine_facts
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser("doctor", help="show which engines this machine can use, and what others lack")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Exit status 0 when at least one backend can be used here, else 1."""
+    report = examine()
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print(_text(report))
+    return 0 if any(row["usable"] for row in report["backends"].values()) else 1
+
+
+def examine() -> dict[str, Any]:
+    """`{"machine": facts, "backends": {name: {"usable", "detail"}}, "tools": {...}}`; never raises."""
+    return {
+        "machine": machine_facts(),
+        "backends": {name: _tried(_PROBES[name]) for name in BACKENDS},
+        "tools": {name: _tried(probe) for name, probe in _TOOLS.items()},
+    }
+
+
+def _tried(probe: Callable[[], str]) -> dict[str, Any]:
+    try:
+        return {"usable": True, "detail": probe()}
+    except Exception as error:  # noqa: BLE001  a broken installation may raise anything, and that is the finding
+        return {"usable": False, "detail": str(error) or type(error).__name__}
+
+
+def _onnxruntime_cpu() -> str:
+    from runtime.backends.onnxruntime import load_library
+
+    return f"onnxruntime {load_library('cpu').__version__}"
+
+
+def _onnxruntime_cuda() -> str:
+    from runtime.backends.onnxruntime import load_library
+    from runtime.backends.tensorrt.cuda import probe
+
+    library = load_library("cuda")
+    device = probe()
+    return f"onnxruntime {library.__version__} with the CUDA provider, {device.name} (a session may still lack cuDNN)"
+
+
+def _openvino() -> str:
+    from runtime.backends.openvino import PRECISIONS, check_available
+
+    core = check_available("fp32")
+    native = []
+    for precision in PRECISIONS:
+        try:
+            check_available(precision)
+        except BackendUnavailable:
+            continue
+        native.append(precision)
+    version = core.get_versions("CPU")["CPU"].build_number.split("-")[0]
+    return f"openvino {version}, {core.get_property('CPU', 'FULL_DEVICE_NAME')}: {', '.join(native)}"
+
+
+def _tensorrt() -> str:
+    return _tensorrt_library("tensorrt")
+
+
+def _tensorrt_rtx() -> str:
+    return _tensorrt_library("tensorrt-rtx")
+
+
+def _tensorrt_library(flavour: Any) -> str:
+    from runtime.backends.tensorrt.cuda import probe
+    from runtime.backends.tensorrt.library import load_library
+
+    library = load_library(flavour)
+    try:
+        device = probe()
+    except BackendUnavailable as error:
+        raise BackendUnavailable(f"{library.__name__} {library.__version__} is installed, but {error}") from error
+    return f"{library.__name__} {library.__version__}, {device.name} ({device.compute_capability})"
+
+
+def _package(name: str, extra: str, purpose: str) -> Callable[[], str]:
+    """A package that is only looked up, not imported: some take seconds."""
+
+    def probe() -> str:
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            raise MissingDependency(name, extra, purpose) from None
+
+    return probe
+
+
+def _suppression() -> str:
+    module = importlib.import_module("runtime.kernels.suppression")
+    return f"numba {importlib.metadata.version('numba')}, kernels ready ({module.__name__})"
+
+
+_PROBES: dict[str, Callable[[], str]] = {
+    "tensorrt": _tensorrt,
+    "tensorrt-rtx": _tensorrt_rtx,
+    "onnxruntime-cuda": _onnxruntime_cuda,
+    "openvino": _openvino,
+    "onnxruntime": _onnxruntime_cpu,
+}
+
+_TOOLS: dict[str, Callable[[], str]] = {
+    "suppression": _suppression,
+    "train": _package("torch", "train", "training"),
+    "export": _package("onnxscript", "export", "exporting"),
+    "parquet": _package("pyarrow", "parquet", "writing Parquet"),
+    "progress bar": _package("tqdm", "train", "a progress bar (optional)"),
+}
+
+
+def _text(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    flags = " ".join(machine["cpu_flags"] or [])
+    gpus = machine["gpus"]
+    lines = [
+        f"python      {machine['python']} on {machine['os']}",
+        f"processor   {machine['cpu']}, {machine['cores']} core(s), {machine['memory_gib']} GiB; {flags}",
+        *(
+            [f"gpu         {g['name']}, driver {g['driver_version']}, {g['memory.total']}" for g in gpus]
+            if gpus
+            else ["gpu         none found (nvidia-smi is absent, or shows none)"]
+        ),
+        "",
+    ]
+    for title in ("backends", "tools"):
+        lines.append(title)
+        lines += [
+            f"  {'yes' if row['usable'] else 'no ':3} {name:17} {row['detail']}" for name, row in report[title].items()
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""`ccnet export`: checkpoint -> bundle, every way to run it proven against the eager network."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ccnet.cli.options import positive
+
+if TYPE_CHECKING:
+    from export.bundle import Result
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "export",
+        help="write a deployable bundle and prove it against the eager network",
+        description="Writes the network as ONNX (and as engines), runs every result against the eager network on "
+        "stress inputs and on planted or real videos, and leaves a bundle only when all passed (exit status 3 "
+        "otherwise).",
+    )
+    parser.add_argument("checkpoint", help="checkpoint folder")
+    parser.add_argument("--out", required=True, metavar="BUNDLE", help="bundle folder; an earlier bundle is replaced")
+    parser.add_argument("--format", nargs="+", default=["onnx"], choices=["onnx", "tensorrt", "tensorrt-rtx"])
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        default=["fp32"],
+        metavar="P",
+        help="fp32, tf32, fp16, bf16, int8; or auto: all that this machine can run, those that pass the gate are kept, "
+        "fastest first",
+    )
+    parser.add_argument("--opset", type=int, default=20, help="ONNX opset, 17 to 23 (17 for TensorRT 8.6)")
+    parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="largest batch")
+    parser.add_argument("--opt-batch", type=int, default=1, metavar="N", help="batch that engines are tuned for")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[], metavar="T", help="further, shorter T for shorter videos"
+    )
+    parser.add_argument(
+        "--form", choices=["deployment", "plain"], default="deployment", help="how to write the network"
+    )
+    add_video_arguments(parser)
+    engine = parser.add_argument_group("engines")
+    engine.add_argument("--compute-capability", nargs="+", metavar="X.Y", help="RTX: GPUs to build for")
+    engine.add_argument("--workspace-mib", type=int, metavar="N", help="limit of scratch memory while building")
+    engine.add_argument("--optimization-level", type=int, metavar="0..5", help="effort of the builder")
+    engine.add_argument("--timing-cache", metavar="FILE", help="timings of earlier builds, kept beside the bundle")
+    engine.add_argument("--hardware-compatible", action="store_true", help="run on any Ampere or newer GPU")
+    engine.add_argument("--version-compatible", action="store_true", help="run on newer TensorRT releases too")
+
+
+def add_video_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the comparison runs on; shared with `ccnet verify` and `ccnet reference`."""
+    parser.add_argument("--features", metavar="DIR", help="compare on real videos from here instead of planted ones")
+    parser.add_argument("--annotations", metavar="F", help="annotation JSON of those videos")
+    parser.add_argument("--videos", type=positive, metavar="N", help="how many planted or real videos (default: 24)")
+    parser.add_argument("--device", metavar="D", help="device of the eager network: cpu (default), cuda or cuda:N")
+
+
+def eager_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_video_arguments` as arguments of `export.parity.eager.eager_reference`."""
+    given = {"count": arguments.videos, "device": arguments.device}
+    given |= {"features": arguments.features, "annotations": arguments.annotations}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from ccnet.checkpoint import read_checkpoint
+    from export.bundle import Request, make_bundle
+    from export.bundle_writer import refuse_foreign
+    from export.parity.eager import eager_reference
+
+    request = Request(
+        formats=tuple(arguments.format),
+        precisions=tuple(arguments.precision),
+        opset=arguments.opset,
+        max_batch=arguments.max_batch,
+        opt_batch=arguments.opt_batch,
+        lengths=tuple(arguments.lengths),
+        form=arguments.form,
+        engine=_engine_arguments(arguments),
+    )
+    checkpoint = read_checkpoint(arguments.checkpoint)
+    refuse_foreign(Path(arguments.out))
+    model = checkpoint.load_model()
+    say("running the eager network")
+    reference = eager_reference(checkpoint, model, lengths=arguments.lengths, **eager_arguments(arguments))
+    _summarize(arguments.out, make_bundle(checkpoint, model, reference, arguments.out, request, say))
+    return 0
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr, so that it is seen at once and results can be piped."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _engine_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    mib = arguments.workspace_mib
+    given = {
+        "compute_capabilities": tuple(arguments.compute_capability or ()),
+        "workspace_bytes": None if mib is None else mib << 20,
+        "optimization_level": arguments.optimization_level,
+        "timing_cache": arguments.timing_cache,
+        "hardware_compatible": arguments.hardware_compatible,
+        "version_compatible": arguments.version_compatible,
+    }
+    return {name: value for name, value in given.items() if value is not None and value is not False and value != ()}
+
+
+def _summarize(out: str, result: Result) -> None:
+    print(f"\n{out}")
+    for rung in result.rungs:
+        speed = f", {rung.speed['ms_per_video']:.1f} ms per video" if rung.speed else ""
+        print(f"  {rung.name}: {'proven' if rung.gate == 'passed' else 'built, not run here'}{speed}")
+    for rung in result.rejected:
+        failing = [check.name for check in result.reports[rung.name].checks if not check.passed]
+        print(f"  {rung.name}: left out, failed {', '.join(failing)}")
+    for name, reason in result.skipped.items():
+        print(f"  {name}: not run here: {reason.splitlines()[0]}")
+    print(f"next:\n  ccnet inspect {out}\n  ccnet predict {out} --features DIR --out events.jsonl")
+    print(f"  ccnet evaluate {out} --annotations F --features DIR --subset test\n  ccnet bench {out}")
+    if any(rung.gate == "not-run" for rung in result.rungs):
+        print(f"  ccnet reference CHECKPOINT --out ref.npz, then on the GPU: ccnet verify {out} --reference ref.npz")

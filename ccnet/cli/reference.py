@@ -1,0 +1,46 @@
+"""`ccnet reference`: record the eager network's outputs, so that engines can be proven where torch is not installed."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ccnet.cli.export import add_video_arguments, eager_arguments
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "reference",
+        help="record inputs and eager outputs for 'ccnet verify' on a machine without torch",
+        description="Writes stress inputs, planted or real videos, and what the eager network makes of them into one "
+        ".npz file without pickled objects.",
+    )
+    parser.add_argument("checkpoint", help="checkpoint folder")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the .npz file")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="T",
+        help="shorter T of the bundle that are to be proven too",
+    )
+    add_video_arguments(parser)
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from pathlib import Path
+
+    from ccnet.checkpoint import read_checkpoint
+    from export.parity.eager import eager_reference
+    from export.parity.reference import save_reference
+
+    checkpoint = read_checkpoint(arguments.checkpoint)
+    reference = eager_reference(
+        checkpoint, checkpoint.load_model(), lengths=arguments.lengths, **eager_arguments(arguments)
+    )
+    save_reference(arguments.out, reference)
+    size = Path(arguments.out).stat().st_size / 1e6
+    print(f"{arguments.out}: {len(reference.videos)} inputs with their outputs, {size:.1f} MB")
+    print(f"next: ccnet verify BUNDLE --reference {arguments.out}")
+    return 0

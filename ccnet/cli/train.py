@@ -1,0 +1,47 @@
+"""`ccnet train`: features + annotations -> best/ and last/ checkpoints, resumable at any step."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+TAKES_OVERRIDES = True
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train a network from features and annotations",
+        usage="ccnet train --preset P --annotations F --features DIR --out DIR [--resume] [--section.field value ...]",
+        description="Train on the subset 'train', validate on 'validation'. OUT gets best/ and last/ checkpoints, "
+        "metrics.csv, steps.csv and TensorBoard events. Ctrl-C leaves a state that --resume continues exactly.",
+        epilog="Any setting of the preset can be changed as --section.field value, for example --train.epochs 20 "
+        "--train.precision bf16 --model.cmi off. A resumed run needs the same preset and settings "
+        "(only train.device and train.workers may differ).",
+    )
+    parser.add_argument("--preset", required=True, help="unav100, unav100_onepeace or demo")
+    parser.add_argument("--annotations", required=True, metavar="F", help="annotation JSON")
+    parser.add_argument("--features", required=True, metavar="DIR", help="folder of .npy feature files")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="continue the run in DIR")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, only the result")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from ccnet.config import parse_overrides, preset, with_overrides
+
+    config = with_overrides(preset(arguments.preset), parse_overrides(overrides))
+
+    from ccnet.training.loop import train
+
+    result = train(
+        config,
+        arguments.annotations,
+        arguments.features,
+        arguments.out,
+        resume=arguments.resume,
+        quiet=arguments.quiet,
+    )
+    print(f"best validation mAP {result.best_map:.4f} (epoch {result.best_epoch}): {result.best}")
+    print(f"next: ccnet export {result.best} --out BUNDLE")
+    return 0

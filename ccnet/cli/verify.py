@@ -1,0 +1,99 @@
+"""`ccnet verify`: prove the rungs of a bundle on the machine that will run them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from ccnet.cli.export import add_video_arguments, eager_arguments, say
+from runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from export.parity.reference import Reference
+    from runtime.bundle import Bundle
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "verify",
+        help="run the comparison with the eager network that a bundle still lacks",
+        description="Proves the rungs that were built but never run (or those that --backend and --precision name) "
+        "and writes the verdicts into the bundle. With --reference no torch is needed. Exit status 3 when one fails.",
+    )
+    parser.add_argument("bundle", help="bundle folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--reference", metavar="FILE", help="what 'ccnet reference' recorded")
+    source.add_argument("--checkpoint", metavar="C", help="checkpoint folder; needs torch")
+    parser.add_argument("--backend", help="prove this backend, whether the bundle lists it or not")
+    parser.add_argument("--precision", metavar="P", help="only rungs of this precision")
+    parser.add_argument(
+        "--polygraphy",
+        metavar="DIR",
+        help="ask a second tool instead: writes inputs.json and expected.json for 'polygraphy run' into DIR and judges "
+        "its results.json when that is there; the bundle stays as it is",
+    )
+    add_video_arguments(parser)
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from export.parity.verify import check_fits, prove, rungs_to_prove
+    from runtime.bundle import read_bundle
+
+    bundle = read_bundle(arguments.bundle)
+    if arguments.polygraphy:
+        return _polygraphy(arguments, bundle)
+    rungs = rungs_to_prove(bundle, arguments.backend, arguments.precision)
+    if not rungs:
+        print(f"{bundle.folder}: every rung is proven already; name one with --backend to prove it again here")
+        return 0
+    reference = _reference(arguments, bundle)
+    check_fits(bundle, reference.spec, reference.checkpoint_sha256)
+    prove(bundle.folder, rungs, reference, say)
+    print(f"{bundle.folder}: proven: {', '.join(rung.name for rung in rungs)}")
+    print(f"next: ccnet bench {bundle.folder}")
+    return 0
+
+
+def _reference(arguments: argparse.Namespace, bundle: Bundle) -> Reference:
+    if arguments.reference:
+        options = ("features", "annotations", "videos", "device")
+        if given := [f"--{option}" for option in options if getattr(arguments, option) is not None]:
+            raise ConfigError(f"{', '.join(given)}: a reference file already holds its videos and the eager outputs")
+
+        from export.parity.reference import load_reference
+
+        return load_reference(arguments.reference)
+
+    from ccnet.checkpoint import read_checkpoint
+    from export.parity.eager import eager_reference
+
+    checkpoint = read_checkpoint(arguments.checkpoint)
+    say("running the eager network")
+    lengths = {artifact.length for artifact in bundle.manifest.artifacts}
+    return eager_reference(checkpoint, checkpoint.load_model(), lengths=lengths, **eager_arguments(arguments))
+
+
+def _polygraphy(arguments: argparse.Namespace, bundle: Bundle) -> int:
+    from pathlib import Path
+
+    from export.parity.polygraphy_files import judge_results, write_inputs
+    from export.parity.verify import check_fits
+
+    reference = _reference(arguments, bundle)
+    check_fits(bundle, reference.spec, reference.checkpoint_sha256)
+    folder = Path(arguments.polygraphy)
+    if (folder / "results.json").exists():
+        report = judge_results(folder, reference, arguments.precision or "fp32")
+        print(report.text())
+        report.require()
+        return 0
+    write_inputs(folder, reference)
+    graph = next(a for a in bundle.manifest.artifacts if a.flavour == "onnx" and a.length == bundle.spec.length)
+    print(f"{folder}: inputs.json and expected.json written; next:")
+    print(
+        f"  polygraphy run {bundle.path(graph)} --onnxrt --load-inputs {folder / 'inputs.json'} "
+        f"--save-outputs {folder / 'results.json'}"
+    )
+    print("  (--trt instead of --onnxrt asks TensorRT; --load-outputs expected.json compares there)")
+    print(f"  then this command again judges {folder / 'results.json'}")
+    return 0

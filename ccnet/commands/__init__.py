@@ -1,1 +1,0 @@
-"""One module per subcommand of `ccnet`: `register(subparsers)` and `run(arguments, overrides)`."""

@@ -1,0 +1,1 @@
+"""The CCNet network in PyTorch, and the import of released weights."""

@@ -1,0 +1,1 @@
+"""Synthetic videos: annotations and features with known events."""

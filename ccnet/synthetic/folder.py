@@ -1,0 +1,198 @@
+"""A folder of planted features in the published layout, written video by video.
+
+Each video is made, written and forgotten: the memory in use does not grow with the set. Every file is whole or absent,
+and a folder that was interrupted is continued: videos whose files are all there and whole are not made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ccnet.config import Config
+from ccnet.synthetic.features import Planter, Planting
+from runtime.annotations import Annotations, VideoAnnotation
+from runtime.errors import ConfigError, FeatureError, MissingDependency
+from runtime.files import atomic_file, sha256_file, write_json
+
+Dtype = Literal["float32", "float16"]
+SETTINGS_FILE = "planted.json"
+_HEADER_BYTES = 128
+
+
+class Planted(NamedTuple):
+    """What `plant_folder` did."""
+
+    written: int
+    """Videos made and written."""
+    kept: int
+    """Videos that were whole already."""
+    size: int
+    """Bytes of all their files."""
+
+
+def plant_folder(
+    annotations: Annotations,
+    videos: Sequence[VideoAnnotation],
+    folder: str | os.PathLike[str],
+    config: Config,
+    planting: Planting,
+    *,
+    dtype: Dtype = "float32",
+    workers: int = 0,
+    progress: bool = True,
+) -> Planted:
+    """Plant `videos` of `annotations` into `folder`.
+
+    What a video gets depends on the settings and its own annotation alone, not on `workers`, order or selection.
+
+    Args:
+        config: gives feature widths, file suffixes, time base and number of classes.
+        dtype: of the files; float16 halves them.
+        workers: processes that make features; 0 makes them in this one.
+        progress: a tqdm bar on standard error.
+
+    Raises ConfigError when a feature width can't be split over the modality's files or the classes do not fit,
+    and FeatureError when the folder holds features planted otherwise or the disk has no room for the set.
+    """
+    folder = Path(folder)
+    if len(annotations.labels) != config.model.num_classes:
+        raise ConfigError(
+            f"model.num_classes: got {config.model.num_classes}, but {annotations.path} has {len(annotations.labels)} "
+            f"classes; use --model.num_classes {len(annotations.labels)}"
+        )
+    job = _Job(folder, config, planting, np.dtype(dtype))
+    size = sum(job.size(video) for video in videos)
+    _claim(folder, annotations, config, planting, dtype)
+    todo = [video for video in videos if not job.is_whole(video)]
+    missing = sum(job.size(video) for video in todo)
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise FeatureError(
+            f"{folder}: {len(todo)} videos need {missing / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left; "
+            "use --dtype float16, fewer videos (--subset, --limit) or another disk"
+        )
+    _run(job, todo, len(videos) - len(todo), workers, progress)
+    return Planted(len(todo), len(videos) - len(todo), size)
+
+
+class _Job:
+    """Makes and writes one video at a time; copied into every worker."""
+
+    def __init__(self, folder: Path, config: Config, planting: Planting, dtype: np.dtype[Any]) -> None:
+        self.folder, self.dtype = folder, dtype
+        model, layout = config.model, config.layout
+        self.files = [
+            (suffix, width)
+            for modality, suffixes, dim in (
+                ("visual", layout.visual, model.visual_dim),
+                ("audio", layout.audio, model.audio_dim),
+            )
+            for suffix, width in zip(suffixes, _split(modality, dim, len(suffixes)), strict=True)
+        ]
+        self.planter = Planter(
+            num_classes=model.num_classes,
+            visual_dim=model.visual_dim,
+            audio_dim=model.audio_dim,
+            time_base=config.time_base,
+            planting=planting,
+        )
+
+    def size(self, video: VideoAnnotation) -> int:
+        """Bytes of a video's files."""
+        steps = self.planter.steps(video.duration)
+        return sum(_HEADER_BYTES + steps * width * self.dtype.itemsize for _, width in self.files)
+
+    def is_whole(self, video: VideoAnnotation) -> bool:
+        """Whether all files of a video are there, with the size they must have."""
+        steps = self.planter.steps(video.duration)
+        for suffix, width in self.files:
+            try:
+                array = np.load(self.folder / f"{video.video_id}{suffix}.npy", mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError):
+                return False
+            if array.shape != (steps, width) or array.dtype != self.dtype:
+                return False
+        return True
+
+    def __call__(self, video: VideoAnnotation) -> None:
+        channels: npt.NDArray[Any] = np.concatenate(self.planter.features(video), axis=1).astype(self.dtype, copy=False)
+        edges = np.cumsum([width for _, width in self.files])[:-1]
+        for (suffix, _), part in zip(self.files, np.split(channels, edges, axis=1), strict=True):
+            with atomic_file(self.folder / f"{video.video_id}{suffix}.npy") as stream:
+                np.save(stream, np.ascontiguousarray(part), allow_pickle=False)
+
+
+def _split(modality: str, dim: int, files: int) -> list[int]:
+    if dim % files:
+        raise ConfigError(f"model.{modality}_dim: got {dim}, expected a multiple of {files}, the number of its files")
+    return [dim // files] * files
+
+
+def _claim(folder: Path, annotations: Annotations, config: Config, planting: Planting, dtype: Dtype) -> None:
+    """Write down what the folder is planted with, or check that it is continued in the same way."""
+    settings = {
+        "annotations_sha256": sha256_file(annotations.path),
+        "planting": dataclasses.asdict(planting),
+        "visual_dim": config.model.visual_dim,
+        "audio_dim": config.model.audio_dim,
+        "time_base": dataclasses.asdict(config.time_base),
+        "layout": {"visual": list(config.layout.visual), "audio": list(config.layout.audio)},
+        "dtype": dtype,
+    }
+    path = folder / SETTINGS_FILE
+    if not path.exists():
+        if folder.is_dir() and next(folder.glob("*.npy"), None):
+            raise FeatureError(f"{folder}: holds features that were not planted; choose another folder")
+        write_json(path, settings)
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FeatureError(f"{path}: not valid JSON ({error}); delete the folder and plant it again") from error
+    different = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
+    if different:
+        raise FeatureError(
+            f"{folder}: was planted with other settings ({', '.join(different)}); "
+            "choose another folder, or delete this one first"
+        )
+
+
+def _run(job: _Job, videos: Sequence[VideoAnnotation], kept: int, workers: int, progress: bool) -> None:
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError as error:
+        raise MissingDependency("tqdm", "train", "Planting features") from error
+    with tqdm(total=kept + len(videos), initial=kept, unit="video", desc="plant", disable=not progress) as bar:
+        if workers == 0 or len(videos) <= 1:
+            for video in videos:
+                job(video)
+                bar.update()
+            return
+        with multiprocessing.Pool(min(workers, len(videos)), _start_worker, (job,)) as pool:
+            for _ in pool.imap_unordered(_work, videos, chunksize=4):
+                bar.update()
+
+
+_worker_job: _Job | None = None
+
+
+def _start_worker(job: _Job) -> None:
+    global _worker_job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends the pool
+    _worker_job = job
+
+
+def _work(video: VideoAnnotation) -> None:
+    assert _worker_job is not None
+    _worker_job(video)

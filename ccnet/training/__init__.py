@@ -1,0 +1,1 @@
+"""Train CCNet as the paper says."""

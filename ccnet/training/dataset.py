@@ -1,0 +1,281 @@
+"""UnAV-100 folders as training batches: checked at the start, cropped at random, padded, with targets.
+
+Everything random comes from (seed, epoch, index of the video), never from a worker's own state, so that a run gives
+the same batches with any number of workers and can be continued in the middle of an epoch.
+
+Shapes:  B batch   T steps   n steps of one video   Cv, Ca feature widths   M events   P points   C classes
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ccnet.config import Config, TrainConfig
+from ccnet.training.targets import Targets, build_targets
+from runtime.annotations import VideoAnnotation
+from runtime.errors import CCNetError, FeatureError
+from runtime.features import VideoFeatures, pack, read_video
+from runtime.spec import TimeBase
+
+Floats = npt.NDArray[np.float32]
+_CROP_TRIALS = 200
+_NAMED_PROBLEMS = 5
+
+
+class Batch(NamedTuple):
+    """One step's worth of videos."""
+
+    visual: Tensor
+    """[B, Cv, T] float32, zero after each video's end."""
+    audio: Tensor
+    """[B, Ca, T] float32."""
+    mask: Tensor
+    """[B, 1, T] bool, true where the video has content."""
+    targets: Targets
+    """Classes [B, P, C] and offsets [B, P, C, 2]."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device; from pinned memory the copy does not wait."""
+        visual, audio, mask, *targets = (
+            tensor.to(device, non_blocking=True) for tensor in (self.visual, self.audio, self.mask, *self.targets)
+        )
+        return Batch(visual, audio, mask, Targets(*targets))
+
+
+class Sample(NamedTuple):
+    """One video as the network will see it."""
+
+    visual: Floats
+    """[n, Cv], n <= T."""
+    audio: Floats
+    """[n, Ca]."""
+    segments: Floats
+    """[M, 2] start and end in grid steps, counted from the first step of the crop."""
+    labels: npt.NDArray[np.int64]
+    """[M]."""
+
+
+def check_folder(folder: str | os.PathLike[str], videos: Sequence[VideoAnnotation], config: Config) -> None:
+    """Look at every file that `videos` need: there, whole, of the configured width. Only headers and sizes are read.
+
+    Raises FeatureError with the number of bad files, the first few of them and what is wrong with each.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FeatureError(f"{folder}: no such feature folder")
+    if not videos:
+        raise FeatureError(f"{folder}: no videos were asked for; expected at least one")
+    missing: list[str] = []
+    damaged: list[str] = []
+    layout, model = config.layout, config.model
+    for video in videos:
+        for suffixes, expected in ((layout.visual, model.visual_dim), (layout.audio, model.audio_dim)):
+            width = 0
+            for suffix in suffixes:
+                path = folder / f"{video.video_id}{suffix}.npy"
+                try:
+                    width += _width(path)
+                except FileNotFoundError:
+                    missing.append(path.name)
+                    break
+                except (ValueError, EOFError, OSError) as error:
+                    damaged.append(f"{path.name} ({error})")
+                    break
+            else:
+                if width != expected:
+                    files = " + ".join(f"{video.video_id}{suffix}.npy" for suffix in suffixes)
+                    damaged.append(f"{files} ({width} wide, expected {expected})")
+    if missing or damaged:
+        parts = [_listed(kind, names) for kind, names in (("missing", missing), ("unusable", damaged)) if names]
+        raise FeatureError(
+            f"{folder}: of the files that {len(videos)} videos need, {'; '.join(parts)}. "
+            "Add or replace them, or take their videos out of the annotation file"
+        )
+
+
+def _width(path: Path) -> int:
+    """Channels of one array file. Raises ValueError for a file that is cut off, pickled, or no [n, C] float array."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
+        raise ValueError(f"got {array.dtype} {array.shape}, expected floats [steps, width]")
+    return int(array.shape[1])
+
+
+def _listed(kind: str, names: list[str]) -> str:
+    more = ", ..." if len(names) > _NAMED_PROBLEMS else ""
+    return f"{len(names)} {kind}: {', '.join(names[:_NAMED_PROBLEMS])}{more}"
+
+
+def crop(sample: Sample, steps: int, *, keep: float, time_base: TimeBase, rng: np.random.Generator) -> Sample:
+    """Cut a video to `steps` consecutive steps at a random place.
+
+    Events are clipped to what the kept steps see (each step sees `window_frames` around its own position), and dropped
+    when less than the share `keep` of their length remains. Places where no event remains are avoided where possible.
+    """
+    length = len(sample.visual)
+    half_window = 0.5 * time_base.window_frames / time_base.stride_frames
+    for _ in range(_CROP_TRIALS):
+        first = int(rng.integers(0, length - steps + 1))
+        clipped = sample.segments.clip(first - half_window, first + steps - 1 + half_window)
+        kept = clipped[:, 1] - clipped[:, 0] >= keep * (sample.segments[:, 1] - sample.segments[:, 0])
+        if kept.any() or not len(kept):
+            break
+    window = slice(first, first + steps)
+    return Sample(sample.visual[window], sample.audio[window], clipped[kept] - first, sample.labels[kept])
+
+
+class TrainingVideos(Dataset[Any]):
+    """Videos of one subset; an item is asked for as `(epoch, index)` and cropped by (seed, epoch, index)."""
+
+    def __init__(self, folder: str | os.PathLike[str], videos: Sequence[VideoAnnotation], config: Config) -> None:
+        """Checks the whole folder first (see `check_folder`)."""
+        check_folder(folder, videos, config)
+        self.folder = Path(folder)
+        self.videos = list(videos)
+        self.config = config
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """Raises FeatureError for a file that turns out to be bad when it is read (wrong width, NaN, ...)."""
+        epoch, index = key
+        video, model, train = self.videos[index], self.config.model, self.config.train
+        visual, audio = read_video(self.folder, video.video_id, self.config.layout, model.visual_dim, model.audio_dim)
+        segments = self.config.time_base.to_grid(video.segments).astype(np.float32)
+        sample = Sample(visual, audio, segments.reshape(-1, 2), video.labels)
+
+        rng = np.random.default_rng((train.seed, epoch, index))
+        length = len(visual)
+        steps = max(1, round(length * rng.uniform(train.crop_min, train.crop_max)))
+        steps = min(steps, model.length)
+        if steps == length:
+            return sample
+        return crop(sample, steps, keep=train.crop_keep, time_base=self.config.time_base, rng=rng)
+
+
+class Collate:
+    """Samples -> `Batch`, padded to T, with targets. Runs in the loading process."""
+
+    def __init__(self, config: Config) -> None:
+        # Class names do not matter to a batch.
+        self._spec = config.spec(tuple(map(str, range(config.model.num_classes))))
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        arrays = pack([VideoFeatures(sample.visual, sample.audio) for sample in samples], self._spec)
+        visual, audio, mask = (torch.from_numpy(array) for array in arrays)
+        most = max(len(sample.labels) for sample in samples)
+        segments = torch.zeros(len(samples), most, 2)
+        labels = torch.full((len(samples), most), -1)
+        for row, sample in enumerate(samples):
+            events = len(sample.labels)
+            segments[row, :events] = torch.from_numpy(sample.segments)
+            labels[row, :events] = torch.from_numpy(sample.labels)
+        return Batch(visual, audio, mask, build_targets(segments, labels, self._spec.grid, self._spec.num_classes))
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of `(epoch, index)`: every video once per epoch, in an order that follows from (seed, epoch).
+
+    `epoch` and `first_batch` are set before an epoch is iterated; the last batch may be smaller.
+    """
+
+    def __init__(self, videos: int, batch_size: int, seed: int) -> None:
+        self.videos, self.batch_size, self.seed = videos, batch_size, seed
+        self.epoch, self.first_batch = 0, 0
+
+    def __len__(self) -> int:
+        return -(-self.videos // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.videos).tolist()
+        for batch in range(self.first_batch, len(self)):
+            yield [(self.epoch, i) for i in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+
+
+class TrainingLoader:
+    """Batches of an epoch, made in other processes while the training process computes.
+
+    loader = TrainingLoader(folder, annotations.subset("train"), config)
+    for batch in loader.epoch(3):            # or loader.epoch(3, first_batch=17) to continue inside it
+        ...
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        videos: Sequence[VideoAnnotation],
+        config: Config,
+        *,
+        pin_memory: bool = False,
+    ) -> None:
+        """Checks the folder; raises FeatureError when files are missing or damaged."""
+        train: TrainConfig = config.train
+        self.videos = TrainingVideos(folder, videos, config)
+        self._batches = EpochBatches(len(self.videos), train.batch_size, train.seed)
+        collate = Collate(config)
+        self._loader: DataLoader[Any] = DataLoader(
+            _Guarded(self.videos),
+            batch_sampler=cast(Any, self._batches),
+            collate_fn=_GuardedCollate(collate),
+            num_workers=train.workers,
+            persistent_workers=train.workers > 0,
+            pin_memory=pin_memory,
+            worker_init_fn=_leave_interrupts_to_the_trainer,
+            # Its own generator: starting an epoch must not move the global one, which a resumed run restores.
+            generator=torch.Generator().manual_seed(train.seed),
+        )
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return len(self._batches)
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from `first_batch` on.
+
+        Raises FeatureError, as the reader worded it, when a video can't be used.
+        """
+        self._batches.epoch, self._batches.first_batch = epoch, first_batch
+        for batch in self._loader:
+            if isinstance(batch, CCNetError):
+                raise batch
+            yield batch
+
+
+def _leave_interrupts_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the training process decides when to stop, with the batch in hand."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _Guarded(Dataset[Any]):
+    """Hands a user's mistake over as a value: raised in a worker it would arrive wrapped in a traceback."""
+
+    def __init__(self, videos: TrainingVideos) -> None:
+        self.videos = videos
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | CCNetError:
+        try:
+            return self.videos[key]
+        except CCNetError as error:
+            return error
+
+
+class _GuardedCollate:
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Sequence[Sample | CCNetError]) -> Batch | CCNetError:
+        for sample in samples:
+            if isinstance(sample, CCNetError):
+                return sample
+        return self.collate(cast("Sequence[Sample]", samples))

@@ -1,0 +1,349 @@
+"""Checkpoint -> bundle: graphs, engines, and the gate on every way to run them.
+
+Read downward: `make_bundle`, then its steps in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from ccnet import __version__
+from export.bundle_writer import Draft, new_bundle, refuse_foreign
+from export.parity.check import gate_rung, judged, measured
+from export.parity.compare import ParityReport
+from export.parity.reference import Reference
+from export.parity.tolerances import PRECISIONS, graph_precision
+from export.tensorrt.build import build_engine
+from runtime.backends.select import TENSORRT_BACKENDS
+from runtime.backends.tensorrt.library import TensorRTFlavour
+from runtime.bundle import Artifact, Bundle, Flavour, Rung, entry_name
+from runtime.errors import BackendUnavailable, CCNetError, ConfigError, EngineMismatch, ExportError, ParityError
+from runtime.machine import library_versions
+from runtime.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ccnet.checkpoint import Checkpoint
+    from ccnet.network.model import CCNet
+
+Form = Literal["deployment", "plain"]
+Say = Callable[[str], None]
+
+AUTO = "auto"
+_LADDER = ("fp32", "tf32", "bf16", "fp16")
+"""What `auto` tries, as far as this machine has it."""
+_ONNX_WAYS: dict[str, tuple[tuple[str, str], ...]] = {
+    "fp32": (("onnxruntime", "fp32"),),
+    "tf32": (("onnxruntime-cuda", "tf32"),),
+    "fp16": (("onnxruntime", "fp16"),),
+    "bf16": (("openvino", "bf16"),),
+    "int8": (("openvino", "int8"),),
+}
+"""Backend and graph that prove a precision asked for by name, for the ONNX format."""
+_ONNX_LADDER = (
+    ("onnxruntime", "fp32"),
+    ("openvino", "fp32"),
+    ("openvino", "bf16"),
+    ("openvino", "int8"),
+    ("onnxruntime-cuda", "fp32"),
+    ("onnxruntime-cuda", "tf32"),
+)
+"""Ways to run the fp32 graph, and the one with int8 weights, that `auto` tries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to export."""
+
+    formats: tuple[Flavour, ...] = ("onnx",)
+    precisions: tuple[str, ...] = ("fp32",)
+    """Of `PRECISIONS`, or `("auto",)`: every rung that this machine can run; those that fail the gate are kept out."""
+    opset: int = 20
+    max_batch: int = 32
+    opt_batch: int = 1
+    """Batch size that engines are tuned for."""
+    lengths: tuple[int, ...] = ()
+    """Further T, shorter than the network's own, for shorter videos."""
+    form: Form = "deployment"
+    engine: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further arguments of `build_engine`."""
+
+    def __post_init__(self) -> None:
+        for precision in self.precisions:
+            if precision not in (*_ONNX_WAYS, AUTO):
+                raise ConfigError(f"precision: got {precision!r}, expected {AUTO} or some of {', '.join(_ONNX_WAYS)}")
+        if AUTO in self.precisions and len(self.precisions) > 1:
+            raise ConfigError(f"precision: got {' '.join(self.precisions)}, expected {AUTO} alone")
+        if "int8" in self.precisions and set(self.formats) != {"onnx"}:
+            raise ConfigError(f"precision: got int8 with format {' '.join(self.formats)}; int8 is for the onnx format")
+        if self.engine and set(self.formats) == {"onnx"}:
+            given = ", ".join(self.engine)
+            raise ConfigError(f"{given}: for engines only; got format onnx, expected tensorrt or tensorrt-rtx with it")
+        if not 1 <= self.opt_batch <= self.max_batch:
+            raise ConfigError(f"opt-batch: got {self.opt_batch}, expected 1 to max-batch ({self.max_batch})")
+        if self.form == "plain" and (self.lengths or set(self.precisions) - {"fp32", "tf32", AUTO}):
+            raise ConfigError(
+                "form: the plain form has fp32 and the network's own length only; use the deployment form"
+            )
+
+    @property
+    def automatic(self) -> bool:
+        return AUTO in self.precisions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What was made of each rung."""
+
+    rungs: tuple[Rung, ...]
+    rejected: tuple[Rung, ...]
+    reports: dict[str, ParityReport]
+    skipped: dict[str, str]
+    """Rungs that can't be built or run on this machine, and why."""
+
+
+def make_bundle(
+    checkpoint: Checkpoint, model: CCNet, reference: Reference, out: str | Path, request: Request, say: Say = print
+) -> Result:
+    """Write the bundle `out`, every rung that can run here proven against `reference`.
+
+    `say` is told each step. Raises ParityError, leaving no bundle, when a rung that was asked for (with `auto`: every
+    rung) fails the gate; ExportError when a graph or engine can't be made; BundleError when `out` is something else.
+    """
+    out = Path(out)
+    refuse_foreign(out)
+    config = checkpoint.config
+    with new_bundle(
+        out,
+        spec=checkpoint.spec,
+        model=config.model.to_json(),
+        checkpoint_sha256=checkpoint.weights_sha256,
+        versions={"ccnet": __version__, **library_versions()},
+    ) as draft:
+        rungs: list[Rung] = []
+        not_built: dict[str, str] = {}
+        for length in (checkpoint.spec.length, *sorted(request.lengths, reverse=True)):
+            for precision in _graphs(request):
+                _add_graph(draft, checkpoint, model, request, precision, length, say)
+            written = {artifact.name for artifact in draft.manifest.artifacts}
+            rungs += [r for r in _onnx_rungs(request, length, checkpoint.spec) if r.artifact in written]
+            for flavour, precision in _engines(request):
+                try:
+                    rungs.append(_add_engine(draft, request, flavour, precision, length, checkpoint.spec, say))
+                except ExportError as error:  # noqa: PERF203 - building takes minutes
+                    if not request.automatic:
+                        raise
+                    say(f"  left out: {error}")
+                    not_built[entry_name(flavour, precision, length, checkpoint.spec)] = str(error)
+        result = _gate_all(draft, rungs, reference, request, say)
+        return dataclasses.replace(result, skipped={**not_built, **result.skipped})
+
+
+def _graphs(request: Request) -> list[str]:
+    """Types of the graphs to write. The ladder and int8 graphs start from fp32."""
+    engines = any(flavour != "onnx" for flavour in request.formats)
+    wanted = (_LADDER if engines else ("fp32",)) if request.automatic else request.precisions
+    graphs = {"fp32"} if request.automatic or "int8" in wanted else set()
+    if request.automatic and "onnx" in request.formats and _runs_int8():
+        graphs.add("int8")
+    for precision in wanted:
+        # bf16 on a CPU is OpenVINO's arithmetic on the fp32 graph; a typed graph is what engines are built from
+        graphs.add("fp32" if precision == "bf16" and not engines else graph_precision(precision))
+    return [precision for precision in PRECISIONS if precision in graphs]
+
+
+def _add_graph(
+    draft: Draft, checkpoint: Checkpoint, model: CCNet, request: Request, precision: str, length: int, say: Say
+) -> None:
+    from export.graph.to_onnx import export_onnx
+
+    spec = checkpoint.spec.with_length(length)
+    name = entry_name("onnx", precision, length, checkpoint.spec)
+    file = _graph_file(name)
+    if precision == "int8":
+        _add_int8(draft, request, name, length, checkpoint.spec, say)
+        return
+    say(f"writing {file} (T = {length}, {precision}, {request.form} form, opset {request.opset})")
+    info = export_onnx(
+        _form(model, request.form, precision, length),
+        spec,
+        draft.folder / file,
+        opset=request.opset,
+        max_batch=request.max_batch,
+        metadata={
+            "checkpoint_sha256": checkpoint.weights_sha256,
+            "length": str(length),
+            "precision": precision,
+            "form": request.form,
+            "opset": str(request.opset),
+            "ccnet_version": __version__,
+        },
+    )
+    say(f"  {info.nodes} nodes, {info.weight_bytes / 1e6:.0f} MB of weights, {info.seconds:.0f} s")
+    facts = {"form": request.form, "nodes": info.nodes, "weight_bytes": info.weight_bytes}
+    draft.add_artifact(
+        Artifact(
+            name=name,
+            flavour="onnx",
+            files=info.files,
+            precision=precision,
+            length=length,
+            max_batch=request.max_batch,
+            opset=info.opset,
+            build={**facts, "seconds": round(info.seconds, 1)},
+        )
+    )
+
+
+def _add_int8(draft: Draft, request: Request, name: str, length: int, spec: ModelSpec, say: Say) -> None:
+    """The fp32 graph of the same length again, with int8 weights."""
+    from export.graph.quantize import quantize_weights
+
+    file = _graph_file(name)
+    say(f"writing {file} (int8 weights)")
+    source = draft.folder / _graph_file(entry_name("onnx", "fp32", length, spec))
+    try:
+        info = quantize_weights(source, draft.folder / file, metadata={"precision": "int8"})
+    except ExportError as error:
+        if not request.automatic:
+            raise
+        say(f"  left out: {error}")
+        return
+    say(f"  {info.products} products in int8, {info.weight_bytes / 1e6:.0f} MB of weights")
+    facts = {"form": request.form, "nodes": info.nodes, "weight_bytes": info.weight_bytes}
+    draft.add_artifact(
+        Artifact(
+            name=name,
+            flavour="onnx",
+            files=info.files,
+            precision="int8",
+            length=length,
+            max_batch=request.max_batch,
+            opset=request.opset,
+            build={**facts, "int8_products": info.products},
+        )
+    )
+
+
+def _graph_file(name: str) -> str:
+    return "model.onnx" if name == "onnx-fp32" else f"model{name.removeprefix('onnx')}.onnx"
+
+
+def _runs_int8() -> bool:
+    from runtime.backends.openvino import check_available
+
+    try:
+        check_available("int8")
+    except BackendUnavailable:
+        return False
+    return True
+
+
+def _form(model: CCNet, form: Form, precision: str, length: int) -> nn.Module:
+    if form == "plain":
+        return model
+    from export.fused.network import deployment_form
+    from export.parity.tolerances import torch_dtype
+
+    return deployment_form(model, length=length, dtype=torch_dtype(graph_precision(precision)))
+
+
+def _onnx_rungs(request: Request, length: int, spec: ModelSpec) -> list[Rung]:
+    """Ways to run the graphs without an engine of their own, none of them proven yet."""
+    if "onnx" not in request.formats:
+        return []
+    ways = _ONNX_LADDER if request.automatic else tuple(way for p in request.precisions for way in _ONNX_WAYS[p])
+    return [
+        Rung(
+            name=entry_name(backend, precision, length, spec),
+            backend=backend,
+            precision=precision,
+            artifact=entry_name("onnx", precision if precision in ("fp16", "int8") else "fp32", length, spec),
+            gate="not-run",
+        )
+        for backend, precision in ways
+    ]
+
+
+def _engines(request: Request) -> Iterator[tuple[TensorRTFlavour, str]]:
+    for flavour in request.formats:
+        if flavour != "onnx":
+            for precision in _LADDER if request.automatic else request.precisions:
+                yield flavour, precision
+
+
+def _add_engine(
+    draft: Draft, request: Request, flavour: TensorRTFlavour, precision: str, length: int, spec: ModelSpec, say: Say
+) -> Rung:
+    name = entry_name(flavour, precision, length, spec)
+    graph = next(
+        a for a in draft.manifest.artifacts if a.name == entry_name("onnx", graph_precision(precision), length, spec)
+    )
+    say(f"building {name}")
+    info = build_engine(
+        draft.folder / graph.files[0],
+        draft.folder / f"{name}.engine",
+        flavour=flavour,
+        precision=cast(Any, precision),
+        profile=(1, request.opt_batch, request.max_batch),
+        **request.engine,
+    )
+    draft.add_artifact(info.artifact(name=name, length=length))
+    return Rung(name=name, backend=flavour, precision=precision, artifact=name, gate="not-run")
+
+
+def _gate_all(draft: Draft, rungs: list[Rung], reference: Reference, request: Request, say: Say) -> Result:
+    for rung in rungs:
+        draft.set_rung(rung)
+    bundle = draft.bundle()
+    reports: dict[str, ParityReport] = {}
+    skipped: dict[str, str] = {}
+    verdicts: list[Rung] = []
+    for rung in rungs:
+        say(f"comparing {rung.name} with the eager network")
+        outcome = _gate_one(bundle, rung, reference, automatic=request.automatic)
+        if isinstance(outcome, ParityReport):
+            say(outcome.text())
+            reports[rung.name] = outcome
+            verdicts.append(judged(rung, outcome))
+            if not request.automatic:
+                outcome.require()
+        else:
+            say(f"  not run here: {outcome}")
+            skipped[rung.name] = outcome
+    passed = [rung for rung in verdicts if rung.gate == "passed"]
+    if request.automatic and not passed:
+        raise ParityError(f"no rung passed the gate; failed: {', '.join(reports)}; not run here: {', '.join(skipped)}")
+    if request.automatic:
+        passed = measured(bundle, passed)
+    rejected = [rung for rung in verdicts if rung.gate == "failed"]
+    for rung in (*passed, *rejected):
+        draft.set_rung(rung, reports[rung.name].to_json())
+    for name in skipped:
+        rung = next(rung for rung in rungs if rung.name == name)
+        if rung.backend not in TENSORRT_BACKENDS:
+            draft.drop_rung(name)  # nothing was built for it; whoever has that backend can verify it there
+    return Result(rungs=draft.manifest.rungs, rejected=tuple(rejected), reports=reports, skipped=skipped)
+
+
+def _gate_one(bundle: Bundle, rung: Rung, reference: Reference, *, automatic: bool) -> ParityReport | str:
+    """The report, or why the rung can't run on this machine.
+
+    An engine may well be built for another one. Of the ladder whatever fails is left out; a way to run a graph that
+    was asked for must run.
+    """
+    try:
+        return gate_rung(bundle, rung, reference)
+    except (BackendUnavailable, EngineMismatch) as error:
+        if automatic or rung.backend in TENSORRT_BACKENDS:
+            return str(error)
+        raise
+    except CCNetError as error:
+        if automatic:
+            return str(error)
+        raise

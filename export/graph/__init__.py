@@ -1,0 +1,1 @@
+"""Write the network as ONNX graphs."""

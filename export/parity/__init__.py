@@ -1,0 +1,1 @@
+"""The parity check: does an engine compute what the eager network computes?"""

@@ -1,0 +1,58 @@
+"""What the eager network makes of the gate's inputs: the reference that every engine is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ccnet.torch_backend import TorchBackend
+from export.parity.inputs import NUM_VIDEOS, ParityVideo, crops, folder_inputs, planted_inputs, stress_inputs
+from export.parity.reference import Reference, record
+from runtime.annotations import read_annotations
+from runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ccnet.checkpoint import Checkpoint
+    from ccnet.network.model import CCNet
+    from runtime.spec import ModelSpec
+
+
+def eager_reference(
+    checkpoint: Checkpoint,
+    model: CCNet,
+    *,
+    features: str | Path | None = None,
+    annotations: str | Path | None = None,
+    count: int = NUM_VIDEOS,
+    lengths: Iterable[int] = (),
+    device: str = "cpu",
+) -> Reference:
+    """Stress inputs and `count` videos through the fp32 network, each alone.
+
+    The videos are real ones from the folder `features` (with their events, where `annotations` has them), else
+    planted. For each of `lengths`, shorter T that are to be proven too, some are cropped to it.
+
+    Raises FeatureError, AnnotationError, ConfigError for annotations without features, BackendUnavailable for an
+    absent device.
+    """
+    spec = checkpoint.spec
+    with_events = _videos(spec, features, annotations, count)
+    videos = stress_inputs(spec) + with_events
+    for length in sorted(set(lengths) - {spec.length}):
+        videos += crops(with_events, length, spec)
+    with TorchBackend(model, spec, device=device) as backend:
+        outputs = record(backend, videos)
+    model.cpu()
+    return Reference(spec, checkpoint.weights_sha256, videos, outputs)
+
+
+def _videos(
+    spec: ModelSpec, features: str | Path | None, annotations: str | Path | None, count: int
+) -> list[ParityVideo]:
+    if features is None and annotations is not None:
+        raise ConfigError(f"annotations: got {annotations} without a feature folder; planted videos have their own")
+    if features is None:
+        return planted_inputs(spec, count=count)
+    known = None if annotations is None else read_annotations(annotations, spec.labels)
+    return folder_inputs(features, spec, annotations=known, count=count)

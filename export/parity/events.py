@@ -1,0 +1,166 @@
+"""Are these the same events? Matching of two backends' detections, and the mAP of each.
+
+Shapes:  N events of one video   M annotated events   K thresholds
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.parity.inputs import ParityVideo
+from export.parity.reference import Outputs
+from export.parity.tolerances import EVENT_SCORE
+from runtime.average_precision import average_precision
+from runtime.detections import Detections
+from runtime.postprocess import detect
+from runtime.spec import ModelSpec
+
+TIOU_THRESHOLDS = tuple(round(0.1 * k, 1) for k in range(1, 10))
+"""Thresholds of mAP Avg."""
+SAME_SCORE = 0.2
+"""Scores further apart are not of the same event, however well the segments agree."""
+FEWEST_EVENTS = 20
+"""With fewer events above `EVENT_SCORE` the best this many are judged: a check without events proves nothing."""
+KNOWING_MAP = 0.01
+"""Below this mAP the reference does not know the annotated events, so their mAP says nothing about the candidate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventAgreement:
+    """How many of the reference's events the candidate finds too."""
+
+    threshold: float
+    """Events of the reference above this score are judged."""
+    events: int
+    matched: int
+    max_score_drift: float
+    mean_score_drift: float
+    lost: tuple[str, ...]
+    """The first unmatched events, in words."""
+
+    @property
+    def share(self) -> float:
+        return self.matched / self.events if self.events else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapAgreement:
+    """mAP Avg of both sides on the same ground truth."""
+
+    ground_truth: str
+    """`annotations`, or `reference events` where there are none that the reference knows anything about."""
+    events: int
+    reference: float
+    candidate: float
+
+    @property
+    def difference(self) -> float:
+        return abs(self.candidate - self.reference)
+
+
+def detections(outputs: Outputs, videos: Sequence[ParityVideo], spec: ModelSpec, *, keep: int = 1) -> list[Detections]:
+    """Full post-processing of every video; `keep` times as many events as `spec.post.max_segments`."""
+    post = dataclasses.replace(spec.post, max_segments=keep * spec.post.max_segments)
+    return [
+        detect(logits, offsets, valid_steps=video.features.steps, duration=video.duration, spec=spec, post=post)
+        for video, logits, offsets in zip(videos, outputs.logits, outputs.offsets, strict=True)
+    ]
+
+
+def match_events(
+    candidate: Sequence[Detections], reference: Sequence[Detections], videos: Sequence[ParityVideo], least_tiou: float
+) -> EventAgreement:
+    """Look for every event of the reference above the threshold among the candidate's of the same video and class.
+
+    The same event has a tIoU above `least_tiou` and a score within `SAME_SCORE`. One to one, the reference's best
+    first, each taking the free one with the highest tIoU. The candidate may list more events than are kept, so that a
+    tie for the last place is no difference.
+    """
+    threshold = judged_above(reference)
+    drifts: list[float] = []
+    lost: list[str] = []
+    for found, wanted, video in zip(candidate, reference, videos, strict=True):
+        free = np.ones(len(found), bool)
+        for segment, score, label in zip(wanted.segments, wanted.scores, wanted.labels, strict=True):
+            if score <= threshold:
+                break
+            alike = free & (found.labels == label) & (np.abs(found.scores - score) <= SAME_SCORE)
+            overlap = np.where(alike, tiou(segment, found.segments), 0.0)
+            best = int(np.argmax(overlap)) if len(overlap) else -1
+            if best >= 0 and overlap[best] > least_tiou:
+                free[best] = False
+                drifts.append(abs(float(found.scores[best]) - float(score)))
+            else:
+                nearest = f"best tIoU {overlap[best]:.3f}" if best >= 0 and overlap[best] > 0 else "nothing near it"
+                name = wanted.label_names[label]
+                lost.append(f"{video.name}: {name} {segment[0]:.2f}-{segment[1]:.2f} s, score {score:.3f}: {nearest}")
+    return EventAgreement(
+        threshold=threshold,
+        events=len(drifts) + len(lost),
+        matched=len(drifts),
+        max_score_drift=max(drifts, default=0.0),
+        mean_score_drift=float(np.mean(drifts)) if drifts else 0.0,
+        lost=tuple(lost[:5]),
+    )
+
+
+def judged_above(reference: Sequence[Detections]) -> float:
+    """`EVENT_SCORE`, or lower where fewer than `FEWEST_EVENTS` events score above it."""
+    scores = np.sort(np.concatenate([events.scores for events in reference]) if reference else np.zeros(0))[::-1]
+    if np.count_nonzero(scores > EVENT_SCORE) >= FEWEST_EVENTS or not len(scores):
+        return EVENT_SCORE
+    return float(scores[FEWEST_EVENTS]) if len(scores) > FEWEST_EVENTS else 0.0
+
+
+def compare_map(
+    candidate: Sequence[Detections], reference: Sequence[Detections], videos: Sequence[ParityVideo], num_classes: int
+) -> MapAgreement:
+    """mAP Avg on the annotated events, or on the reference's own where it knows nothing about those."""
+    truth = [(video.segments, video.labels) for video in videos]
+    known = average_map(reference, truth, num_classes)
+    if known >= KNOWING_MAP:
+        events = sum(len(labels) for _, labels in truth)
+        found = average_map(candidate, truth, num_classes)
+        return MapAgreement(ground_truth="annotations", events=events, reference=known, candidate=found)
+    threshold = judged_above(reference)
+    truth = [(d.segments[d.scores > threshold], d.labels[d.scores > threshold]) for d in reference]
+    return MapAgreement(
+        ground_truth="reference events",
+        events=sum(len(labels) for _, labels in truth),
+        reference=average_map(reference, truth, num_classes),
+        candidate=average_map(candidate, truth, num_classes),
+    )
+
+
+def average_map(
+    found: Sequence[Detections], truth: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]], num_classes: int
+) -> float:
+    """mAP Avg over 0.1:0.1:0.9 and the classes that occur; 0 where no event is annotated."""
+    if not any(len(labels) for _, labels in truth):
+        return 0.0
+    precision = average_precision(
+        np.repeat(np.arange(len(found)), [len(events) for events in found]),
+        np.concatenate([events.segments for events in found]),
+        np.concatenate([events.scores for events in found]),
+        np.concatenate([events.labels for events in found]),
+        np.repeat(np.arange(len(truth)), [len(labels) for _, labels in truth]),
+        np.concatenate([segments for segments, _ in truth]),
+        np.concatenate([labels for _, labels in truth]),
+        num_classes,
+        TIOU_THRESHOLDS,
+    )
+    return float(np.nanmean(precision))
+
+
+def tiou(segment: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Temporal IoU of segment [2] with others [N, 2] -> [N]."""
+    shared = np.minimum(segment[1], others[:, 1]) - np.maximum(segment[0], others[:, 0])
+    together = np.maximum(segment[1], others[:, 1]) - np.minimum(segment[0], others[:, 0])
+    overlap: npt.NDArray[np.float64] = np.maximum(shared, 0.0) / np.maximum(together, 1e-9)
+    return overlap

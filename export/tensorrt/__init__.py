@@ -1,0 +1,1 @@
+"""Build TensorRT and TensorRT for RTX engines."""

@@ -1,0 +1,115 @@
+"""Precision of an engine: what the graph asks for, and what the built engine delivers.
+
+Precision lives in the graph: TensorRT 10 (strongly typed), 11 and RTX take it from there. 8.6 does not; for it the
+fp32 islands of a half graph are pinned layer by layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from benchmarks.rtx_plan import RtxPlan
+from export.tensorrt.options import EnginePrecision
+from runtime.errors import ExportError
+
+_BY_NAME = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
+_BY_TEXT = (
+    ("BF16", "bf16"),
+    ("BFLOAT", "bf16"),
+    ("FP16", "fp16"),
+    ("HALF", "fp16"),
+    ("FP32", "fp32"),
+    ("FLOAT", "fp32"),
+)
+_HALF = ("fp16", "bf16")
+
+
+def requested_precisions(network: Any) -> dict[str, int]:
+    """Layers of a parsed network by the floating point type of their first output."""
+    found: Counter[str] = Counter()
+    for index in range(network.num_layers):
+        output = network.get_layer(index).get_output(0)
+        if output is not None and output.dtype.name in _BY_NAME:
+            found[_BY_NAME[output.dtype.name]] += 1
+    return dict(sorted(found.items()))
+
+
+def check_requested(requested: dict[str, int], precision: EnginePrecision, onnx_path: Any) -> None:
+    """Raises ExportError when the graph's types are not those of the precision that the engine is to have."""
+    for half in _HALF:
+        if (precision == half) != (requested.get(half, 0) > 0):
+            types = ", ".join(f"{count} layers {name}" for name, count in requested.items())
+            raise ExportError(
+                f"{onnx_path}: asked for a {precision} engine of a graph with {types}; precision lives in the graph: "
+                f"export it with --precision {precision}"
+            )
+
+
+def pin_float_islands(trt: Any, network: Any, config: Any) -> int:
+    """TensorRT 8.6 only: keep fp32 layers of a half graph in fp32. Returns how many were pinned.
+
+    With the FP16 flag 8.6 would choose half precision for statistics and exponentials too.
+    """
+    pinned = 0
+    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
+        tensors = [tensor for tensor in (*inputs, *outputs) if tensor is not None]
+        # casts and constants carry their type already; what moves data only may follow its neighbours
+        if layer.type.name in ("CAST", "CONSTANT", "SHAPE", "SHUFFLE", "SLICE", "GATHER", "CONCATENATION", "IDENTITY"):
+            continue
+        if outputs and all(tensor.dtype == trt.DataType.FLOAT for tensor in tensors):
+            layer.precision = trt.DataType.FLOAT
+            for i in range(len(outputs)):
+                layer.set_output_type(i, trt.DataType.FLOAT)
+            pinned += 1
+    return pinned
+
+
+def inspected_precisions(engine_information: str) -> dict[str, int] | None:
+    """Layers by output type, from the JSON text of TensorRT's engine inspector.
+
+    None where the library does not tell: names only, or whole regions compiled into one opaque node.
+    Older releases write `Format/Datatype`, 11 splits it; both are read.
+    """
+    layers = json.loads(engine_information).get("Layers", [])
+    if not layers or any(not isinstance(layer, dict) for layer in layers):
+        return None
+    found: Counter[str] = Counter()
+    for layer in layers:
+        if "ForeignNode" in str(layer.get("Name", "")):
+            return None
+        for output in layer.get("Outputs", [])[:1]:
+            text = str(output.get("Datatype") or output.get("Format/Datatype") or "").upper()
+            name = next((precision for key, precision in _BY_TEXT if key in text), None)
+            if name:
+                found[name] += 1
+    return dict(sorted(found.items())) or None
+
+
+def check_inspected(delivered: dict[str, int] | None, precision: EnginePrecision) -> None:
+    """Raises ExportError when an engine shows no layer of its precision, or half layers in a full one."""
+    if delivered is None:
+        return
+    half = {name: delivered[name] for name in _HALF if name in delivered}
+    if (precision in _HALF and precision not in delivered) or (precision not in _HALF and half):
+        raise ExportError(f"asked for {precision}, but the built engine's layers are {delivered}; nothing was written")
+
+
+def check_plan(plan: RtxPlan, precision: EnginePrecision) -> None:
+    """Raises ExportError when an RTX engine's kernels do not have the precision that was asked for."""
+    where = f"matrix kernels {plan.matrix_kernels}, tensors {plan.tensors}, TF32 {'on' if plan.tf32 else 'off'}"
+    if precision in _HALF:
+        good = plan.matrix_kernels.get(precision, 0) > 0
+    else:
+        good = not any(plan.tensors.get(half) for half in _HALF)
+    if not good or plan.tf32 != (precision == "tf32"):
+        raise ExportError(f"asked for {precision}, but the built engine has {where}; nothing was written")
+    if not plan.capturable:
+        raise ExportError(
+            "the built engine can't be recorded in a CUDA graph; a data-dependent shape is in the network"
+        )

@@ -1,0 +1,253 @@
+"""A TensorRT engine on this machine: does it fit, load it once, make execution contexts for it.
+
+Everything that can be known without the library is compared first: an engine of another version or GPU is refused
+with the way out, instead of with whatever the library would say, or do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.backends.tensorrt import cuda
+from runtime.backends.tensorrt.library import TensorRTFlavour, library_logger, load_library, numpy_type
+from runtime.bundle import Artifact
+from runtime.errors import BundleError, EngineError, EngineMismatch
+from runtime.files import atomic_file
+
+RTX_MAGIC = b"vtrt"
+
+
+def check_engine(artifact: Artifact, device: int = 0) -> cuda.Device:
+    """Compare an engine's manifest entry with this machine, before the library sees a byte of the engine.
+
+    Raises BundleError for an artifact that is no engine; BackendUnavailable when the library, the driver or a GPU is
+    missing; EngineMismatch, saying what to do, when the library's version or the GPU is another one.
+    """
+    if artifact.flavour == "onnx":
+        raise BundleError(f"artifact '{artifact.name}' is an ONNX graph, no TensorRT engine")
+    trt = load_library(artifact.flavour)
+    built = (artifact.library_version or "unknown", str(trt.__version__))
+    if not _version_fits(artifact, *built):
+        package = str(trt.__name__).replace("_", "-")
+        raise EngineMismatch(
+            f"engine '{artifact.name}' was built with {trt.__name__} {built[0]}, here is {built[1]}: "
+            f"{_way_out(artifact)}, or pip install '{package}=={built[0]}'"
+        )
+    found = cuda.probe(device)
+    wanted = f"built for {_target(artifact)}, here is {found.name} (compute capability {found.compute_capability})"
+    if not _gpu_fits(artifact, found):
+        raise EngineMismatch(f"engine '{artifact.name}' was {wanted}: {_way_out(artifact)}")
+    return found
+
+
+def _version_fits(artifact: Artifact, built: str, here: str) -> bool:
+    if artifact.flavour == "tensorrt" and artifact.build.get("version_compatible"):
+        # same major version or the next one, never an older release than the builder's
+        old, new = (tuple(int(p) for p in v.split(".") if p.isdigit()) for v in (built, here))
+        allowed = {8: (8, 10), 10: (10, 11)}.get(old[0], (old[0],)) if old else ()
+        return bool(new) and new[0] in allowed and new >= old
+    return built == here
+
+
+def _gpu_fits(artifact: Artifact, found: cuda.Device) -> bool:
+    if artifact.flavour == "tensorrt-rtx":
+        # an empty list is a portable engine: the library itself knows whether it runs here
+        return not artifact.compute_capabilities or found.compute_capability in artifact.compute_capabilities
+    if artifact.build.get("hardware_compatible"):
+        return int(found.compute_capability.split(".")[0]) >= 8
+    same_capability = found.compute_capability in artifact.compute_capabilities
+    return same_capability and artifact.gpu_name in (None, found.name)
+
+
+def _target(artifact: Artifact) -> str:
+    capabilities = "compute capability " + ", ".join(artifact.compute_capabilities or ("unknown",))
+    if artifact.build.get("hardware_compatible"):
+        return "Ampere or newer GPUs"
+    return f"{artifact.gpu_name} ({capabilities})" if artifact.gpu_name else capabilities
+
+
+def _way_out(artifact: Artifact) -> str:
+    return (
+        f"build it here ('ccnet export CHECKPOINT --out BUNDLE --format {artifact.flavour} --precision "
+        f"{artifact.precision}') or run the ONNX graph instead (on_mismatch='onnx')"
+    )
+
+
+def check_file(path: Path, artifact: Artifact) -> None:
+    """Raises BundleError for an engine file that is missing, cut short, or of the other flavour."""
+    if not path.is_file():
+        raise BundleError(f"{path}: missing; copy the bundle again")
+    size, expected = path.stat().st_size, artifact.build.get("engine_bytes")
+    if size == 0 or (expected is not None and size != expected):
+        raise BundleError(f"{path}: {size} bytes, the engine had {expected} when it was built; copy the bundle again")
+    with path.open("rb") as stream:
+        start = stream.read(len(RTX_MAGIC))
+    if (start == RTX_MAGIC) != (artifact.flavour == "tensorrt-rtx"):
+        kind = "a TensorRT-RTX engine" if start == RTX_MAGIC else f"no TensorRT-RTX engine (it starts with {start!r})"
+        raise BundleError(f"{path}: is {kind}, the manifest says {artifact.flavour}; export the bundle again")
+
+
+class LoadedEngine:
+    """An engine in GPU memory, shared by the backends of all threads; freed when the last one lets go.
+
+    Contexts are made one at a time here; each is then used by one thread only.
+    """
+
+    def __init__(self, path: Path, artifact: Artifact, device: int, cache_folder: Path | None) -> None:
+        check_file(path, artifact)
+        self.device = check_engine(artifact, device)
+        self.flavour: TensorRTFlavour = "tensorrt-rtx" if artifact.flavour == "tensorrt-rtx" else "tensorrt"
+        self.trt = load_library(self.flavour)
+        self.path = path
+        cuda.call("cudaSetDevice", device)
+        logger, self.log = library_logger(self.trt)
+        self._lock = threading.Lock()
+        self._users = 1
+        self._runtime: Any = self.trt.Runtime(logger)
+        if artifact.build.get("version_compatible"):
+            # such an engine carries library code; its hash is in the manifest, and only our own builds are loaded
+            self._runtime.engine_host_code_allowed = True
+        self._engine: Any = self._deserialize(artifact)
+        self.inputs, self.outputs = self._bindings()
+        self.scratch_bytes = int(
+            self._engine.device_memory_size_v2
+            if hasattr(self._engine, "device_memory_size_v2")
+            else self._engine.device_memory_size
+        )
+        self._cache = _RuntimeCache(self, artifact, cache_folder) if self.flavour == "tensorrt-rtx" else None
+
+    def _deserialize(self, artifact: Artifact) -> Any:
+        with (
+            self.path.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content,
+            self.log.collect() as messages,
+        ):
+            if self.flavour == "tensorrt-rtx":
+                validity, diagnostics = self._runtime.get_engine_validity(content[: self._runtime.engine_header_size])
+                if validity == self.trt.EngineValidity.INVALID and self._foreign(diagnostics):
+                    raise EngineMismatch(
+                        f"{self.path}: TensorRT-RTX {self.trt.__version__} can't run this engine on {self.device.name} "
+                        f"(compute capability {self.device.compute_capability}): {_way_out(artifact)}"
+                    )
+            engine = self._runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise EngineError(f"{self.path}: the library can't load this engine:\n{messages.errors()}\n"
+                              f"The file is damaged or of another release or GPU: {_way_out(artifact)}")  # fmt: skip
+        return engine
+
+    def _foreign(self, diagnostics: Any) -> bool:
+        """True when the library calls the engine sound but made for something else."""
+        bits = self.trt.EngineInvalidityDiagnostics
+        return any(int(diagnostics) & int(getattr(bits, name)) for name in ("VERSION_MISMATCH", "UNSUPPORTED_CC"))
+
+    def _bindings(self) -> tuple[dict[str, Binding], dict[str, Binding]]:
+        inputs: dict[str, Binding] = {}
+        outputs: dict[str, Binding] = {}
+        for index in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(index)
+            is_input = self._engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT
+            shape = tuple(int(extent) for extent in self._engine.get_tensor_shape(name))
+            (inputs if is_input else outputs)[name] = Binding(shape, numpy_type(self._engine.get_tensor_dtype(name)))
+        return inputs, outputs
+
+    def context(self, scratch: cuda.DeviceBuffer) -> Any:
+        """A new execution context that works in `scratch`, which contexts of one stream may share."""
+        with self._lock, self.log.collect() as messages:
+            if self._engine is None:
+                raise EngineError(f"{self.path}: the engine was closed")
+            context = self._create_context()
+        if context is None:
+            raise EngineError(f"{self.path}: no execution context:\n{messages.errors()}")
+        if self.scratch_bytes:
+            if hasattr(context, "set_device_memory"):
+                context.set_device_memory(scratch.pointer, scratch.nbytes)
+            else:  # before 10.1
+                context.device_memory = scratch.pointer
+        return context
+
+    def _create_context(self) -> Any:
+        trt = self.trt
+        if not hasattr(trt, "ExecutionContextAllocationStrategy"):  # 8.6
+            return self._engine.create_execution_context_without_device_memory()
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._cache is None:
+            return self._engine.create_execution_context(strategy)
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        # kernels of a new shape are compiled before its first run, and graphs are recorded by the backend itself
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        self._cache.attach(config)
+        return self._engine.create_execution_context(config)
+
+    def retain(self) -> LoadedEngine:
+        with self._lock:
+            if self._engine is None:
+                raise EngineError(f"{self.path}: the engine was closed")
+            self._users += 1
+        return self
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users > 0 or self._engine is None:
+                return
+            if self._cache is not None:
+                self._cache.close()
+            # the engine before the runtime that made it
+            self._engine = None
+            self._runtime = None
+
+
+class Binding:
+    """Shape (-1 for a dynamic batch) and type of one input or output."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.shape = shape
+        self.dtype = dtype
+
+    def pinned(self, batch: int) -> cuda.PinnedArray:
+        return cuda.PinnedArray((batch, *self.shape[1:]), self.dtype)
+
+
+class _RuntimeCache:
+    """RTX only: kernels compiled for this GPU, kept in a file beside the bundle so that the next start is quick.
+
+    A hint, never needed: a file that can't be read or written costs time and nothing else.
+    """
+
+    def __init__(self, engine: LoadedEngine, artifact: Artifact, folder: Path | None) -> None:
+        self._folder = folder
+        identity = (artifact.onnx_sha256 or "")[:16], engine.device.name, str(engine.trt.__version__)
+        name = "-".join((engine.path.stem, *identity)).replace(" ", "_").replace("/", "_")
+        self._path = folder / f"{name}.cache" if folder else None
+        self._loaded: bytes = b""
+        self._cache: Any = None
+
+    def attach(self, config: Any) -> None:
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            if self._path is not None and self._path.is_file():
+                with contextlib.suppress(OSError):
+                    self._loaded = self._path.read_bytes()
+                    self._cache.deserialize(self._loaded)
+        config.set_runtime_cache(self._cache)
+
+    def close(self) -> None:
+        cache, self._cache = self._cache, None
+        if cache is None or self._path is None:
+            return
+        content = bytes(memoryview(cache.serialize()).cast("B"))
+        if content != self._loaded:
+            with contextlib.suppress(OSError), atomic_file(self._path) as stream:
+                stream.write(content)
+
+
+Array = npt.NDArray[Any]

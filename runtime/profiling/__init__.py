@@ -1,0 +1,1 @@
+"""Measure engines and the host path on this machine."""

@@ -1,0 +1,86 @@
+"""From nothing to the first events: import, load and first result of a bundle, and the memory that takes.
+
+Run as `python -m runtime.profiling.cold_start BUNDLE --backend B [--precision P] [--length T]` in a fresh process; prints
+one JSON object with seconds and bytes. The first events are those of one video of full length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from runtime.errors import CCNetError, EngineError
+from runtime.machine import peak_rss_bytes, rss_bytes
+
+_TIMEOUT_S = 600.0
+
+
+def measure_cold_start(arguments: Sequence[str], *, repeats: int = 3) -> dict[str, Any]:
+    """Run this module `repeats` times in fresh processes, one after the other; every run is kept.
+
+    Returns `{"runs": [...]}`: seconds for import_s, load_s, first_result_s and total_s (process start to exit), bytes
+    for imported_bytes, loaded_bytes and peak_bytes. Raises EngineError with the child's message when a run fails.
+    """
+    runs = []
+    for _ in range(repeats):
+        begin = time.perf_counter_ns()
+        command = [sys.executable, "-m", "runtime.profiling.cold_start", *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise EngineError(f"cold start: no result after {_TIMEOUT_S:.0f} s: {' '.join(command)}") from error
+        total = (time.perf_counter_ns() - begin) / 1e9
+        if done.returncode != 0:
+            raise EngineError(f"cold start failed: {' '.join(command)}: {done.stderr.strip()[-2000:]}")
+        runs.append({**json.loads(done.stdout.splitlines()[-1]), "total_s": total})
+    return {"runs": runs}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The fresh process: prints its own times and memory."""
+    parser = argparse.ArgumentParser(prog="runtime.profiling.cold_start")
+    parser.add_argument("bundle")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--precision")
+    parser.add_argument("--length", type=int)
+    arguments = parser.parse_args(argv)
+    begin = time.perf_counter_ns()
+    import runtime.localizer
+    from runtime.backends import open_backend
+    from runtime.bundle import read_bundle
+    from runtime.profiling.workload import sample_videos
+
+    bundle = read_bundle(arguments.bundle)
+    imported = time.perf_counter_ns()
+    imported_bytes = rss_bytes()
+    try:
+        backend = open_backend(bundle, arguments.backend, precision=arguments.precision, length=arguments.length)
+        localizer = runtime.localizer.Localizer([backend], backend.spec)
+        loaded = time.perf_counter_ns()
+        loaded_bytes = rss_bytes()
+        (video,) = sample_videos(backend.spec, 1)
+        sampled = time.perf_counter_ns()
+        localizer(video.visual, video.audio)
+        done = time.perf_counter_ns()
+    except CCNetError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    result = {
+        "import_s": (imported - begin) / 1e9,
+        "load_s": (loaded - imported) / 1e9,
+        "first_result_s": (done - sampled) / 1e9,
+        "imported_bytes": imported_bytes,
+        "loaded_bytes": loaded_bytes,
+        "peak_bytes": peak_rss_bytes(),
+    }
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
