@@ -19,7 +19,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
-demo: setup ## plant, train, export, prove, predict, evaluate, bench, draw
+demo: setup ## synthesize, train, export, verify, predict, evaluate, bench, draw
 	$(BIN)/ccnet demo --out demo
 
 test: setup ## every test that this machine can run

@@ -1,4 +1,4 @@
-"""What each part of the network is worth on planted features, in the form of the paper's Tables 2 and 3.
+"""What each part of the network is worth on synthetic features, in the form of the paper's Tables 2 and 3.
 
     python -m benchmarks.ablation [--seeds 0 1 2] [--out DIR] [--work DIR]
 
@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.results import RESULTS, Measurement, markdown_table, write_result
 from ccnet.config import Config, LossConfig, ModelConfig, TrainConfig, with_overrides
-from ccnet.synthetic.features import Planting
+from ccnet.synthetic.features import SyntheticSettings
 from runtime.files import write_json
 from runtime.machine import machine_facts
 from runtime.spec import TimeBase
@@ -61,7 +61,7 @@ CONFIG = Config(
     time_base=TimeBase(fps=25.0, stride_frames=24.0, window_frames=24.0),
 )
 """Videos of 10 to 60 s in steps of 0.96 s."""
-PLANTING = Planting(seed=1, signal=10.0, distractors=2.0, distractor_strength=1.75, tails=0.5)
+PLANTING = SyntheticSettings(seed=1, signal=10.0, distractors=2.0, distractor_strength=1.75, tails=0.5)
 """Of what one modality shows, two thirds is no event, and it shows more strongly than the events do: the sum of both
 modalities does not tell them apart."""
 VIDEOS = {"train": 240, "validation": 16, "test": 160}
@@ -99,7 +99,7 @@ class Job:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing, then write the page from all that is there."""
-    parser = argparse.ArgumentParser(description="Planted ablation in the form of the paper's Tables 2 and 3.")
+    parser = argparse.ArgumentParser(description="Synthetic ablation in the form of the paper's Tables 2 and 3.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--rows", type=int, nargs="+", help="only these rows of the table, counted from 0")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     machine = machine_facts()
     work = options.work / _identity()
-    plant(work)
+    synthesize(work)
     variants = [VARIANTS[row] for row in options.rows] if options.rows else list(VARIANTS)
     jobs = [Job(variant, seed, work) for seed in options.seeds for variant in variants]
     missing = [job for job in jobs if not job.result.is_file()]
@@ -120,17 +120,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(report(work, options.seeds, options.out, machine))
 
 
-def plant(work: Path) -> None:
+def synthesize(work: Path) -> None:
     """The annotation file and its features, once."""
     from ccnet.synthetic.annotations import demo_annotations
-    from ccnet.synthetic.folder import plant_folder
+    from ccnet.synthetic.folder import synthesize_folder
     from runtime.annotations import read_annotations
 
     path = work / "annotations.json"
     if not path.is_file():
         write_json(path, demo_annotations(VIDEOS, CONFIG.model.num_classes, seed=PLANTING.seed))
     annotations = read_annotations(path)
-    plant_folder(annotations, list(annotations.videos.values()), work / "features", CONFIG, PLANTING, progress=False)
+    synthesize_folder(
+        annotations, list(annotations.videos.values()), work / "features", CONFIG, PLANTING, progress=False
+    )
 
 
 def run(job: Job) -> str:
@@ -186,7 +188,9 @@ def report(work: Path, seeds: Sequence[int], out: Path, machine: Mapping[str, An
             Measurement(name=f"{name} / mAP Avg", value=statistics.mean(averages), unit="%", better="higher")
         )
     header = ["", *(str(threshold) for threshold in TIOU), "Avg.", "Avg. of each seed", "change, mean (from, to)"]
-    page = "\n\n".join(["# Ablation on planted features", _description(finished, seeds), markdown_table(header, rows)])
+    page = "\n\n".join(
+        ["# Ablation on synthetic features", _description(finished, seeds), markdown_table(header, rows)]
+    )
     details = {"settings": {**_settings(), "seeds": list(seeds)}, "runs": finished}
     write_result(out, "ablation", measurements=measurements, page=page, machine=machine, **details)
     return page
@@ -199,22 +203,22 @@ def _change(scores: Sequence[Mapping[str, Any]], full: Sequence[Mapping[str, Any
 
 
 def _description(finished: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> str:
-    model, train, planting = CONFIG.model, CONFIG.train, PLANTING
+    model, train, settings = CONFIG.model, CONFIG.train, PLANTING
     steps = next(iter(finished.values()))[0]["steps"] if finished else 0
     return (
-        f"mAP (%) on {VIDEOS['test']} planted test videos after {steps} steps of batch {train.batch_size} on "
+        f"mAP (%) on {VIDEOS['test']} synthetic test videos after {steps} steps of batch {train.batch_size} on "
         f"{VIDEOS['train']} training videos, mean of the seeds {', '.join(map(str, seeds))}. A small network (T = "
         f"{model.length}, D = {model.dim}, {model.levels} levels, {model.num_classes} classes); every row has the same "
-        f"steps, batches and seeds. Planted: signature {planting.signal} noise deviations, {planting.distractors} "
-        f"seen-only and as many heard-only distractors per event, {planting.distractor_strength} times as strong as "
-        f"an event, {100 * planting.tails:.0f}% of event boundaries drawn out in one modality. Without CMI each "
+        f"steps, batches and seeds. Synthetic: signature {settings.signal} noise deviations, {settings.distractors} "
+        f"seen-only and as many heard-only distractors per event, {settings.distractor_strength} times as strong as "
+        f"an event, {100 * settings.tails:.0f}% of event boundaries drawn out in one modality. Without CMI each "
         "modality's block attends to itself (as many parameters); without TCG there are no gates. Both modalities "
         "still meet in MTGC and the heads. These numbers say nothing about UnAV-100."
     )
 
 
 def _settings() -> dict[str, Any]:
-    return {"config": CONFIG.to_json(), "planting": dataclasses.asdict(PLANTING), "videos": VIDEOS}
+    return {"config": CONFIG.to_json(), "synthesizing": dataclasses.asdict(PLANTING), "videos": VIDEOS}
 
 
 def _identity() -> str:

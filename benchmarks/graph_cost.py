@@ -1,6 +1,6 @@
 """Operations and bytes of an ONNX graph, counted from its nodes and inferred shapes.
 
-One multiply-add counts as two operations. Only products (Conv, MatMul, Gemm, Einsum) are counted as operations; what
+One multiply-add counts as two operations. Only matmuls (Conv, MatMul, Gemm, Einsum) are counted as operations; what
 the other nodes do is a matter of moving memory and counted in bytes.
 """
 
@@ -33,7 +33,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Product:
+class Matmul:
     """One node that multiplies."""
 
     name: str
@@ -51,7 +51,7 @@ class GraphCost:
 
     batch: int
     nodes: int
-    products: tuple[Product, ...]
+    matmuls: tuple[Matmul, ...]
     weight_bytes: int
     """Constants, each read at least once per call."""
     io_bytes: int
@@ -61,18 +61,18 @@ class GraphCost:
 
     @property
     def operations(self) -> int:
-        return sum(product.operations for product in self.products)
+        return sum(product.operations for product in self.matmuls)
 
     def by_op(self) -> dict[str, tuple[int, int]]:
         """Operator -> (nodes, operations)."""
         table: dict[str, tuple[int, int]] = {}
-        for product in self.products:
+        for product in self.matmuls:
             count, operations = table.get(product.op, (0, 0))
             table[product.op] = (count + 1, operations + product.operations)
         return table
 
-    def largest(self, count: int) -> list[Product]:
-        return sorted(self.products, key=lambda p: -p.operations)[:count]
+    def largest(self, count: int) -> list[Matmul]:
+        return sorted(self.matmuls, key=lambda p: -p.operations)[:count]
 
 
 def graph_cost(path: str | Path, *, batch: int = 1) -> GraphCost:
@@ -88,11 +88,11 @@ def graph_cost(path: str | Path, *, batch: int = 1) -> GraphCost:
     graph = model.graph
     shapes, widths = _tensors(graph)
     constants = {tensor.name for tensor in graph.initializer}
-    products = []
+    matmuls = []
     activation_bytes = 0
     for node in graph.node:
         if node.op_type in PRODUCTS:
-            products.append(_product(node, shapes, constants))
+            matmuls.append(_matmul(node, shapes, constants))
         if node.op_type != "Constant":
             moved = {*node.input, *node.output} - constants - {""}
             activation_bytes += sum(math.prod(shapes[n]) * widths[n] for n in moved if n in shapes)
@@ -100,7 +100,7 @@ def graph_cost(path: str | Path, *, batch: int = 1) -> GraphCost:
     return GraphCost(
         batch=batch,
         nodes=len(graph.node),
-        products=tuple(products),
+        matmuls=tuple(matmuls),
         weight_bytes=sum(math.prod(shapes[n]) * widths[n] for n in constants),
         io_bytes=sum(math.prod(shapes[v.name]) * widths[v.name] for v in ends),
         activation_bytes=activation_bytes,
@@ -134,14 +134,14 @@ def _tensors(graph: Any) -> tuple[dict[str, Shape], dict[str, int]]:
     return shapes, widths
 
 
-def _product(node: Any, shapes: Mapping[str, Shape], constants: set[str]) -> Product:
+def _matmul(node: Any, shapes: Mapping[str, Shape], constants: set[str]) -> Matmul:
     names = (node.input[0], node.input[1], node.output[0])
     for name in names:
         if name not in shapes:
             raise ExportError(f"node '{node.name}' ({node.op_type}): the shape of '{name}' can't be inferred")
     left, right, out = (shapes[name] for name in names)
     operations = 2 * math.prod(out) * _inner(node, left, right)
-    return Product(
+    return Matmul(
         name=node.name or node.output[0],
         op=node.op_type,
         shapes=(left, right, out),

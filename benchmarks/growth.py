@@ -49,12 +49,12 @@ def run(setting: Setting) -> Path:
     spec = setting.networks.spec
     cut = _cut_length(spec)
     with contextlib.ExitStack() as stack:
-        opened, absent = available_engines(setting.networks.graph("deployment"), spec)
+        opened, absent = available_engines(setting.networks.graph("fused"), spec)
         full = {name: stack.enter_context(backend) for name, backend in opened.items()}
         fastest = _fastest(full, spec)
         by_batch = _by_batch(full, setting.rules)
         stages, candidates = _stages(full[fastest], setting.rules)
-        shorter, _ = available_engines(setting.networks.graph("deployment", length=cut), spec.with_length(cut))
+        shorter, _ = available_engines(setting.networks.graph("fused", length=cut), spec.with_length(cut))
         for backend in shorter.values():
             stack.enter_context(backend)
         by_length = _by_length(full[fastest], shorter[fastest], setting.rules)
@@ -224,7 +224,7 @@ def _page(
     outside = sum(t.median for name, t in stages.items() if name not in ("engine", "read")) * 1e3
     parts = [
         "# How time grows, and where it goes",
-        "Deployment form; p50 unless said otherwise.",
+        "Fused network; p50 unless said otherwise.",
         f"## Stages\n\nOne full-length video from its feature files on {fastest}; {candidates} candidates. "
         f"Outside the engine and without reading: {outside:.2f} ms.",
         markdown_table(("stage", "p50 ms", "p90", "p99", "n"), [_spread(n, t) for n, t in stages.items()]),

@@ -1,6 +1,6 @@
 """The forms of the network side by side in one run: `python -m benchmarks.latency`.
 
-Eager PyTorch, torch.compile, the straightforward ONNX graph and the deployment form on every CPU engine, interleaved,
+Eager PyTorch, torch.compile, the straightforward ONNX graph and the fused network on every CPU engine, interleaved,
 on the same full-length video at batch 1. Each is first compared with eager; one that is off by more than the tolerance
 of its precision gets no speed.
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from runtime.backends.base import Backend, Bool, Float32
 
 GRAPHS = {
-    "straightforward": ("straightforward", ONNX_ENGINES),
-    "deployment": ("deployment", ONNX_ENGINES),
-    "int8": ("deployment", INT8_ENGINES),
+    "reference": ("reference", ONNX_ENGINES),
+    "fused": ("fused", ONNX_ENGINES),
+    "int8": ("fused", INT8_ENGINES),
 }
 """Graph -> the name of its form in the results, and the engines that run it."""
 EAGER, COMPILED = "eager fp32", "torch.compile fp32"
@@ -111,7 +111,7 @@ def _torch_backends(setting: Setting) -> dict[str, Backend]:
 def _compared(
     name: str, backend: Backend, inputs: tuple[Float32, Float32, Bool], reference: tuple[Float32, Float32]
 ) -> Entry:
-    """Compare one full-length video, at which every point is valid. The whole gate is part of the export."""
+    """Compare one full-length video, at which every point is valid. The whole parity check is part of the export."""
     logits, offsets = backend.infer(*inputs)
     off_logits = np.abs(logits - reference[0])
     off_offsets = np.abs(offsets - reference[1]) / np.maximum(1, np.abs(reference[1]))

@@ -1,4 +1,4 @@
-"""The network in the forms that benchmarks compare: a random checkpoint, its straightforward and deployment graphs.
+"""The network in the forms that benchmarks compare: a random checkpoint, its straightforward and fused graphs.
 
 Files are made once per preset in a work folder and used again by the other benchmarks of the same run.
 
@@ -108,7 +108,7 @@ class Networks:
     def graph(self, form: str, *, length: int | None = None) -> Path:
         """ONNX file of a form, made on first use.
 
-        `straightforward` is the network as it is, `deployment` its deployment form, `int8` that with int8 weights,
+        `straightforward` is the network as it is, `deployment` its fused network, `int8` that with int8 weights,
         `fp16` and `bf16` that in those types.
         """
         name = form if length is None else f"{form}-{length}"
@@ -129,7 +129,7 @@ class Networks:
             from export.graph.quantize import quantize_weights
 
             begin = time.perf_counter()
-            source = self.graph("deployment", length=length)
+            source = self.graph("fused", length=length)
             quantized = quantize_weights(source, path, least_weights=self.least_int8_weights)
             seconds = time.perf_counter() - begin
             return {**dataclasses.asdict(quantized), "path": path.name, "seconds": seconds}
@@ -140,10 +140,10 @@ class Networks:
         return {**dataclasses.asdict(info), "path": path.name}
 
     def _module(self, form: str, length: int | None) -> nn.Module:
-        if form == "straightforward":
+        if form == "reference":
             return self.eager()
-        from export.fused.network import deployment_form
+        from export.fused.network import fused_network
         from export.parity.tolerances import graph_precision, torch_dtype
 
-        dtype = torch_dtype(graph_precision("fp32" if form == "deployment" else form))
-        return deployment_form(self.eager(), length=length, dtype=dtype)
+        dtype = torch_dtype(graph_precision("fp32" if form == "fused" else form))
+        return fused_network(self.eager(), length=length, dtype=dtype)

@@ -1,6 +1,6 @@
 """How fast could the network be, and how near do the engines come: `python -m benchmarks.roofline`.
 
-Operations and bytes are counted in the exported deployment graph. The peaks of this machine (a large matrix product in
+Operations and bytes are counted in the exported fused graph. The peaks of this machine (a large matmul in
 each precision that an engine computes in, a large copy) are measured in the same rounds as the engines, so the share
 reached compares like with like. Peaks of devices that are not here are stated with their source.
 
@@ -53,7 +53,7 @@ H200 = Device(
     flops=790e12,
     bytes_per_second=3.9e12,
     weight_width=0.5,
-    source="practical values of large products and reads; not measured here",
+    source="practical values of large matmuls and reads; not measured here",
 )
 
 
@@ -71,7 +71,7 @@ class Floor:
 
 
 def floor(cost: GraphCost, device: Device) -> Floor:
-    """Floors per video: products at the peak rate; weights, inputs and outputs moved once per batch."""
+    """Floors per video: matmuls at the peak rate; weights, inputs and outputs moved once per batch."""
     moved = cost.weight_bytes * device.weight_width + cost.io_bytes
     return Floor(
         arithmetic=cost.operations / device.flops / cost.batch * 1e3,
@@ -109,7 +109,7 @@ def run(setting: Setting) -> Path:
     """Measure, write `roofline.json` and `roofline.md`; returns the JSON's path."""
     machine = machine_facts()
     spec = setting.networks.spec
-    graph = setting.networks.graph("deployment")
+    graph = setting.networks.graph("fused")
     costs = {batch: graph_cost(graph, batch=batch) for batch in BATCHES}
     with contextlib.ExitStack() as stack:
         inputs = pack(sample_videos(spec, 1), spec)
@@ -183,13 +183,13 @@ def page(
     return "\n\n".join(
         [
             "# Roofline",
-            f"Counted in the exported deployment graph at batch 1: {one.nodes} nodes, {one.operations / 1e9:.4g} GFLOP "
-            f"in {len(one.products)} products, {one.weight_bytes / 1e6:.4g} MB of weights, {one.io_bytes / 1e6:.4g} MB "
+            f"Counted in the exported fused graph at batch 1: {one.nodes} nodes, {one.operations / 1e9:.4g} GFLOP "
+            f"in {len(one.matmuls)} matmuls, {one.weight_bytes / 1e6:.4g} MB of weights, {one.io_bytes / 1e6:.4g} MB "
             f"of inputs and outputs, {one.activation_bytes / 1e6:.4g} MB of activations if all went through memory.",
             markdown_table(("operator", "nodes", "GFLOP", "share"), by_op),
-            "The largest products:",
+            "The largest matmuls:",
             markdown_table(("node", "operator", "left", "right", "share of operations"), largest),
-            "## Floors\n\nLeast time per video: products at the peak rate; weights read once per batch, inputs and "
+            "## Floors\n\nLeast time per video: matmuls at the peak rate; weights read once per batch, inputs and "
             "outputs once; the two can overlap at best.",
             markdown_table(("device", "GFLOP/s", "GB/s", "source"), peaks),
             markdown_table(("device", "batch", "arithmetic ms", "memory ms", "floor ms"), floors),

@@ -1,6 +1,6 @@
 """What TensorRT-RTX makes of the graphs, without a GPU: `python -m benchmarks.rtx_engines`.
 
-Builds the straightforward form and the deployment form for one video and counts what their plans hold: kernels, fused
+Builds the reference graph and the fused network for one video and counts what their plans hold: kernels, fused
 attentions, scratch memory, and how long building takes. No engine runs. Where the library is absent nothing is written.
 """
 
@@ -21,8 +21,8 @@ from runtime.machine import machine_facts
 TARGET = "8.9"
 """Compute capability to build for."""
 ENGINES = (
-    ("straightforward", "straightforward", "fp32"),
-    ("deployment fp32", "deployment", "fp32"),
+    ("reference", "reference", "fp32"),
+    ("deployment fp32", "fused", "fp32"),
     ("deployment fp16", "fp16", "fp16"),
     ("deployment bf16", "bf16", "bf16"),
 )
@@ -48,7 +48,7 @@ def run(setting: Setting) -> Path:
             info = build_engine(
                 path,
                 Path(folder) / "model.engine",
-                flavour="tensorrt-rtx",
+                format="tensorrt-rtx",
                 precision=cast(EnginePrecision, precision),
                 profile=(1, 1, 1),
                 compute_capabilities=(TARGET,),
@@ -71,7 +71,7 @@ def run(setting: Setting) -> Path:
 
 def page(facts: dict[str, dict[str, Any]]) -> str:
     """The Markdown page."""
-    plain_seconds = facts["straightforward"]["seconds"]
+    plain_seconds = facts["reference"]["seconds"]
     rows = [
         [
             name,
@@ -86,7 +86,7 @@ def page(facts: dict[str, dict[str, Any]]) -> str:
             "# TensorRT-RTX engines",
             f"Random weights, ONNX with a dynamic batch axis, optimization profile (1, 1, 1), built without a GPU for "
             f"compute capability {TARGET}. Counted in the plan that the engine embeds; no engine was run. The last "
-            "column says how many times as fast as the straightforward form it builds.",
+            "column says how many times as fast as the reference graph it builds.",
             markdown_table(("form", "ONNX nodes", *COLUMNS.values(), "build"), rows),
         ]
     )

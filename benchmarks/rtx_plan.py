@@ -32,7 +32,7 @@ class RtxPlan:
     kernels: int
     """Launches: everything in the schedule but events and shape arithmetic on the host."""
     kinds: dict[str, int]
-    """Kernels by kind. `corrltn` convolution, `fully_connected` matrix product, `runtime_fusion` one of those with a
+    """Kernels by kind. `corrltn` convolution, `fully_connected` matmul, `runtime_fusion` one of those with a
     fused tail, `function` generated pointwise or reduction kernel, `maxpool`, `copy`, ..."""
     fused_attentions: int
     scratch_bytes: int
@@ -46,7 +46,7 @@ class RtxPlan:
     tensors: dict[str, int]
     """Floating point tensors in device memory by precision, `fp32`, `fp16`, `bf16`."""
     matrix_kernels: dict[str, int]
-    """Convolutions, matrix products and fused attentions by the precision of what they write."""
+    """Convolutions, matrix matmuls and fused attentions by the precision of what they write."""
 
 
 def read_plan(engine: bytes | memoryview, version: tuple[int, ...]) -> RtxPlan:

@@ -39,7 +39,7 @@ def run(setting: Setting) -> Path:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         ids = _write_videos(folder, spec)
-        opened, absent = available_engines(setting.networks.graph("deployment"), spec)
+        opened, absent = available_engines(setting.networks.graph("fused"), spec)
         engine = "openvino-fp32" if "openvino-fp32" in opened else next(iter(opened))
         for backend in opened.values():
             stack.enter_context(backend)

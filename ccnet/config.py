@@ -47,7 +47,7 @@ class ModelConfig:
     cmi: bool = True
     """Cross-modal interaction (Table 3). Off: each modality's Block attends to itself."""
     tcg: bool = True
-    """Temporal consistency gate (Table 3). Off: no gating."""
+    """Temporal consistency parity check (Table 3). Off: no gating."""
     c2f: bool = True
     """Coarse-to-fine collaboration (Table 2)."""
     f2c: bool = True
@@ -185,7 +185,7 @@ PRESETS: Mapping[str, Config] = {
         time_base=TimeBase(fps=16.0, stride_frames=4.0, window_frames=16.0),
         layout=FeatureLayout(visual=("_onepeace_video",), audio=("_onepeace_audio",)),
     ),
-    # A network that learns planted features in minutes on two cores: a step every 0.64 s, so that T = 96 holds 60 s.
+    # A network that learns synthetic features in minutes on two cores: a step every 0.64 s, so that T = 96 holds 60 s.
     "demo": Config(
         model=ModelConfig(
             length=96,

@@ -37,7 +37,7 @@ class Gates(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What of a planted video is seen and heard at all, events or not."""
+    """What of a synthetic video is seen and heard at all, events or not."""
 
     fps: float
     seen: Floats
@@ -87,7 +87,7 @@ def draw_timeline(
         truth: the video's annotation.
         found: its predictions; those with a score of at least `min_score` are drawn, more opaque the surer.
         gates: see `read_gates`.
-        shown: for planted features, adds what is seen and what is heard to every lane.
+        shown: for synthetic features, adds what is seen and what is heard to every lane.
 
     Raises MissingDependency without matplotlib.
     """

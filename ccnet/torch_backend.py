@@ -1,6 +1,6 @@
 """Eager PyTorch behind the runtime's `Backend` protocol.
 
-Training validation, the parity gate and the benchmarks run the network through the same interface as an engine.
+Training validation, the parity check and the benchmarks run the network through the same interface as an engine.
 
 Shapes:  B batch   T steps   Cv, Ca visual / audio feature width   P points of all levels   C classes
 """
@@ -29,7 +29,7 @@ class TorchBackend:
     """Any module with the network's forward contract, as a backend. Not thread-safe.
 
     `precision` says how it computes: `fp32` keeps the TensorFloat-32 units of a GPU out of it, `tf32` lets matrix
-    products and convolutions use them (GPU only), `bf16` and `fp16` are PyTorch's autocast. Outputs are float32.
+    matmuls and convolutions use them (GPU only), `bf16` and `fp16` are PyTorch's autocast. Outputs are float32.
     The module is moved to `device`; during a call it is in evaluation mode, afterwards in the mode it was found in.
 
     Raises ConfigError for an unknown precision or one the device lacks, BackendUnavailable for an absent device.
@@ -100,12 +100,12 @@ class TorchBackend:
             with torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision]):
                 yield
         else:
-            with _float32_products("tf32" if self.precision == "tf32" else "ieee"):
+            with _float32_matmuls("tf32" if self.precision == "tf32" else "ieee"):
                 yield
 
 
 @contextlib.contextmanager
-def _float32_products(kind: Literal["ieee", "tf32"]) -> Iterator[None]:
+def _float32_matmuls(kind: Literal["ieee", "tf32"]) -> Iterator[None]:
     """How a GPU multiplies float32 matrices inside the block; the process-wide switches are put back afterwards."""
     backends: Any = torch.backends
     switches = (backends.cuda.matmul, backends.cudnn.conv)

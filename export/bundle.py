@@ -1,4 +1,4 @@
-"""Checkpoint -> bundle: graphs, engines, and the gate on every way to run them.
+"""Checkpoint -> bundle: graphs, engines, and the parity check on every way to run them.
 
 Read downward: `make_bundle`, then its steps in order.
 """
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ccnet import __version__
 from export.bundle_writer import Draft, new_bundle, refuse_foreign
-from export.parity.check import gate_rung, judged, measured
+from export.parity.check import check_parity, measured, with_verdict
 from export.parity.compare import ParityReport
 from export.parity.reference import Reference
 from export.parity.tolerances import PRECISIONS, graph_precision
 from export.tensorrt.build import build_engine
 from runtime.backends.select import TENSORRT_BACKENDS
-from runtime.backends.tensorrt.library import TensorRTFlavour
-from runtime.bundle import Artifact, Bundle, Flavour, Rung, entry_name
+from runtime.backends.tensorrt.library import TensorRTFormat
+from runtime.bundle import Bundle, Engine, Format, ModelFile, entry_name
 from runtime.errors import BackendUnavailable, CCNetError, ConfigError, EngineMismatch, ExportError, ParityError
 from runtime.machine import library_versions
 from runtime.spec import ModelSpec
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ccnet.checkpoint import Checkpoint
     from ccnet.network.model import CCNet
 
-Form = Literal["deployment", "plain"]
+Form = Literal["fused", "reference"]
 Say = Callable[[str], None]
 
 AUTO = "auto"
@@ -44,7 +44,7 @@ _ONNX_WAYS: dict[str, tuple[tuple[str, str], ...]] = {
     "bf16": (("openvino", "bf16"),),
     "int8": (("openvino", "int8"),),
 }
-"""Backend and graph that prove a precision asked for by name, for the ONNX format."""
+"""Backend and graph that verify a precision asked for by name, for the ONNX format."""
 _ONNX_LADDER = (
     ("onnxruntime", "fp32"),
     ("openvino", "fp32"),
@@ -60,16 +60,16 @@ _ONNX_LADDER = (
 class Request:
     """What to export."""
 
-    formats: tuple[Flavour, ...] = ("onnx",)
+    formats: tuple[Format, ...] = ("onnx",)
     precisions: tuple[str, ...] = ("fp32",)
-    """Of `PRECISIONS`, or `("auto",)`: every rung that this machine can run; those that fail the gate are kept out."""
+    """Of `PRECISIONS`, or `("auto",)`: every engine that this machine can run and that passes the check."""
     opset: int = 20
     max_batch: int = 32
     opt_batch: int = 1
     """Batch size that engines are tuned for."""
     lengths: tuple[int, ...] = ()
     """Further T, shorter than the network's own, for shorter videos."""
-    form: Form = "deployment"
+    form: Form = "fused"
     engine: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further arguments of `build_engine`."""
 
@@ -86,9 +86,9 @@ class Request:
             raise ConfigError(f"{given}: for engines only; got format onnx, expected tensorrt or tensorrt-rtx with it")
         if not 1 <= self.opt_batch <= self.max_batch:
             raise ConfigError(f"opt-batch: got {self.opt_batch}, expected 1 to max-batch ({self.max_batch})")
-        if self.form == "plain" and (self.lengths or set(self.precisions) - {"fp32", "tf32", AUTO}):
+        if self.form == "reference" and (self.lengths or set(self.precisions) - {"fp32", "tf32", AUTO}):
             raise ConfigError(
-                "form: the plain form has fp32 and the network's own length only; use the deployment form"
+                "form: the reference graph has fp32 and the network's own length only; use the fused network"
             )
 
     @property
@@ -98,22 +98,22 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What was made of each rung."""
+    """What was made of each engine."""
 
-    rungs: tuple[Rung, ...]
-    rejected: tuple[Rung, ...]
+    engines: tuple[Engine, ...]
+    rejected: tuple[Engine, ...]
     reports: dict[str, ParityReport]
     skipped: dict[str, str]
-    """Rungs that can't be built or run on this machine, and why."""
+    """Engines that can't be built or run on this machine, and why."""
 
 
 def make_bundle(
     checkpoint: Checkpoint, model: CCNet, reference: Reference, out: str | Path, request: Request, say: Say = print
 ) -> Result:
-    """Write the bundle `out`, every rung that can run here proven against `reference`.
+    """Write the bundle `out`, every engine that can run here verified against `reference`.
 
-    `say` is told each step. Raises ParityError, leaving no bundle, when a rung that was asked for (with `auto`: every
-    rung) fails the gate; ExportError when a graph or engine can't be made; BundleError when `out` is something else.
+    `say` is told each step. Raises ParityError, leaving no bundle, when an engine that was asked for fails the check (with
+    `auto`: when every one does); ExportError when a graph or engine can't be made; BundleError when `out` is something else.
     """
     out = Path(out)
     refuse_foreign(out)
@@ -125,28 +125,28 @@ def make_bundle(
         checkpoint_sha256=checkpoint.weights_sha256,
         versions={"ccnet": __version__, **library_versions()},
     ) as draft:
-        rungs: list[Rung] = []
+        engines: list[Engine] = []
         not_built: dict[str, str] = {}
         for length in (checkpoint.spec.length, *sorted(request.lengths, reverse=True)):
             for precision in _graphs(request):
                 _add_graph(draft, checkpoint, model, request, precision, length, say)
-            written = {artifact.name for artifact in draft.manifest.artifacts}
-            rungs += [r for r in _onnx_rungs(request, length, checkpoint.spec) if r.artifact in written]
-            for flavour, precision in _engines(request):
+            written = {model_file.name for model_file in draft.manifest.model_files}
+            engines += [r for r in _onnx_engines(request, length, checkpoint.spec) if r.model_file in written]
+            for format, precision in _engines(request):
                 try:
-                    rungs.append(_add_engine(draft, request, flavour, precision, length, checkpoint.spec, say))
+                    engines.append(_add_engine(draft, request, format, precision, length, checkpoint.spec, say))
                 except ExportError as error:  # noqa: PERF203 - building takes minutes
                     if not request.automatic:
                         raise
                     say(f"  left out: {error}")
-                    not_built[entry_name(flavour, precision, length, checkpoint.spec)] = str(error)
-        result = _gate_all(draft, rungs, reference, request, say)
+                    not_built[entry_name(format, precision, length, checkpoint.spec)] = str(error)
+        result = _check_all(draft, engines, reference, request, say)
         return dataclasses.replace(result, skipped={**not_built, **result.skipped})
 
 
 def _graphs(request: Request) -> list[str]:
     """Types of the graphs to write. The ladder and int8 graphs start from fp32."""
-    engines = any(flavour != "onnx" for flavour in request.formats)
+    engines = any(format != "onnx" for format in request.formats)
     wanted = (_LADDER if engines else ("fp32",)) if request.automatic else request.precisions
     graphs = {"fp32"} if request.automatic or "int8" in wanted else set()
     if request.automatic and "onnx" in request.formats and _runs_int8():
@@ -186,10 +186,10 @@ def _add_graph(
     )
     say(f"  {info.nodes} nodes, {info.weight_bytes / 1e6:.0f} MB of weights, {info.seconds:.0f} s")
     facts = {"form": request.form, "nodes": info.nodes, "weight_bytes": info.weight_bytes}
-    draft.add_artifact(
-        Artifact(
+    draft.add_model_file(
+        ModelFile(
             name=name,
-            flavour="onnx",
+            format="onnx",
             files=info.files,
             precision=precision,
             length=length,
@@ -214,18 +214,18 @@ def _add_int8(draft: Draft, request: Request, name: str, length: int, spec: Mode
             raise
         say(f"  left out: {error}")
         return
-    say(f"  {info.products} products in int8, {info.weight_bytes / 1e6:.0f} MB of weights")
+    say(f"  {info.matmuls} matmuls in int8, {info.weight_bytes / 1e6:.0f} MB of weights")
     facts = {"form": request.form, "nodes": info.nodes, "weight_bytes": info.weight_bytes}
-    draft.add_artifact(
-        Artifact(
+    draft.add_model_file(
+        ModelFile(
             name=name,
-            flavour="onnx",
+            format="onnx",
             files=info.files,
             precision="int8",
             length=length,
             max_batch=request.max_batch,
             opset=request.opset,
-            build={**facts, "int8_products": info.products},
+            build={**facts, "int8_matmuls": info.matmuls},
         )
     )
 
@@ -245,102 +245,104 @@ def _runs_int8() -> bool:
 
 
 def _form(model: CCNet, form: Form, precision: str, length: int) -> nn.Module:
-    if form == "plain":
+    if form == "reference":
         return model
-    from export.fused.network import deployment_form
+    from export.fused.network import fused_network
     from export.parity.tolerances import torch_dtype
 
-    return deployment_form(model, length=length, dtype=torch_dtype(graph_precision(precision)))
+    return fused_network(model, length=length, dtype=torch_dtype(graph_precision(precision)))
 
 
-def _onnx_rungs(request: Request, length: int, spec: ModelSpec) -> list[Rung]:
-    """Ways to run the graphs without an engine of their own, none of them proven yet."""
+def _onnx_engines(request: Request, length: int, spec: ModelSpec) -> list[Engine]:
+    """Ways to run the graphs without an engine of their own, none of them verified yet."""
     if "onnx" not in request.formats:
         return []
     ways = _ONNX_LADDER if request.automatic else tuple(way for p in request.precisions for way in _ONNX_WAYS[p])
     return [
-        Rung(
+        Engine(
             name=entry_name(backend, precision, length, spec),
             backend=backend,
             precision=precision,
-            artifact=entry_name("onnx", precision if precision in ("fp16", "int8") else "fp32", length, spec),
-            gate="not-run",
+            model_file=entry_name("onnx", precision if precision in ("fp16", "int8") else "fp32", length, spec),
+            status="unverified",
         )
         for backend, precision in ways
     ]
 
 
-def _engines(request: Request) -> Iterator[tuple[TensorRTFlavour, str]]:
-    for flavour in request.formats:
-        if flavour != "onnx":
+def _engines(request: Request) -> Iterator[tuple[TensorRTFormat, str]]:
+    for format in request.formats:
+        if format != "onnx":
             for precision in _LADDER if request.automatic else request.precisions:
-                yield flavour, precision
+                yield format, precision
 
 
 def _add_engine(
-    draft: Draft, request: Request, flavour: TensorRTFlavour, precision: str, length: int, spec: ModelSpec, say: Say
-) -> Rung:
-    name = entry_name(flavour, precision, length, spec)
+    draft: Draft, request: Request, format: TensorRTFormat, precision: str, length: int, spec: ModelSpec, say: Say
+) -> Engine:
+    name = entry_name(format, precision, length, spec)
     graph = next(
-        a for a in draft.manifest.artifacts if a.name == entry_name("onnx", graph_precision(precision), length, spec)
+        a for a in draft.manifest.model_files if a.name == entry_name("onnx", graph_precision(precision), length, spec)
     )
     say(f"building {name}")
     info = build_engine(
         draft.folder / graph.files[0],
         draft.folder / f"{name}.engine",
-        flavour=flavour,
+        format=format,
         precision=cast(Any, precision),
         profile=(1, request.opt_batch, request.max_batch),
         **request.engine,
     )
-    draft.add_artifact(info.artifact(name=name, length=length))
-    return Rung(name=name, backend=flavour, precision=precision, artifact=name, gate="not-run")
+    draft.add_model_file(info.model_file(name=name, length=length))
+    return Engine(name=name, backend=format, precision=precision, model_file=name, status="unverified")
 
 
-def _gate_all(draft: Draft, rungs: list[Rung], reference: Reference, request: Request, say: Say) -> Result:
-    for rung in rungs:
-        draft.set_rung(rung)
+def _check_all(draft: Draft, engines: list[Engine], reference: Reference, request: Request, say: Say) -> Result:
+    for engine in engines:
+        draft.set_engine(engine)
     bundle = draft.bundle()
     reports: dict[str, ParityReport] = {}
     skipped: dict[str, str] = {}
-    verdicts: list[Rung] = []
-    for rung in rungs:
-        say(f"comparing {rung.name} with the eager network")
-        outcome = _gate_one(bundle, rung, reference, automatic=request.automatic)
+    verdicts: list[Engine] = []
+    for engine in engines:
+        say(f"comparing {engine.name} with the eager network")
+        outcome = _check_one(bundle, engine, reference, automatic=request.automatic)
         if isinstance(outcome, ParityReport):
             say(outcome.text())
-            reports[rung.name] = outcome
-            verdicts.append(judged(rung, outcome))
+            reports[engine.name] = outcome
+            verdicts.append(with_verdict(engine, outcome))
             if not request.automatic:
                 outcome.require()
         else:
             say(f"  not run here: {outcome}")
-            skipped[rung.name] = outcome
-    passed = [rung for rung in verdicts if rung.gate == "passed"]
+            skipped[engine.name] = outcome
+    passed = [engine for engine in verdicts if engine.status == "verified"]
     if request.automatic and not passed:
-        raise ParityError(f"no rung passed the gate; failed: {', '.join(reports)}; not run here: {', '.join(skipped)}")
+        raise ParityError(
+            f"no engine passed the parity check; failed: {', '.join(reports)}; not run here: {', '.join(skipped)}"
+        )
     if request.automatic:
         passed = measured(bundle, passed)
-    rejected = [rung for rung in verdicts if rung.gate == "failed"]
-    for rung in (*passed, *rejected):
-        draft.set_rung(rung, reports[rung.name].to_json())
+    rejected = [engine for engine in verdicts if engine.status == "failed"]
+    for engine in (*passed, *rejected):
+        draft.set_engine(engine, reports[engine.name].to_json())
     for name in skipped:
-        rung = next(rung for rung in rungs if rung.name == name)
-        if rung.backend not in TENSORRT_BACKENDS:
-            draft.drop_rung(name)  # nothing was built for it; whoever has that backend can verify it there
-    return Result(rungs=draft.manifest.rungs, rejected=tuple(rejected), reports=reports, skipped=skipped)
+        engine = next(engine for engine in engines if engine.name == name)
+        if engine.backend not in TENSORRT_BACKENDS:
+            draft.drop_engine(name)  # nothing was built for it; whoever has that backend can verify it there
+    return Result(engines=draft.manifest.engines, rejected=tuple(rejected), reports=reports, skipped=skipped)
 
 
-def _gate_one(bundle: Bundle, rung: Rung, reference: Reference, *, automatic: bool) -> ParityReport | str:
-    """The report, or why the rung can't run on this machine.
+def _check_one(bundle: Bundle, engine: Engine, reference: Reference, *, automatic: bool) -> ParityReport | str:
+    """The report, or why the engine can't run on this machine.
 
     An engine may well be built for another one. Of the ladder whatever fails is left out; a way to run a graph that
     was asked for must run.
     """
     try:
-        return gate_rung(bundle, rung, reference)
+        return check_parity(bundle, engine, reference)
     except (BackendUnavailable, EngineMismatch) as error:
-        if automatic or rung.backend in TENSORRT_BACKENDS:
+        if automatic or engine.backend in TENSORRT_BACKENDS:
             return str(error)
         raise
     except CCNetError as error:

@@ -1,6 +1,6 @@
 """Puts a bundle together, or changes one, in a folder beside it that takes its place only when it is whole.
 
-A kill, a full disk or a failed gate leaves what was there before: the old bundle, or none.
+A kill, a full disk or a failed parity check leaves what was there before: the old bundle, or none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from runtime.bundle import MANIFEST, PARITY, SCHEMA, Artifact, Bundle, FileRecord, Manifest, Rung, read_bundle
+from runtime.bundle import MANIFEST, PARITY, SCHEMA, Bundle, Engine, FileRecord, Manifest, ModelFile, read_bundle
 from runtime.errors import BundleError
 from runtime.files import atomic_folder, sha256_file, write_json
 from runtime.spec import ModelSpec
@@ -36,39 +36,39 @@ class Draft:
     def manifest(self) -> Manifest:
         return self._manifest
 
-    def add_artifact(self, artifact: Artifact) -> None:
-        """Take up an artifact whose files are in `folder`; one of the same name is replaced.
+    def add_model_file(self, model_file: ModelFile) -> None:
+        """Take up a model file whose files are in `folder`; one of the same name is replaced.
 
-        Raises BundleError when a file is missing or belongs to another artifact.
+        Raises BundleError when a file is missing or belongs to another model file.
         """
-        others = tuple(a for a in self._manifest.artifacts if a.name != artifact.name)
-        for name in artifact.files:
+        others = tuple(a for a in self._manifest.model_files if a.name != model_file.name)
+        for name in model_file.files:
             owner = next((other.name for other in others if name in other.files), None)
             if owner is not None:
-                raise BundleError(f"{self.folder.name}: file '{name}' of '{artifact.name}' belongs to '{owner}'")
+                raise BundleError(f"{self.folder.name}: file '{name}' of '{model_file.name}' belongs to '{owner}'")
             if not (self.folder / name).is_file():
-                raise BundleError(f"{self.folder / name}: missing, though '{artifact.name}' lists it")
+                raise BundleError(f"{self.folder / name}: missing, though '{model_file.name}' lists it")
         kept = {name for other in others for name in other.files} | {PARITY}
         files = tuple(record for record in self._manifest.files if record.name in kept)
-        files += tuple(_file_record(self.folder / name) for name in artifact.files)
-        self._manifest = dataclasses.replace(self._manifest, files=files, artifacts=(*others, artifact))
+        files += tuple(_file_record(self.folder / name) for name in model_file.files)
+        self._manifest = dataclasses.replace(self._manifest, files=files, model_files=(*others, model_file))
 
-    def set_rung(self, rung: Rung, report: dict[str, Any] | None = None) -> None:
-        """Add or replace a rung and its report. One whose gate is `failed` goes among the rejected ones."""
-        rungs = [r for r in self._manifest.rungs if r.name != rung.name]
-        rejected = [r for r in self._manifest.rejected if r.name != rung.name]
-        (rejected if rung.gate == "failed" else rungs).append(rung)
-        self._manifest = dataclasses.replace(self._manifest, rungs=_ranked(rungs), rejected=tuple(rejected))
+    def set_engine(self, engine: Engine, report: dict[str, Any] | None = None) -> None:
+        """Add or replace an engine and its report. One whose parity check is `failed` goes among the rejected ones."""
+        engines = [r for r in self._manifest.engines if r.name != engine.name]
+        rejected = [r for r in self._manifest.rejected if r.name != engine.name]
+        (rejected if engine.status == "failed" else engines).append(engine)
+        self._manifest = dataclasses.replace(self._manifest, engines=_ranked(engines), rejected=tuple(rejected))
         if report is None:
-            self._parity["rungs"].pop(rung.name, None)
+            self._parity["engines"].pop(engine.name, None)
         else:
-            self._parity["rungs"][rung.name] = report
+            self._parity["engines"][engine.name] = report
 
-    def drop_rung(self, name: str) -> None:
-        """Remove a rung and its report."""
-        rungs = tuple(rung for rung in self._manifest.rungs if rung.name != name)
-        self._manifest = dataclasses.replace(self._manifest, rungs=rungs)
-        self._parity["rungs"].pop(name, None)
+    def drop_engine(self, name: str) -> None:
+        """Remove an engine and its report."""
+        engines = tuple(engine for engine in self._manifest.engines if engine.name != name)
+        self._manifest = dataclasses.replace(self._manifest, engines=engines)
+        self._parity["engines"].pop(name, None)
 
     def bundle(self) -> Bundle:
         """Write the reports and the manifest, and read the bundle as the runtime does."""
@@ -90,7 +90,7 @@ def new_bundle(
 ) -> Iterator[Draft]:
     """A draft that becomes the bundle `path` when the block ends well; an earlier bundle there is replaced.
 
-    Raises BundleError when `path` is something else than a bundle or an empty folder, or the draft holds no artifact.
+    Raises BundleError when `path` is something else than a bundle or an empty folder, or the draft holds no model file.
     """
     path = Path(path)
     refuse_foreign(path)
@@ -102,11 +102,11 @@ def new_bundle(
         versions=versions,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         files=(),
-        artifacts=(),
-        rungs=(),
+        model_files=(),
+        engines=(),
     )
     with atomic_folder(path) as folder:
-        draft = Draft(folder, manifest, {"schema": PARITY_SCHEMA, "rungs": {}})
+        draft = Draft(folder, manifest, {"schema": PARITY_SCHEMA, "engines": {}})
         yield draft
         _finish(draft, path)
 
@@ -121,10 +121,10 @@ def changed_bundle(path: str | Path) -> Iterator[Draft]:
     path = Path(path)
     bundle = read_bundle(path)
     reports = path / PARITY
-    parity = {"schema": PARITY_SCHEMA, "rungs": {}}
+    parity = {"schema": PARITY_SCHEMA, "engines": {}}
     if reports.is_file():
         try:
-            parity["rungs"] = dict(json.loads(reports.read_text(encoding="utf-8"))["rungs"])
+            parity["engines"] = dict(json.loads(reports.read_text(encoding="utf-8"))["engines"])
         except (ValueError, KeyError, TypeError) as error:
             raise BundleError(f"{reports}: not a file of parity reports ({error}); copy the bundle again") from error
     with atomic_folder(path) as folder:
@@ -144,16 +144,16 @@ def refuse_foreign(path: Path) -> None:
 
 def _finish(draft: Draft, path: Path) -> None:
     bundle = draft.bundle()
-    if not bundle.manifest.artifacts:
-        raise BundleError(f"{path}: a bundle needs an artifact")
+    if not bundle.manifest.model_files:
+        raise BundleError(f"{path}: a bundle needs a model file")
     for record in bundle.manifest.files:
         with open(bundle.folder / record.name, "rb") as stream:
             os.fsync(stream.fileno())
 
 
-def _ranked(rungs: list[Rung]) -> tuple[Rung, ...]:
-    """The fastest measured rung first; those without a speed stay in order behind."""
-    return tuple(sorted(rungs, key=lambda rung: float(rung.speed.get("ms_per_video", float("inf")))))
+def _ranked(engines: list[Engine]) -> tuple[Engine, ...]:
+    """The fastest measured engine first; those without a speed stay in order behind."""
+    return tuple(sorted(engines, key=lambda engine: float(engine.speed.get("ms_per_video", float("inf")))))
 
 
 def _file_record(path: Path) -> FileRecord:

@@ -1,7 +1,7 @@
 """Builds an engine of a bundle again for this machine: `python -m export.rebuild BUNDLE ARTIFACT`.
 
 The runtime runs this in a process of its own for `on_mismatch="rebuild"`. It needs the engine library, but no torch
-and no checkpoint, and so can't prove the new engine: its rungs are `not-run` until `ccnet verify` has run.
+and no checkpoint, and so can't verify the new engine: its engines are `not-run` until `ccnet verify` has run.
 """
 
 from __future__ import annotations
@@ -15,67 +15,67 @@ from typing import cast
 from export.bundle_writer import changed_bundle
 from export.tensorrt.build import BUILD_SETTINGS, build_engine
 from export.tensorrt.options import CURRENT, EnginePrecision
-from runtime.bundle import Artifact, Bundle, read_bundle
+from runtime.bundle import Bundle, ModelFile, read_bundle
 from runtime.errors import BundleError, CCNetError
 
 
-def rebuild(folder: str | Path, name: str) -> Artifact:
+def rebuild(folder: str | Path, name: str) -> ModelFile:
     """Replace the engine `name` of the bundle by one built here from the same ONNX file, and return its entry.
 
     The bundle changes as a whole or not at all. Raises BundleError when there is no such engine or its ONNX file is
     not in the bundle, and what `build_engine` raises.
     """
     bundle = read_bundle(folder)
-    engine = bundle.artifact(name)
-    if engine.flavour == "onnx":
+    old = bundle.model_file(name)
+    if old.format == "onnx":
         raise BundleError(f"{bundle.folder}: '{name}' is an ONNX file; only engines are built")
-    source = _source(bundle, engine)
+    source = _source(bundle, old)
     bundle.verify(source)
     with changed_bundle(folder) as draft:
         info = build_engine(
             draft.folder / source.files[0],
-            draft.folder / engine.files[0],
-            flavour=engine.flavour,
-            precision=cast(EnginePrecision, engine.precision),
-            profile=cast("tuple[int, int, int]", engine.profile or (1, 1, engine.max_batch)),
-            compute_capabilities=_targets(engine),
-            **{name: engine.build[name] for name in BUILD_SETTINGS if name in engine.build},
+            draft.folder / old.files[0],
+            format=old.format,
+            precision=cast(EnginePrecision, old.precision),
+            profile=cast("tuple[int, int, int]", old.profile or (1, 1, old.max_batch)),
+            compute_capabilities=_targets(old),
+            **{name: old.build[name] for name in BUILD_SETTINGS if name in old.build},
         )
-        built = info.artifact(name=name, length=engine.length)
-        draft.add_artifact(built)
-        for rung in (*bundle.manifest.rungs, *bundle.manifest.rejected):
-            if rung.artifact == name:
-                draft.set_rung(dataclasses.replace(rung, gate="not-run", accuracy={}, speed={}))
+        built = info.model_file(name=name, length=old.length)
+        draft.add_model_file(built)
+        for engine in (*bundle.manifest.engines, *bundle.manifest.rejected):
+            if engine.model_file == name:
+                draft.set_engine(dataclasses.replace(engine, status="unverified", accuracy={}, speed={}))
     return built
 
 
-def _targets(engine: Artifact) -> tuple[str, ...]:
+def _targets(engine: ModelFile) -> tuple[str, ...]:
     """For RTX, what the engine was made for and this GPU, as other machines may share the bundle."""
-    if engine.flavour == "tensorrt" or not engine.compute_capabilities:  # a portable RTX engine stays portable
+    if engine.format == "tensorrt" or not engine.compute_capabilities:  # a portable RTX engine stays portable
         return ()
     return (*engine.compute_capabilities, CURRENT)
 
 
-def _source(bundle: Bundle, engine: Artifact) -> Artifact:
+def _source(bundle: Bundle, engine: ModelFile) -> ModelFile:
     """The ONNX file that an engine was built from, recognised by its hash."""
     digests = {record.name: record.sha256 for record in bundle.manifest.files}
-    for artifact in bundle.manifest.artifacts:
-        if artifact.flavour == "onnx" and digests.get(artifact.files[0]) == engine.onnx_sha256:
-            return artifact
+    for model_file in bundle.manifest.model_files:
+        if model_file.format == "onnx" and digests.get(model_file.files[0]) == engine.onnx_sha256:
+            return model_file
     raise BundleError(f"{bundle.folder}: the ONNX file that '{engine.name}' was built from is not in the bundle")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m export.rebuild", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("bundle")
-    parser.add_argument("artifact", help="name of the engine, as 'ccnet inspect' shows it")
+    parser.add_argument("model_file", help="name of the engine, as 'ccnet inspect' shows it")
     arguments = parser.parse_args(argv)
     try:
-        built = rebuild(arguments.bundle, arguments.artifact)
+        built = rebuild(arguments.bundle, arguments.model_file)
     except CCNetError as error:
         print(f"rebuild: error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{built.name}: built with {built.library} {built.library_version}; prove it with 'ccnet verify'")
+    print(f"{built.name}: built with {built.library} {built.library_version}; verify it with 'ccnet verify'")
     return 0
 
 

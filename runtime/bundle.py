@@ -1,7 +1,7 @@
-"""The deployable folder: a manifest, the model files it lists, and the ways to run them that were proven.
+"""The deployable folder: a manifest, the model files it lists, and the ways to run them that were verified.
 
-`bundle.json` is the manifest. Its *artifacts* are files (an ONNX graph with its external data, an engine); its
-*rungs* are ways to run an artifact (backend + precision + length), each with the verdict of the parity gate and,
+`bundle.json` is the manifest. Its *model files* are files (an ONNX graph with its external data, an engine); its
+*engines* are ways to run a model file (backend + precision + length), each with the verdict of the parity check and,
 where measured, its speed. Everything is verified by size and SHA-256 before an engine library sees it.
 """
 
@@ -22,8 +22,8 @@ SCHEMA = 1
 MANIFEST = "bundle.json"
 PARITY = "parity.json"
 
-Flavour = Literal["onnx", "tensorrt", "tensorrt-rtx"]
-Gate = Literal["passed", "not-run", "failed"]
+Format = Literal["onnx", "tensorrt", "tensorrt-rtx"]
+Status = Literal["verified", "unverified", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +37,12 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Artifact:
+class ModelFile:
     """A graph or an engine: `files[0]` is the one to open, the others (external weights) lie beside it."""
 
     name: str
     """Unique in the bundle, for example `onnx-fp32` or `tensorrt-rtx-fp16`."""
-    flavour: Flavour
+    format: Format
     files: tuple[str, ...]
     precision: str
     """Precision of the weights and arithmetic that the file itself states."""
@@ -66,21 +66,21 @@ class Artifact:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rung:
-    """A way to run an artifact, and what is known about it."""
+class Engine:
+    """A way to run a model file, and what is known about it."""
 
     name: str
     """Unique in the bundle, for example `onnxruntime-fp32` or `openvino-bf16`."""
     backend: str
     """Backend name, see `runtime.backends.base`."""
     precision: str
-    artifact: str
-    """Name of the artifact it runs."""
-    gate: Gate
-    """`passed`: proven against the eager model; `not-run`: built, but never run where it was built; `failed`: only
+    model_file: str
+    """Name of the model file it runs."""
+    status: Status
+    """`passed`: verified against the eager model; `not-run`: built, but never run where it was built; `failed`: only
     among `Manifest.rejected`."""
     accuracy: dict[str, Any] = field(default_factory=dict)
-    """Summary of the gate: differences per tensor, matched events, mAP difference."""
+    """Summary of the parity check: differences per tensor, matched events, mAP difference."""
     speed: dict[str, Any] = field(default_factory=dict)
     """Milliseconds per video and the machine they were measured on; empty when not measured."""
 
@@ -99,11 +99,11 @@ class Manifest:
     created: str
     """UTC, ISO 8601."""
     files: tuple[FileRecord, ...]
-    artifacts: tuple[Artifact, ...]
-    rungs: tuple[Rung, ...]
+    model_files: tuple[ModelFile, ...]
+    engines: tuple[Engine, ...]
     """Ways to run the bundle, the fastest measured one first."""
-    rejected: tuple[Rung, ...] = ()
-    """Rungs of the precision ladder that failed the gate: kept for the record, never run."""
+    rejected: tuple[Engine, ...] = ()
+    """Engines of the precision ladder that failed the parity check: kept for the record, never run."""
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
@@ -121,22 +121,22 @@ class Bundle:
     def spec(self) -> ModelSpec:
         return self.manifest.spec
 
-    def artifact(self, name: str) -> Artifact:
-        for artifact in self.manifest.artifacts:
-            if artifact.name == name:
-                return artifact
-        known = ", ".join(a.name for a in self.manifest.artifacts)
-        raise BundleError(f"{self.folder}: no artifact '{name}'; it has: {known}")
+    def model_file(self, name: str) -> ModelFile:
+        for model_file in self.manifest.model_files:
+            if model_file.name == name:
+                return model_file
+        known = ", ".join(a.name for a in self.manifest.model_files)
+        raise BundleError(f"{self.folder}: no model file '{name}'; it has: {known}")
 
-    def path(self, artifact: Artifact) -> Path:
-        return self.folder / artifact.files[0]
+    def path(self, model_file: ModelFile) -> Path:
+        return self.folder / model_file.files[0]
 
-    def verify(self, artifact: Artifact | None = None) -> None:
-        """Check size and SHA-256 of one artifact's files, or of all files.
+    def verify(self, model_file: ModelFile | None = None) -> None:
+        """Check size and SHA-256 of one model file's files, or of all files.
 
         Raises BundleError naming the file, what was found and what the manifest expects.
         """
-        names = tuple(record.name for record in self.manifest.files) if artifact is None else artifact.files
+        names = tuple(record.name for record in self.manifest.files) if model_file is None else model_file.files
         for name in names:
             self.verify_file(name)
 
@@ -149,7 +149,7 @@ class Bundle:
 
 
 def entry_name(kind: str, precision: str, length: int, spec: ModelSpec) -> str:
-    """Name of an artifact or rung of T = `length`: `openvino-bf16`, or `openvino-bf16-t128` for one that is shorter."""
+    """Name of a model file or engine of T = `length`: `openvino-bf16`, or `openvino-bf16-t128` for a shorter one."""
     return f"{kind}-{precision}" if length == spec.length else f"{kind}-{precision}-t{length}"
 
 
@@ -178,23 +178,27 @@ def read_bundle(folder: str | Path) -> Bundle:
 
 def _check_names(folder: Path, manifest: Manifest) -> None:
     for kind, names in (
-        ("artifact", [artifact.name for artifact in manifest.artifacts]),
-        ("rung", [rung.name for rung in manifest.rungs + manifest.rejected]),
+        ("model_file", [model_file.name for model_file in manifest.model_files]),
+        ("engine", [engine.name for engine in manifest.engines + manifest.rejected]),
     ):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise BundleError(f"{folder / MANIFEST}: lists {kind} '{twice[0]}' more than once; export the bundle again")
-    artifacts = {artifact.name for artifact in manifest.artifacts}
-    for rung in manifest.rungs + manifest.rejected:
-        if rung.artifact not in artifacts:
-            raise BundleError(f"{folder / MANIFEST}: rung '{rung.name}' names an unknown artifact '{rung.artifact}'")
-        if (rung.gate == "failed") != (rung in manifest.rejected):
-            raise BundleError(f"{folder / MANIFEST}: rung '{rung.name}' has gate '{rung.gate}' in the wrong list")
-    for name in [record.name for record in manifest.files] + [f for a in manifest.artifacts for f in a.files]:
+    model_files = {model_file.name for model_file in manifest.model_files}
+    for engine in manifest.engines + manifest.rejected:
+        if engine.model_file not in model_files:
+            raise BundleError(
+                f"{folder / MANIFEST}: engine '{engine.name}' names an unknown model file '{engine.model_file}'"
+            )
+        if (engine.status == "failed") != (engine in manifest.rejected):
+            raise BundleError(
+                f"{folder / MANIFEST}: engine '{engine.name}' has parity check '{engine.status}' in the wrong list"
+            )
+    for name in [record.name for record in manifest.files] + [f for a in manifest.model_files for f in a.files]:
         if Path(name).name != name or name in ("", ".", ".."):
             raise BundleError(f"{folder / MANIFEST}: file name {name!r} leaves the bundle folder")
-    for artifact in manifest.artifacts:
-        if not artifact.files:
-            raise BundleError(f"{folder / MANIFEST}: artifact '{artifact.name}' lists no files")
+    for model_file in manifest.model_files:
+        if not model_file.files:
+            raise BundleError(f"{folder / MANIFEST}: model file '{model_file.name}' lists no files")
 
 
 def _verify_file(folder: Path, record: FileRecord) -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from runtime.backends import OnMismatch, open_rung
+from runtime.backends import OnMismatch, open_engine
 from runtime.backends.base import Backend, Float32
-from runtime.backends.select import Opened, rung_lengths
+from runtime.backends.select import OpenedEngine, engine_lengths
 from runtime.bundle import read_bundle
 from runtime.detections import Detections
 from runtime.errors import ConfigError, FeatureError
@@ -77,7 +77,7 @@ class Localizer:
         self.post = post or spec.post
         self.long_videos = long_videos
         self.window_overlap = window_overlap
-        self._opened: Opened | None = None
+        self._opened: OpenedEngine | None = None
         lengths = [backend.spec.length for backend in self.backends]
         require(len(lengths) > 0, "backends", [], "at least one")
         require(len(set(lengths)) == len(lengths), "backends", f"engines of T = {lengths}", "one for each T")
@@ -104,21 +104,21 @@ class Localizer:
         """Load a bundle: verify its files and open its engines.
 
         `length`: one T; None opens every T that the bundle holds for the chosen backend and precision. The other
-        choices are explained at `runtime.backends.open_rung`, which also lists the errors.
+        choices are explained at `runtime.backends.open_engine`, which also lists the errors.
         """
         bundle = read_bundle(folder)
-        opened = open_rung(
+        opened = open_engine(
             bundle, backend, precision=precision, length=length, on_mismatch=on_mismatch, threads=threads
         )
         with contextlib.ExitStack() as stack:
             backends = [stack.enter_context(opened.backend)]
             if length is None:
-                for other in rung_lengths(bundle, opened.rung):
+                for other in engine_lengths(bundle, opened.engine):
                     if other != opened.backend.spec.length:
-                        further = open_rung(
+                        further = open_engine(
                             bundle,
-                            opened.rung.backend,
-                            precision=opened.rung.precision,
+                            opened.engine.backend,
+                            precision=opened.engine.precision,
                             length=other,
                             on_mismatch=on_mismatch,
                             threads=threads,
@@ -191,11 +191,11 @@ class Localizer:
         return detect(logits, offsets, valid_steps=steps, duration=job.duration, spec=spec, post=self.post)
 
     def describe(self) -> dict[str, Any]:
-        """Engines as delivered, and for a loaded bundle which rung was chosen, its gate, and why others were not."""
+        """Describe the engines, and for a loaded bundle which one was chosen, its status, and why others were not."""
         facts: dict[str, Any] = {"engines": [backend.describe() for backend in self.backends]}
         if self._opened is not None:
-            rung = self._opened.rung
-            facts |= {"rung": rung.name, "gate": rung.gate, "skipped": list(self._opened.skipped)}
+            engine = self._opened.engine
+            facts |= {"engine": engine.name, "status": engine.status, "skipped": list(self._opened.skipped)}
         return facts
 
     def close(self) -> None:

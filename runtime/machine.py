@@ -83,7 +83,7 @@ def machine_class(backend: str) -> str:
     """One line for the class of machines on which a speed of this backend can be compared.
 
     The GPU for GPU backends, else processor, cores and instruction sets. Stands beside every speed in a bundle
-    (`Rung.speed["machine"]`); `backend="auto"` trusts a speed only where the classes are equal.
+    (`Engine.speed["machine"]`); `backend="auto"` trusts a speed only where the classes are equal.
     """
     if backend in GPU_BACKENDS:
         found = gpus()

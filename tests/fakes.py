@@ -1,7 +1,7 @@
 """A network whose output can be read off its input, as numpy, as an ONNX graph and as a whole bundle.
 
 At a point p of the pyramid that lies on grid step t:  logits[p, c] = visual[c, t],  offsets[p, c] = audio[0:2, t],
-and logits are very low where the mask is false. So a test plants the events that it wants to find.
+and logits are very low where the mask is false. So a test synthesizes the events that it wants to find.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from runtime.backends.base import Bool, Float32
 from runtime.backends.checks import check_inputs
-from runtime.bundle import MANIFEST, Artifact, Bundle, FileRecord, Manifest, Rung, read_bundle
+from runtime.bundle import MANIFEST, Bundle, Engine, FileRecord, Manifest, ModelFile, read_bundle
 from runtime.features import VideoFeatures
 from runtime.files import sha256_file, write_json
 from runtime.spec import FeatureLayout, ModelSpec, TimeBase
@@ -72,10 +72,10 @@ class OracleBackend:
         self.close()
 
 
-def plant(steps: int, events: Sequence[tuple[int, int, int, float]] = (), spec: ModelSpec = SPEC) -> VideoFeatures:
+def synthesize(steps: int, events: Sequence[tuple[int, int, int, float]] = (), spec: ModelSpec = SPEC) -> VideoFeatures:
     """Features of a video in which exactly these events are found: (start, end, label, logit), in grid steps.
 
-    An event is planted on the odd step in its middle, which is a point of the finest level alone; events must not
+    An event is synthetic on the odd step in its middle, which is a point of the finest level alone; events must not
     share that step.
     """
     visual = np.full((steps, spec.visual_dim), _LOW, np.float32)
@@ -146,28 +146,28 @@ def write_onnx(path: Path, spec: ModelSpec = SPEC) -> None:
 
 def make_bundle(
     folder: Path,
-    rungs: Sequence[Rung] | None = None,
+    engines: Sequence[Engine] | None = None,
     *,
     spec: ModelSpec = SPEC,
     lengths: Sequence[int] = (32,),
-    engines: Sequence[Artifact] = (),
+    engine_files: Sequence[ModelFile] = (),
 ) -> Bundle:
-    """A bundle with one ONNX file per length (artifacts `onnx-fp32-t<length>`) and the given rungs and engines.
+    """A bundle with one ONNX file per length (`onnx-fp32-t<length>`) and the given engines and engine files.
 
-    Without `rungs`: one proven ONNX Runtime rung per length. Engine files are a few arbitrary bytes.
+    Without `engines`: one verified ONNX Runtime engine per length. Engine files are a few arbitrary bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    artifacts = []
+    model_files = []
     for length in lengths:
         name = f"model-t{length}.onnx"
         write_onnx(folder / name, spec.with_length(length))
-        artifacts.append(onnx_artifact(length, name))
-    for engine in engines:
-        (folder / engine.files[0]).write_bytes(b"not really an engine")
-        artifacts.append(engine)
-    if rungs is None:
-        rungs = [rung("onnxruntime", length=length) for length in lengths]
-    names = [name for artifact in artifacts for name in artifact.files]
+        model_files.append(onnx_model_file(length, name))
+    for file in engine_files:
+        (folder / file.files[0]).write_bytes(b"not really an engine")
+        model_files.append(file)
+    if engines is None:
+        engines = [engine("onnxruntime", length=length) for length in lengths]
+    names = [name for model_file in model_files for name in model_file.files]
     manifest = Manifest(
         schema=1,
         spec=spec,
@@ -179,17 +179,17 @@ def make_bundle(
             FileRecord(name=name, size=(folder / name).stat().st_size, sha256=sha256_file(folder / name))
             for name in names
         ),
-        artifacts=tuple(artifacts),
-        rungs=tuple(rungs),
+        model_files=tuple(model_files),
+        engines=tuple(engines),
     )
     write_json(folder / MANIFEST, manifest.to_json())
     return read_bundle(folder)
 
 
-def onnx_artifact(length: int = 32, file: str | None = None) -> Artifact:
-    return Artifact(
+def onnx_model_file(length: int = 32, file: str | None = None) -> ModelFile:
+    return ModelFile(
         name=f"onnx-fp32-t{length}",
-        flavour="onnx",
+        format="onnx",
         files=(file or f"model-t{length}.onnx",),
         precision="fp32",
         length=length,
@@ -198,15 +198,15 @@ def onnx_artifact(length: int = 32, file: str | None = None) -> Artifact:
     )
 
 
-def rung(
-    backend: str, precision: str = "fp32", *, length: int = 32, artifact: str | None = None, **options: Any
-) -> Rung:
-    values = {"gate": "passed", **options}
-    return Rung(
+def engine(
+    backend: str, precision: str = "fp32", *, length: int = 32, model_file: str | None = None, **options: Any
+) -> Engine:
+    values = {"status": "verified", **options}
+    return Engine(
         name=f"{backend}-{precision}-t{length}",
         backend=backend,
         precision=precision,
-        artifact=artifact or f"onnx-fp32-t{length}",
+        model_file=model_file or f"onnx-fp32-t{length}",
         **values,
     )
 

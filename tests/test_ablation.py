@@ -1,4 +1,4 @@
-"""The planted ablation: its rows are networks of their own, and its page says what the runs gave."""
+"""The synthetic ablation: its rows are networks of their own, and its page says what the runs gave."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ import pytest
 import runtime.profiling.bench
 from ccnet.cli.main import main
 from runtime.backends.checks import check_inputs
-from runtime.bundle import Artifact, Bundle, FileRecord, Manifest, Rung
+from runtime.bundle import Bundle, Engine, FileRecord, Manifest, ModelFile
 from runtime.errors import BackendUnavailable, EngineError
-from runtime.profiling.bench import Candidate, Plan, bench, rung_candidates
+from runtime.profiling.bench import Candidate, Plan, bench, engine_candidates
 from runtime.profiling.cold_start import measure_cold_start
 from runtime.profiling.report import bench_text, text_table
 from runtime.profiling.timing import Rules
@@ -60,14 +60,14 @@ class FakeBackend:
 
 
 def candidate(name: str, backend: FakeBackend, **changes: Any) -> Candidate:
-    facts: dict[str, Any] = {"open": lambda: backend, "length": SPEC.length, "gate": "passed", **changes}
+    facts: dict[str, Any] = {"open": lambda: backend, "length": SPEC.length, "status": "verified", **changes}
     return Candidate(name=name, **facts)
 
 
 def test_rows_for_every_batch_with_accuracy_beside_them() -> None:
     fast, slow = FakeBackend(seconds=0.001), FakeBackend(seconds=0.02)
     report = bench(
-        SPEC, [candidate("slow", slow, gate="reference"), candidate("fast", fast, accuracy={"matched": 1.0})], QUICK
+        SPEC, [candidate("slow", slow, status="reference"), candidate("fast", fast, accuracy={"matched": 1.0})], QUICK
     )
     assert [(r["candidate"], r["batch"]) for r in report["rows"]] == [
         ("slow", 1), ("fast", 1), ("slow", 2), ("fast", 2),
@@ -97,34 +97,37 @@ def test_batches_beyond_an_engine_are_left_out() -> None:
     assert set(small.batches) == {1}
 
 
-@pytest.mark.parametrize("gate", ["not-run", "failed"])
-def test_without_a_passed_gate_there_is_no_speed(gate: str) -> None:
-    unproven = FakeBackend()
-    report = bench(SPEC, [candidate("unproven", unproven, gate=gate), candidate("good", FakeBackend())], QUICK)
+@pytest.mark.parametrize("status", ["unverified", "failed"])
+def test_without_a_passed_parity_check_there_is_no_speed(status: str) -> None:
+    unverified = FakeBackend()
+    report = bench(SPEC, [candidate("unverified", unverified, status=status), candidate("good", FakeBackend())], QUICK)
     assert {r["candidate"] for r in report["rows"]} == {"good"}
-    assert unproven.batches == []
+    assert unverified.batches == []
     entry = report["candidates"][0]
-    assert gate in entry["not_measured"]
-    assert f"parity gate: {gate}" in bench_text(report)
+    assert status in entry["not_measured"]
+    assert f"parity check: {status}" in bench_text(report)
 
 
-def test_peers_are_proven_before_they_are_measured() -> None:
+def test_peers_are_verified_before_they_are_measured() -> None:
     good, bad = FakeBackend(), FakeBackend()
     verdicts: dict[int, tuple[str, dict[str, Any]]] = {
         id(good): ("passed", {"max_logits": 1e-6}),
         id(bad): ("failed", {"max_logits": 0.5}),
     }
 
-    def prove(backend: Any) -> tuple[str, dict[str, Any]]:
+    def verify(backend: Any) -> tuple[str, dict[str, Any]]:
         return verdicts[id(backend)]
 
     report = bench(
         SPEC,
-        [candidate("good", good, gate="to-prove", prove=prove), candidate("bad", bad, gate="to-prove", prove=prove)],
+        [
+            candidate("good", good, status="to-verify", verify=verify),
+            candidate("bad", bad, status="to-verify", verify=verify),
+        ],
         QUICK,
     )
     assert {r["candidate"] for r in report["rows"]} == {"good"}
-    assert [c["gate"] for c in report["candidates"]] == ["passed", "failed"]
+    assert [c["status"] for c in report["candidates"]] == ["passed", "failed"]
     assert report["candidates"][1]["accuracy"] == {"max_logits": 0.5}
     assert bad.batches == []
 
@@ -164,16 +167,16 @@ def test_an_error_in_the_stream_is_not_counted_as_a_result() -> None:
 
 
 def manifest_bundle(folder: Path, backends: tuple[str, ...]) -> Bundle:
-    artifact = Artifact(
-        name="onnx-fp32", flavour="onnx", files=("m.onnx", "m.onnx.data"), precision="fp32", length=16, max_batch=4
+    model_file = ModelFile(
+        name="onnx-fp32", format="onnx", files=("m.onnx", "m.onnx.data"), precision="fp32", length=16, max_batch=4
     )
-    rungs = tuple(
-        Rung(
+    engines = tuple(
+        Engine(
             name=f"{b}-fp32",
             backend=b,
             precision="fp32",
-            artifact="onnx-fp32",
-            gate="passed",
+            model_file="onnx-fp32",
+            status="verified",
             accuracy={"matched": 1.0},
         )
         for b in backends
@@ -181,25 +184,25 @@ def manifest_bundle(folder: Path, backends: tuple[str, ...]) -> Bundle:
     files = (FileRecord(name="m.onnx", size=5, sha256="aa"), FileRecord(name="m.onnx.data", size=7, sha256="bb"))
     manifest = Manifest(
         schema=1, spec=SPEC, model={}, checkpoint_sha256="c" * 64, versions={}, created="now",
-        files=files, artifacts=(artifact,), rungs=rungs,
+        files=files, model_files=(model_file,), engines=engines,
     )  # fmt: skip
     return Bundle(folder, manifest)
 
 
 def test_candidates_of_a_bundle(tmp_path: Path) -> None:
     bundle = manifest_bundle(tmp_path, ("onnxruntime", "openvino"))
-    first, second = rung_candidates(bundle)
-    assert (first.name, first.gate, first.accuracy) == ("onnxruntime-fp32", "passed", {"matched": 1.0})
+    first, second = engine_candidates(bundle)
+    assert (first.name, first.status, first.accuracy) == ("onnxruntime-fp32", "passed", {"matched": 1.0})
     assert first.files == {"m.onnx": "aa", "m.onnx.data": "bb"}
     assert first.weight_bytes == 12
     assert second.cold_start == (
         str(tmp_path), "--backend", "openvino", "--precision", "fp32", "--length", "16",
     )  # fmt: skip
-    assert [c.name for c in rung_candidates(bundle, ["openvino"])] == ["openvino-fp32"]
+    assert [c.name for c in engine_candidates(bundle, ["openvino"])] == ["openvino-fp32"]
 
-    failed = replace(bundle.manifest.rungs[1], name="openvino-int8", precision="int8", gate="failed")
+    failed = replace(bundle.manifest.engines[1], name="openvino-int8", precision="int8", status="failed")
     bundle = replace(bundle, manifest=replace(bundle.manifest, rejected=(failed,)))
-    assert [(c.name, c.gate) for c in rung_candidates(bundle, ["openvino"])] == [
+    assert [(c.name, c.status) for c in engine_candidates(bundle, ["openvino"])] == [
         ("openvino-fp32", "passed"),
         ("openvino-int8", "failed"),
     ]
@@ -211,8 +214,8 @@ def test_cold_start_goes_into_the_report(monkeypatch: pytest.MonkeyPatch) -> Non
         runtime.profiling.bench, "measure_cold_start", lambda arguments, repeats: {"runs": [run] * repeats}
     )
     measured = candidate("x", FakeBackend(), cold_start=("bundle",), weight_bytes=100_000_000)
-    unproven = candidate("y", FakeBackend(), cold_start=("bundle",), gate="not-run")
-    report = bench(SPEC, [measured, unproven], QUICK)
+    unverified = candidate("y", FakeBackend(), cold_start=("bundle",), status="unverified")
+    report = bench(SPEC, [measured, unverified], QUICK)
     assert [c["cold_start"] for c in report["candidates"]] == [{"runs": [run]}, None]
     assert "1.30" in bench_text(report)
 

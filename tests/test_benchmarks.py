@@ -84,7 +84,7 @@ def test_latency_of_the_forms(networks: Networks, tmp_path: Path, monkeypatch: p
         assert set(row["times_as_fast_as"]) == {"eager fp32", f"straightforward {library}-fp32"}
         assert row["engine_ms"]["n"] == 2
         assert named[f"{row['name']} p50"] == row["engine_ms"]["p50"]
-    assert set(data["graphs"]) == {"straightforward", "deployment", "int8"}
+    assert set(data["graphs"]) == {"reference", "fused", "int8"}
 
 
 def test_an_engine_that_computes_something_else_gets_no_speed(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import SPEC, make_bundle, onnx_artifact, rung
+from fakes import SPEC, engine, make_bundle, onnx_model_file
 
 from runtime.backends import open_backend
 from runtime.bundle import MANIFEST, Bundle, read_bundle
@@ -26,7 +26,7 @@ def test_a_whole_bundle_reads_back_and_verifies(bundle: Bundle) -> None:
     assert read_bundle(bundle.folder).manifest == bundle.manifest
     assert bundle.spec == SPEC
     bundle.verify()
-    assert bundle.path(bundle.artifact("onnx-fp32-t16")) == bundle.folder / "model-t16.onnx"
+    assert bundle.path(bundle.model_file("onnx-fp32-t16")) == bundle.folder / "model-t16.onnx"
 
 
 def test_a_bundle_can_be_copied_elsewhere(bundle: Bundle, tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_missing_file_is_named(bundle: Bundle) -> None:
     (bundle.folder / "model-t16.onnx").unlink()
     with pytest.raises(BundleError, match=r"model-t16\.onnx: missing; copy the bundle again"):
         bundle.verify()
-    bundle.verify(bundle.artifact("onnx-fp32-t32"))
+    bundle.verify(bundle.model_file("onnx-fp32-t32"))
 
 
 def test_a_half_written_file_is_named_with_both_sizes(bundle: Bundle) -> None:
@@ -120,12 +120,12 @@ def test_a_manifest_of_another_version(bundle: Bundle) -> None:
         (lambda m: m["spec"].pop("labels"), r"spec: missing key\(s\) labels"),
         (lambda m: m["spec"]["time_base"].update(fps=0.0), "fps: got 0.0"),
         (lambda m: m["spec"]["post"].update(method="best"), "'best'"),
-        (lambda m: m["rungs"][0].update(artifact="gone"), "names an unknown artifact 'gone'"),
-        (lambda m: m["rungs"][0].update(gate="failed"), "gate"),
+        (lambda m: m["engines"][0].update(model_file="gone"), "names an unknown model file 'gone'"),
+        (lambda m: m["engines"][0].update(status="failed"), "status"),
         (lambda m: m["files"][0].update(size="12"), r"size: got '12', expected int"),
         (lambda m: m["files"][0].update(name="../other/model.onnx"), "leaves the bundle folder"),
-        (lambda m: m["artifacts"][0].update(files=["/etc/passwd"]), "leaves the bundle folder"),
-        (lambda m: m["artifacts"][0].update(files=[]), "lists no files"),
+        (lambda m: m["model_files"][0].update(files=["/etc/passwd"]), "leaves the bundle folder"),
+        (lambda m: m["model_files"][0].update(files=[]), "lists no files"),
     ],
 )
 def test_a_bad_manifest_says_which_key(bundle: Bundle, change: Any, message: str) -> None:
@@ -136,22 +136,22 @@ def test_a_bad_manifest_says_which_key(bundle: Bundle, change: Any, message: str
         read_bundle(bundle.folder)
 
 
-def test_an_artifact_whose_file_has_no_record_is_refused(bundle: Bundle) -> None:
-    stray = dataclasses.replace(onnx_artifact(32), files=("stray.onnx",))
+def test_an_model_file_whose_file_has_no_record_is_refused(bundle: Bundle) -> None:
+    stray = dataclasses.replace(onnx_model_file(32), files=("stray.onnx",))
     with pytest.raises(BundleError, match=r"'stray\.onnx' has no file record"):
         bundle.verify(stray)
-    with pytest.raises(BundleError, match="no artifact 'other'; it has: onnx-fp32-t32, onnx-fp32-t16"):
-        bundle.artifact("other")
+    with pytest.raises(BundleError, match="no model file 'other'; it has: onnx-fp32-t32, onnx-fp32-t16"):
+        bundle.model_file("other")
 
 
-def test_rungs_keep_what_was_measured(tmp_path: Path) -> None:
-    measured = rung("openvino", accuracy={"logits_max": 1e-6}, speed={"ms_per_video": 12.5, "machine": "x"})
-    assert make_bundle(tmp_path / "b", [measured]).manifest.rungs == (measured,)
+def test_engines_keep_what_was_measured(tmp_path: Path) -> None:
+    measured = engine("openvino", accuracy={"logits_max": 1e-6}, speed={"ms_per_video": 12.5, "machine": "x"})
+    assert make_bundle(tmp_path / "b", [measured]).manifest.engines == (measured,)
 
 
 def test_names_are_unique(bundle: Bundle) -> None:
     content = manifest(bundle)
-    content["rungs"] += content["rungs"]
+    content["engines"] += content["engines"]
     write(bundle, content)
-    with pytest.raises(BundleError, match="lists rung '.*' more than once"):
+    with pytest.raises(BundleError, match="lists engine '.*' more than once"):
         read_bundle(bundle.folder)

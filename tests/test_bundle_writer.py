@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import SPEC, onnx_artifact, rung, write_onnx
+from fakes import SPEC, engine, onnx_model_file, write_onnx
 
 from export.bundle_writer import Draft, changed_bundle, new_bundle
-from runtime.bundle import PARITY, Artifact, Bundle, read_bundle
+from runtime.bundle import PARITY, Bundle, ModelFile, read_bundle
 from runtime.errors import BundleError
 
 FACTS: dict[str, Any] = {
@@ -31,8 +31,8 @@ REPORT = {"passed": True, "checks": []}
 
 def fill(draft: Draft) -> None:
     write_onnx(draft.folder / "model-t32.onnx")
-    draft.add_artifact(onnx_artifact())
-    draft.set_rung(rung("onnxruntime"), REPORT)
+    draft.add_model_file(onnx_model_file())
+    draft.set_engine(engine("onnxruntime"), REPORT)
 
 
 def make(path: Path) -> Bundle:
@@ -42,27 +42,27 @@ def make(path: Path) -> Bundle:
 
 
 def fail_in(context: AbstractContextManager[Draft]) -> None:
-    """A gate that fails when everything has been written."""
+    """A parity check that fails when everything has been written."""
     with context as draft:
         fill(draft)
         draft.bundle()
-        raise RuntimeError("gate")
+        raise RuntimeError("status")
 
 
-def fill_until(context: AbstractContextManager[Draft], last: Artifact | Callable[[], None]) -> None:
-    """Fill the draft, then add one more artifact, or let something happen."""
+def fill_until(context: AbstractContextManager[Draft], last: ModelFile | Callable[[], None]) -> None:
+    """Fill the draft, then add one more model file, or let something happen."""
     with context as draft:
         fill(draft)
-        if isinstance(last, Artifact):
-            draft.add_artifact(last)
+        if isinstance(last, ModelFile):
+            draft.add_model_file(last)
         else:
             last()
 
 
-def engine(name: str = "tensorrt-fp16") -> Artifact:
-    return Artifact(
+def engine_file(name: str = "tensorrt-fp16") -> ModelFile:
+    return ModelFile(
         name=name,
-        flavour="tensorrt",
+        format="tensorrt",
         files=(f"{name}.engine",),
         precision="fp16",
         length=32,
@@ -77,19 +77,19 @@ def test_a_new_bundle_is_what_the_runtime_reads(tmp_path: Path) -> None:
     assert bundle.spec == SPEC
     assert bundle.manifest.checkpoint_sha256 == "ab" * 32
     assert {record.name for record in bundle.manifest.files} == {"model-t32.onnx", PARITY}
-    assert [r.name for r in bundle.manifest.rungs] == ["onnxruntime-fp32-t32"]
+    assert [r.name for r in bundle.manifest.engines] == ["onnxruntime-fp32-t32"]
     assert '"onnxruntime-fp32-t32"' in (bundle.folder / PARITY).read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle"]
 
 
 def test_an_error_while_writing_leaves_nothing_or_the_old_bundle(tmp_path: Path) -> None:
     path = tmp_path / "bundle"
-    with pytest.raises(RuntimeError, match="gate"):
+    with pytest.raises(RuntimeError, match="status"):
         fail_in(new_bundle(path, **FACTS))
     assert not list(tmp_path.iterdir())
     before = make(path).manifest
     for change in (lambda: new_bundle(path, **FACTS), lambda: changed_bundle(path)):
-        with pytest.raises(RuntimeError, match="gate"):
+        with pytest.raises(RuntimeError, match="status"):
             fail_in(change())
         assert read_bundle(path).manifest == before
         read_bundle(path).verify()
@@ -121,7 +121,7 @@ from test_bundle_writer import changed_bundle, engine, fill
 with changed_bundle({str(path)!r}) as draft:
     fill(draft)
     (draft.folder / "tensorrt-fp16.engine").write_bytes(b"half an engine")
-    draft.add_artifact(engine())
+    draft.add_model_file(engine_file())
     draft.bundle()
     print("ready", flush=True)
     time.sleep(60)
@@ -142,52 +142,52 @@ def test_an_engine_is_added_and_the_rest_stays(tmp_path: Path) -> None:
     graph = (path / "model-t32.onnx").stat().st_ino
     with changed_bundle(path) as draft:
         (draft.folder / "tensorrt-fp16.engine").write_bytes(b"an engine")
-        draft.add_artifact(engine())
-        draft.set_rung(rung("tensorrt", "fp16", artifact="tensorrt-fp16", gate="not-run"))
-        assert [a.name for a in read_bundle(path).manifest.artifacts] == ["onnx-fp32-t32"]
+        draft.add_model_file(engine_file())
+        draft.set_engine(engine("tensorrt", "fp16", model_file="tensorrt-fp16", status="unverified"))
+        assert [a.name for a in read_bundle(path).manifest.model_files] == ["onnx-fp32-t32"]
     bundle = read_bundle(path)
     bundle.verify()
-    assert [a.name for a in bundle.manifest.artifacts] == ["onnx-fp32-t32", "tensorrt-fp16"]
-    assert [r.gate for r in bundle.manifest.rungs] == ["passed", "not-run"]
+    assert [a.name for a in bundle.manifest.model_files] == ["onnx-fp32-t32", "tensorrt-fp16"]
+    assert [r.status for r in bundle.manifest.engines] == ["passed", "unverified"]
     assert bundle.manifest.created == old.manifest.created
     assert (path / "model-t32.onnx").stat().st_ino == graph  # linked, not copied
     assert (path / "notes.txt").read_text() == "mine"
 
 
-def test_replacing_an_artifact_leaves_no_record_of_the_old_file(tmp_path: Path) -> None:
+def test_replacing_an_model_file_leaves_no_record_of_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "bundle"
     make(path)
     for content in (b"first", b"second, longer"):
         with changed_bundle(path) as draft:
             (draft.folder / "tensorrt-fp16.engine").unlink(missing_ok=True)
             (draft.folder / "tensorrt-fp16.engine").write_bytes(content)
-            draft.add_artifact(engine())
+            draft.add_model_file(engine_file())
     bundle = read_bundle(path)
     bundle.verify()
     assert [r.size for r in bundle.manifest.files if r.name.endswith(".engine")] == [14]
-    assert len(bundle.manifest.artifacts) == 2
+    assert len(bundle.manifest.model_files) == 2
 
 
-def test_a_rung_that_fails_is_rejected_and_can_recover(tmp_path: Path) -> None:
+def test_a_engine_that_fails_is_rejected_and_can_recover(tmp_path: Path) -> None:
     path = tmp_path / "bundle"
     make(path)
     with changed_bundle(path) as draft:
-        draft.set_rung(rung("onnxruntime", gate="failed"), {"passed": False})
+        draft.set_engine(engine("onnxruntime", status="failed"), {"passed": False})
     bundle = read_bundle(path)
-    assert bundle.manifest.rungs == ()
-    assert [r.gate for r in bundle.manifest.rejected] == ["failed"]
+    assert bundle.manifest.engines == ()
+    assert [r.status for r in bundle.manifest.rejected] == ["failed"]
     with changed_bundle(path) as draft:
-        draft.set_rung(rung("onnxruntime"), REPORT)
+        draft.set_engine(engine("onnxruntime"), REPORT)
     bundle = read_bundle(path)
-    assert (len(bundle.manifest.rungs), bundle.manifest.rejected) == (1, ())
+    assert (len(bundle.manifest.engines), bundle.manifest.rejected) == (1, ())
 
 
-def test_the_fastest_measured_rung_comes_first(tmp_path: Path) -> None:
+def test_the_fastest_measured_engine_comes_first(tmp_path: Path) -> None:
     with new_bundle(tmp_path / "bundle", **FACTS) as draft:
         fill(draft)
-        draft.set_rung(rung("openvino", speed={"ms_per_video": 2.0, "machine": "x"}))
-        draft.set_rung(rung("openvino", "bf16", speed={"ms_per_video": 1.0, "machine": "x"}))
-    names = [r.name for r in read_bundle(tmp_path / "bundle").manifest.rungs]
+        draft.set_engine(engine("openvino", speed={"ms_per_video": 2.0, "machine": "x"}))
+        draft.set_engine(engine("openvino", "bf16", speed={"ms_per_video": 1.0, "machine": "x"}))
+    names = [r.name for r in read_bundle(tmp_path / "bundle").manifest.engines]
     assert names == ["openvino-bf16-t32", "openvino-fp32-t32", "onnxruntime-fp32-t32"]
 
 
@@ -205,12 +205,12 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     make(tmp_path / "empty").verify()
 
 
-def test_artifacts_must_have_files_of_their_own(tmp_path: Path) -> None:
+def test_model_files_must_have_files_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="missing"), new_bundle(tmp_path / "bundle", **FACTS) as draft:
-        draft.add_artifact(onnx_artifact())
+        draft.add_model_file(onnx_model_file())
     with pytest.raises(BundleError, match="belongs to 'onnx-fp32-t32'"):
-        fill_until(new_bundle(tmp_path / "b", **FACTS), onnx_artifact(16, "model-t32.onnx"))
-    with pytest.raises(BundleError, match="artifact"), new_bundle(tmp_path / "b", **FACTS):
+        fill_until(new_bundle(tmp_path / "b", **FACTS), onnx_model_file(16, "model-t32.onnx"))
+    with pytest.raises(BundleError, match="model_file"), new_bundle(tmp_path / "b", **FACTS):
         pass
     assert not list(tmp_path.iterdir())
 

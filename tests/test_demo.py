@@ -52,7 +52,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path, capsys):
 def test_a_step_that_fails_ends_the_demo(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "DIFFICULTY", 7)
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 2
-    assert "ccnet plant ended with exit status 2" in capsys.readouterr().err
+    assert "ccnet synthesize ended with exit status 2" in capsys.readouterr().err
 
 
 def test_predicting_happens_where_torch_cannot_be_imported():

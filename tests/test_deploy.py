@@ -1,4 +1,4 @@
-"""The deployment form: the same function as the eager network, over switches, lengths, batches, types and opsets."""
+"""The fused network: the same function as the eager network, over switches, lengths, batches, types and opsets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ccnet.config import Config, ModelConfig
 from ccnet.network.model import CCNet
 from ccnet.network.released import load_released
 from export.fused.layout import Layout
-from export.fused.network import Deployment, deployment_form
+from export.fused.network import FusedNetwork, fused_network
 from runtime.errors import ExportError
 from runtime.spec import point_grid
 
@@ -29,7 +29,7 @@ def valid_points(mask: Tensor, levels: int) -> Tensor:
 
 
 def largest_difference(
-    eager: CCNet, deployed: Deployment, batch: tuple[Tensor, Tensor, Tensor], *, videos: list[int] | None = None
+    eager: CCNet, deployed: FusedNetwork, batch: tuple[Tensor, Tensor, Tensor], *, videos: list[int] | None = None
 ) -> float:
     """Largest absolute difference of logits and offsets at valid points; the deployed network may be shorter."""
     visual, audio, mask = (part if videos is None else part[videos] for part in batch)
@@ -48,7 +48,7 @@ def test_equals_the_eager_network(switch: str) -> None:
     config = dataclasses.replace(TINY, **SWITCHES[switch])
     eager = randomized(config)
     # Measured: 1.3e-6 with values around 1.
-    assert largest_difference(eager, deployment_form(eager), inputs(config, LENGTHS)) < 5e-6
+    assert largest_difference(eager, fused_network(eager), inputs(config, LENGTHS)) < 5e-6
 
 
 @pytest.mark.parametrize("length", [8, 16, 24])
@@ -57,7 +57,7 @@ def test_a_shorter_network_is_exact_for_every_video_that_fits(switch: str, lengt
     config = dataclasses.replace(TINY, **SWITCHES[switch])
     eager = randomized(config)
     fitting = [i for i, n in enumerate(LENGTHS) if n <= length]
-    deployed = deployment_form(eager, length=length)
+    deployed = fused_network(eager, length=length)
     assert deployed.config.length == length
     assert largest_difference(eager, deployed, inputs(config, LENGTHS), videos=fitting) < 5e-6
 
@@ -67,7 +67,7 @@ def test_the_comparison_would_see_a_missing_halo(monkeypatch: pytest.MonkeyPatch
     eager = randomized(TINY)
     batch = inputs(TINY, [16])
     monkeypatch.setattr(Layout, "cut", property(lambda self: False))
-    careless = deployment_form(eager, length=16)
+    careless = fused_network(eager, length=16)
     assert largest_difference(eager, careless, batch) > 1e-3
 
 
@@ -85,7 +85,7 @@ def test_golden_weights_with_values_of_hundreds(shared: Path) -> None:
     # Measured: float32 4e-6; float16 0.010; bfloat16 0.069.
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 0.03), (torch.bfloat16, 0.25)):
         with torch.inference_mode():
-            got, _ = deployment_form(eager, dtype=dtype)(visual, audio, mask)
+            got, _ = fused_network(eager, dtype=dtype)(visual, audio, mask)
         assert (got - logits)[valid].abs().max() < tolerance
 
 
@@ -95,7 +95,7 @@ def test_half_types_stay_near_and_finite(switch: str, dtype: torch.dtype, tolera
     config = dataclasses.replace(TINY, **SWITCHES[switch])
     eager = randomized(config)
     visual, audio, mask = inputs(config, LENGTHS)
-    for deployed in (deployment_form(eager, dtype=dtype), deployment_form(eager, dtype=dtype, length=16)):
+    for deployed in (fused_network(eager, dtype=dtype), fused_network(eager, dtype=dtype, length=16)):
         steps = deployed.config.length
         fitting = [i for i, n in enumerate(LENGTHS) if n <= steps]
         # Measured over the switches: float16 0.004, bfloat16 0.041.
@@ -108,12 +108,12 @@ def test_half_types_stay_near_and_finite(switch: str, dtype: torch.dtype, tolera
 def test_no_valid_step_at_all_gives_finite_numbers() -> None:
     eager = randomized(TINY)
     for dtype in (torch.float32, torch.float16):
-        outputs = deployment_form(eager, dtype=dtype)(*inputs(TINY, [0, 3]))
+        outputs = fused_network(eager, dtype=dtype)(*inputs(TINY, [0, 3]))
         assert all(out.isfinite().all() for out in outputs)
 
 
 def test_a_video_gets_the_same_alone_and_in_a_batch() -> None:
-    deployed = deployment_form(randomized(TINY))
+    deployed = fused_network(randomized(TINY))
     visual, audio, mask = inputs(TINY, [32, 17, 1])
     with torch.inference_mode():
         together = deployed(visual, audio, mask)
@@ -126,12 +126,12 @@ def test_a_video_gets_the_same_alone_and_in_a_batch() -> None:
 @pytest.mark.parametrize("length", [0, 12, 40])
 def test_a_length_that_cannot_be_is_refused(length: int) -> None:
     with pytest.raises(ExportError, match=rf"length: got {length}, expected a multiple of 8 from 8 to 32"):
-        deployment_form(CCNet(TINY), length=length)
+        fused_network(CCNet(TINY), length=length)
 
 
 def test_a_type_that_cannot_be_is_refused() -> None:
     with pytest.raises(ExportError, match=r"dtype: got torch\.int8"):
-        deployment_form(CCNet(TINY), dtype=torch.int8)
+        fused_network(CCNet(TINY), dtype=torch.int8)
 
 
 def test_layout_of_the_published_network() -> None:
@@ -158,7 +158,7 @@ def test_exports_to_onnx_within_the_node_budget(tmp_path: Path, opset: int, batc
     eager = randomized(SIX_LEVELS)
     spec = Config(model=SIX_LEVELS).spec(("a", "b", "c")).with_length(length)
     path = tmp_path / "model.onnx"
-    info = export_onnx(deployment_form(eager, length=length), spec, path, opset=opset, batch=batch)
+    info = export_onnx(fused_network(eager, length=length), spec, path, opset=opset, batch=batch)
     # Measured: 996; below opset 20 each of the 19 Gelu is five nodes.
     assert info.nodes <= (1000 if opset >= 20 else 1080)
     assert "Slice" not in info.operators
@@ -182,4 +182,4 @@ def test_a_small_largest_batch_leaves_the_batch_axis_free(tmp_path: Path, max_ba
     from export.graph.to_onnx import export_onnx
 
     spec = Config(model=SIX_LEVELS).spec(("a", "b", "c"))
-    export_onnx(deployment_form(randomized(SIX_LEVELS)), spec, tmp_path / "model.onnx", max_batch=max_batch)
+    export_onnx(fused_network(randomized(SIX_LEVELS)), spec, tmp_path / "model.onnx", max_batch=max_batch)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import rung
+from fakes import engine
 
 from runtime.backends import open_backend
-from runtime.bundle import Artifact
+from runtime.bundle import ModelFile
 from runtime.localizer import Localizer
 from runtime.profiling.workload import sample_videos
 
@@ -23,11 +23,11 @@ pytest.importorskip("onnxruntime")
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
-    """(network, spec, bundle folder) of a small random CCNet with its deployment form as ONNX."""
+    """(network, spec, bundle folder) of a small random CCNet with its fused network as ONNX."""
     from ccnet.config import Config, ModelConfig
     from ccnet.network.model import CCNet
     from export.bundle_writer import new_bundle
-    from export.fused.network import deployment_form
+    from export.fused.network import fused_network
     from export.graph.to_onnx import export_onnx
 
     config = Config(
@@ -43,12 +43,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
     spec = config.spec(("a", "b", "c"))
     folder = tmp_path_factory.mktemp("end_to_end") / "bundle"
     with new_bundle(folder, spec=spec, model=config.model.to_json(), checkpoint_sha256="0" * 64, versions={}) as draft:
-        info = export_onnx(deployment_form(network), spec, draft.folder / "model.onnx", max_batch=4)
-        draft.add_artifact(
-            Artifact(name="onnx-fp32", flavour="onnx", files=info.files, precision="fp32", length=64, max_batch=4)
+        info = export_onnx(fused_network(network), spec, draft.folder / "model.onnx", max_batch=4)
+        draft.add_model_file(
+            ModelFile(name="onnx-fp32", format="onnx", files=info.files, precision="fp32", length=64, max_batch=4)
         )
         for backend in ("onnxruntime", "openvino"):
-            draft.set_rung(rung(backend, artifact="onnx-fp32"))
+            draft.set_engine(engine(backend, model_file="onnx-fp32"))
     return network, spec, folder
 
 

@@ -1,4 +1,4 @@
-"""`ccnet export`, `verify` and `reference` on a network of two levels, from checkpoint to proven bundle."""
+"""`ccnet export`, `verify` and `reference` on a network of two levels, from checkpoint to verified bundle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from export.graph.to_onnx import OnnxInfo
 from export.parity.reference import load_reference
 from export.parity.tolerances import TOLERANCES, Tolerance
 from export.tensorrt.options import EngineRequest
-from runtime.bundle import PARITY, Artifact, read_bundle
+from runtime.bundle import PARITY, ModelFile, read_bundle
 from runtime.errors import BackendUnavailable, ExportError
 from runtime.localizer import Localizer
 from runtime.profiling.workload import sample_videos
@@ -92,29 +92,29 @@ def bundle(exported: Path, tmp_path: Path) -> Path:
     return tmp_path / "bundle"
 
 
-def unproven(folder: Path) -> None:
-    rungs = read_bundle(folder).manifest.rungs
-    edit_manifest(folder, rungs=tuple(dataclasses.replace(r, gate="not-run", accuracy={}) for r in rungs))
+def unverified(folder: Path) -> None:
+    engines = read_bundle(folder).manifest.engines
+    edit_manifest(folder, engines=tuple(dataclasses.replace(r, status="unverified", accuracy={}) for r in engines))
 
 
-def test_the_bundle_is_whole_proven_and_runs(exported: Path, checkpoint: Path) -> None:
+def test_the_bundle_is_whole_verified_and_runs(exported: Path, checkpoint: Path) -> None:
     bundle = read_bundle(exported)
     bundle.verify()
     weights = json.loads((checkpoint / "checkpoint.json").read_text())["weights"]["sha256"]
     assert bundle.manifest.checkpoint_sha256 == weights
     assert bundle.manifest.model == tiny_config().model.to_json()
-    (artifact,) = bundle.manifest.artifacts
-    assert (artifact.name, artifact.opset, artifact.max_batch, artifact.length) == ("onnx-fp32", 20, 4, 8)
-    (rung,) = bundle.manifest.rungs
-    assert (rung.name, rung.gate) == ("onnxruntime-fp32", "passed")
-    assert 0 < rung.accuracy["max_logits"] <= 1e-4
-    report = json.loads((exported / PARITY).read_text())["rungs"][rung.name]
+    (model_file,) = bundle.manifest.model_files
+    assert (model_file.name, model_file.opset, model_file.max_batch, model_file.length) == ("onnx-fp32", 20, 4, 8)
+    (engine,) = bundle.manifest.engines
+    assert (engine.name, engine.status) == ("onnxruntime-fp32", "passed")
+    assert 0 < engine.accuracy["max_logits"] <= 1e-4
+    report = json.loads((exported / PARITY).read_text())["engines"][engine.name]
     assert report["passed"]
     assert report["videos"]["events"] == 6
-    graph = onnx.load(bundle.path(artifact))
+    graph = onnx.load(bundle.path(model_file))
     facts = {entry.key: entry.value for entry in graph.metadata_props}
     assert facts["checkpoint_sha256"] == weights
-    assert (facts["length"], facts["opset"], facts["form"]) == ("8", "20", "deployment")
+    assert (facts["length"], facts["opset"], facts["form"]) == ("8", "20", "fused")
     with Localizer.load(exported) as localizer:
         localizer.batch([(v.visual, v.audio, None) for v in sample_videos(bundle.spec, 5)])
 
@@ -122,7 +122,7 @@ def test_the_bundle_is_whole_proven_and_runs(exported: Path, checkpoint: Path) -
 def test_the_next_commands_are_printed(
     exported: Path, checkpoint: Path, reference: Path, capsys: pytest.CaptureFixture[str], bundle: Path
 ) -> None:
-    unproven(bundle)
+    unverified(bundle)
     assert main(["verify", str(bundle), "--reference", str(reference)]) == 0
     assert f"ccnet bench {bundle}" in capsys.readouterr().out
 
@@ -152,36 +152,36 @@ def test_a_miss_is_exit_status_3_and_no_bundle(
     assert not list(tmp_path.iterdir())
 
 
-def test_verify_proves_what_was_not_run_and_flips_the_gate(bundle: Path, reference: Path) -> None:
-    unproven(bundle)
+def test_verify_verifies_what_was_not_run_and_flips_the_parity_check(bundle: Path, reference: Path) -> None:
+    unverified(bundle)
     assert main(["verify", str(bundle), "--reference", str(reference)]) == 0
     found = read_bundle(bundle)
     found.verify()
-    assert [rung.gate for rung in found.manifest.rungs] == ["passed"]
-    assert main(["verify", str(bundle), "--reference", str(reference)]) == 0  # nothing left to prove
+    assert [engine.status for engine in found.manifest.engines] == ["passed"]
+    assert main(["verify", str(bundle), "--reference", str(reference)]) == 0  # nothing left to verify
 
 
-def test_verify_rejects_a_rung_that_fails(bundle: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unproven(bundle)
+def test_verify_rejects_a_engine_that_fails(bundle: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unverified(bundle)
     monkeypatch.setattr(export.parity.check, "tolerance", strict)
     assert main(["verify", str(bundle), "--reference", str(reference)]) == 3
     found = read_bundle(bundle)
-    assert found.manifest.rungs == ()
-    assert [rung.name for rung in found.manifest.rejected] == ["onnxruntime-fp32"]
+    assert found.manifest.engines == ()
+    assert [engine.name for engine in found.manifest.rejected] == ["onnxruntime-fp32"]
     with pytest.raises(BackendUnavailable):
         Localizer.load(bundle)
 
 
 def test_verify_without_torch(bundle: Path, reference: Path) -> None:
-    unproven(bundle)
+    unverified(bundle)
     code = "import sys; sys.modules['torch'] = None; from ccnet.cli.main import main; "
     code += f"sys.exit(main(['verify', {str(bundle)!r}, '--reference', {str(reference)!r}]))"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert read_bundle(bundle).manifest.rungs[0].gate == "passed"
+    assert read_bundle(bundle).manifest.engines[0].status == "verified"
 
 
 def test_verify_with_the_checkpoint(bundle: Path, checkpoint: Path) -> None:
-    unproven(bundle)
+    unverified(bundle)
     assert main(["verify", str(bundle), "--checkpoint", str(checkpoint), "--videos", "3"]) == 0
 
 
@@ -194,7 +194,7 @@ def test_a_reference_of_another_network_is_refused(
     assert "made from checkpoint 0000" in capsys.readouterr().err
 
 
-def test_an_engine_that_can_not_run_here_stays_unproven(
+def test_an_engine_that_can_not_run_here_stays_unverified(
     bundle: Path, reference: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from runtime.machine import gpus
@@ -203,9 +203,9 @@ def test_an_engine_that_can_not_run_here_stays_unproven(
         pytest.skip("this machine has a GPU")
     manifest = read_bundle(bundle).manifest
     (bundle / "tensorrt-fp32.engine").write_bytes(b"plan")
-    engine = Artifact(
+    engine = ModelFile(
         name="tensorrt-fp32",
-        flavour="tensorrt",
+        format="tensorrt",
         files=("tensorrt-fp32.engine",),
         precision="fp32",
         length=8,
@@ -216,21 +216,21 @@ def test_an_engine_that_can_not_run_here_stays_unproven(
         compute_capabilities=("9.0",),
         profile=(1, 1, 4),
     )
-    rung = dataclasses.replace(
-        manifest.rungs[0], name="tensorrt-fp32", backend="tensorrt", artifact="tensorrt-fp32", gate="not-run"
+    engine = dataclasses.replace(
+        manifest.engines[0], name="tensorrt-fp32", backend="tensorrt", model_file="tensorrt-fp32", status="unverified"
     )
     from export.bundle_writer import changed_bundle
 
     with changed_bundle(bundle) as draft:
-        draft.add_artifact(engine)
-        draft.set_rung(rung)
+        draft.add_model_file(engine)
+        draft.set_engine(engine)
     before = read_bundle(bundle).manifest
     assert main(["verify", str(bundle), "--reference", str(reference)]) == 2
     assert "could not be run here" in capsys.readouterr().err
     assert read_bundle(bundle).manifest == before
 
 
-def test_the_reference_file_holds_stress_and_planted_videos(reference: Path) -> None:
+def test_the_reference_file_holds_stress_and_synthetic_videos(reference: Path) -> None:
     found = load_reference(reference)
     assert sum(video.stress for video in found.videos) > 10
     assert sum(not video.stress for video in found.videos) == 6
@@ -263,7 +263,7 @@ def test_polygraphy_is_asked_and_its_answer_judged(
         (["--precision", "fp8"], "precision"),
         (["--precision", "auto", "fp16"], "auto alone"),
         (["--opt-batch", "9", "--max-batch", "8"], "opt-batch"),
-        (["--form", "plain", "--precision", "fp16"], "plain form"),
+        (["--form", "reference", "--precision", "fp16"], "reference graph"),
         (["--features", "nowhere"], "nowhere"),
         (["--device", "cuda:77"], "cuda:77"),
     ],
@@ -290,11 +290,11 @@ def test_the_ladder_keeps_what_passes(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     assert main(["export", str(checkpoint), "--out", str(out), "--precision", "auto", "--videos", "6"]) == 0
     manifest = read_bundle(out).manifest
-    speeds = [rung.speed["ms_per_video"] for rung in manifest.rungs]
+    speeds = [engine.speed["ms_per_video"] for engine in manifest.engines]
     assert speeds == sorted(speeds)
-    assert all(rung.gate == "passed" and rung.speed["machine"] for rung in manifest.rungs)
-    assert "onnxruntime-fp32" in {rung.name for rung in manifest.rungs}
-    assert not {rung.name for rung in manifest.rungs} & {rung.name for rung in manifest.rejected}
+    assert all(engine.status == "verified" and engine.speed["machine"] for engine in manifest.engines)
+    assert "onnxruntime-fp32" in {engine.name for engine in manifest.engines}
+    assert not {engine.name for engine in manifest.engines} & {engine.name for engine in manifest.rejected}
 
 
 @pytest.mark.slow
@@ -303,13 +303,13 @@ def test_shorter_lengths_half_precision_and_opset_17(checkpoint: Path, tmp_path:
     command = ["export", str(checkpoint), "--out", str(out), "--lengths", "4", "--precision", "fp32", "fp16"]
     assert main([*command, "--opset", "17", "--videos", "6"]) == 0
     bundle = read_bundle(out)
-    assert {a.name: (a.length, a.opset) for a in bundle.manifest.artifacts} == {
+    assert {a.name: (a.length, a.opset) for a in bundle.manifest.model_files} == {
         "onnx-fp32": (8, 17),
         "onnx-fp16": (8, 17),
         "onnx-fp32-t4": (4, 17),
         "onnx-fp16-t4": (4, 17),
     }
-    assert {rung.gate for rung in bundle.manifest.rungs} == {"passed"}
+    assert {engine.status for engine in bundle.manifest.engines} == {"passed"}
     with Localizer.load(out, "onnxruntime", precision="fp16") as localizer:
         assert [backend.spec.length for backend in localizer.backends] == [4, 8]
 
@@ -319,7 +319,7 @@ def test_a_number_of_zero_is_not_a_default() -> None:
     given = _engine_arguments(argparse.Namespace(**arguments, hardware_compatible=False, version_compatible=False))
     assert given == {"workspace_bytes": 0, "optimization_level": 0}
     with pytest.raises(ExportError, match="workspace_bytes: got 0, expected a number of bytes above 0"):
-        EngineRequest(flavour="tensorrt", precision="fp32", profile=(1, 1, 1), workspace_bytes=0)
+        EngineRequest(format="tensorrt", precision="fp32", profile=(1, 1, 1), workspace_bytes=0)
 
 
 def test_options_that_can_not_apply_are_refused(
@@ -350,21 +350,21 @@ def test_the_ladder_goes_on_without_an_engine_that_can_not_be_built(
     out = tmp_path / "bundle"
     command = ["export", str(checkpoint), "--out", str(out), "--videos", "3", "--format", "onnx", "tensorrt"]
     assert main([*command, "--precision", "auto"]) == 0
-    assert [rung.name for rung in read_bundle(out).manifest.rungs] == ["onnxruntime-fp32"]
+    assert [engine.name for engine in read_bundle(out).manifest.engines] == ["onnxruntime-fp32"]
     assert "tensorrt-fp32: not run here: no kernels for fp32" in capsys.readouterr().out
 
 
 def test_a_link_to_a_bundle_stays_a_link(bundle: Path, reference: Path) -> None:
     link = bundle.with_name("current")
     link.symlink_to(bundle, target_is_directory=True)
-    unproven(bundle)
+    unverified(bundle)
     assert main(["verify", str(link), "--reference", str(reference)]) == 0
     assert link.is_symlink()
-    assert [rung.gate for rung in read_bundle(bundle).manifest.rungs] == ["passed"]
+    assert [engine.status for engine in read_bundle(bundle).manifest.engines] == ["passed"]
 
 
 def test_verify_from_inside_the_bundle(bundle: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unproven(bundle)
+    unverified(bundle)
     monkeypatch.chdir(bundle)
     assert main(["verify", ".", "--reference", str(reference)]) == 0
-    assert [rung.gate for rung in read_bundle(bundle).manifest.rungs] == ["passed"]
+    assert [engine.status for engine in read_bundle(bundle).manifest.engines] == ["passed"]

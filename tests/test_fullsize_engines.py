@@ -54,7 +54,7 @@ def bundle(rtx: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundl
     from ccnet.checkpoint import read_checkpoint, save_checkpoint
     from ccnet.torch_backend import TorchBackend
     from export.bundle import Request, make_bundle
-    from export.parity.inputs import planted_inputs
+    from export.parity.inputs import synthetic_inputs
     from export.parity.reference import Reference, record
     from runtime.bundle import read_bundle
 
@@ -63,7 +63,7 @@ def bundle(rtx: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundl
     network = random_network(config)
     save_checkpoint(folder / "checkpoint", network, config=config, labels=labels(config))
     checkpoint = read_checkpoint(folder / "checkpoint")
-    videos = planted_inputs(checkpoint.spec, count=1)
+    videos = synthetic_inputs(checkpoint.spec, count=1)
     with TorchBackend(network, checkpoint.spec) as eager:
         reference = Reference(checkpoint.spec, checkpoint.weights_sha256, videos, record(eager, videos))
     request = Request(
@@ -73,22 +73,22 @@ def bundle(rtx: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundl
         engine={"compute_capabilities": (TARGET,)},
     )
     made = make_bundle(checkpoint, network, reference, folder / "bundle", request, say=lambda _: None)
-    assert {rung.name for rung in made.rungs} == {f"tensorrt-rtx-{precision}" for precision in BOUNDS}
+    assert {engine.name for engine in made.engines} == {f"tensorrt-rtx-{precision}" for precision in BOUNDS}
     yield read_bundle(folder / "bundle")
     shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("precision", list(BOUNDS))
 def test_engine_of_the_full_network(bundle: Bundle, precision: str) -> None:
-    bound, artifact = BOUNDS[precision], bundle.artifact(f"tensorrt-rtx-{precision}")
-    facts = artifact.build
+    bound, model_file = BOUNDS[precision], bundle.model_file(f"tensorrt-rtx-{precision}")
+    facts = model_file.build
     assert facts["kernels"] <= bound.kernels
     assert facts["fused_attentions"] >= bound.fused_attentions
     assert facts["scratch_bytes"] <= bound.scratch_bytes
     assert facts["capturable"]
-    assert facts["delivered_precisions"].get(precision, 0) >= 100  # of some 135 products
+    assert facts["delivered_precisions"].get(precision, 0) >= 100  # of some 135 matmuls
     assert facts["layers"] > facts["kernels"]
-    assert facts["engine_bytes"] == bundle.path(artifact).stat().st_size
+    assert facts["engine_bytes"] == bundle.path(model_file).stat().st_size
     assert facts["seconds"] > 0
 
 
@@ -96,17 +96,17 @@ def test_engine_of_the_full_network(bundle: Bundle, precision: str) -> None:
 def test_the_same_graph_builds_for_a_range_of_batches(bundle: Bundle, precision: str) -> None:
     facts = build(bundle, precision, DYNAMIC).build
     assert facts["capturable"]
-    assert facts["kernels"] >= bundle.artifact(f"tensorrt-rtx-{precision}").build["kernels"]
+    assert facts["kernels"] >= bundle.model_file(f"tensorrt-rtx-{precision}").build["kernels"]
 
 
 def build(bundle: Bundle, precision: str, profile: tuple[int, int, int]) -> EngineInfo:
-    graph = bundle.path(bundle.artifact(f"onnx-{precision}"))
+    graph = bundle.path(bundle.model_file(f"onnx-{precision}"))
     engine = bundle.folder.with_name("dynamic.engine")
     try:
         return build_engine(
             graph,
             engine,
-            flavour="tensorrt-rtx",
+            format="tensorrt-rtx",
             precision=precision,  # type: ignore[arg-type]
             profile=profile,
             compute_capabilities=(TARGET,),

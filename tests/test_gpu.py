@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 from small_network import SPEC, reference, write_onnx
 
-from benchmarks.gpu.stages import build_here, gate_engine
+from benchmarks.gpu.stages import build_here, check_engine_file
 from export.tensorrt.build import EngineInfo
 from runtime.backends.tensorrt.backend import TensorRTBackend, cuda
-from runtime.bundle import Artifact, read_bundle
+from runtime.bundle import ModelFile, read_bundle
 from runtime.errors import BackendUnavailable, BundleError, CCNetError, EngineError, EngineMismatch, ExportError
 
 pytestmark = pytest.mark.gpu
@@ -44,7 +44,7 @@ def device() -> cuda.Device:
 
 
 @pytest.fixture(scope="session", params=list(MODULES))
-def flavour(request: pytest.FixtureRequest, device: cuda.Device) -> str:
+def format(request: pytest.FixtureRequest, device: cuda.Device) -> str:
     name = str(request.param)
     if importlib.util.find_spec(MODULES[name]) is None:
         pytest.skip(f"{MODULES[name]} is not installed")
@@ -52,14 +52,14 @@ def flavour(request: pytest.FixtureRequest, device: cuda.Device) -> str:
 
 
 @pytest.fixture(scope="session", params=list(TOLERANCE))
-def built(request: pytest.FixtureRequest, flavour: str, tmp_path_factory: pytest.TempPathFactory) -> EngineInfo:
+def built(request: pytest.FixtureRequest, format: str, tmp_path_factory: pytest.TempPathFactory) -> EngineInfo:
     """An engine of the small network for this GPU."""
     precision = str(request.param)
-    folder = tmp_path_factory.mktemp(f"{flavour}-{precision}")
+    folder = tmp_path_factory.mktemp(f"{format}-{precision}")
     graph = small_graph("fp32" if precision == "tf32" else precision, folder)
-    info = build_for_this_gpu(graph, folder / "small.engine", flavour, precision)
+    info = build_for_this_gpu(graph, folder / "small.engine", format, precision)
     try:
-        TensorRTBackend.open(info.path, artifact_of(info, SPEC.length), SPEC).close()
+        TensorRTBackend.open(info.path, model_file_of(info, SPEC.length), SPEC).close()
     except EngineMismatch as error:  # a portable RTX engine on a GPU that RTX does not know
         pytest.skip(str(error))
     return info
@@ -73,23 +73,23 @@ def small_graph(precision: str, folder: Path) -> Path:
     return write_onnx(folder / "model.onnx", precision)
 
 
-def build_for_this_gpu(graph: Path, out: Path, flavour: str, precision: str) -> EngineInfo:
+def build_for_this_gpu(graph: Path, out: Path, format: str, precision: str) -> EngineInfo:
     """Skips where this library version lacks the precision."""
     try:
-        return build_here(graph, out, flavour, precision, (1, 4, MAX_BATCH))  # type: ignore[arg-type]
+        return build_here(graph, out, format, precision, (1, 4, MAX_BATCH))  # type: ignore[arg-type]
     except ExportError as error:
         if "does not support" in str(error):
             pytest.skip(str(error))
         raise
 
 
-def artifact_of(info: EngineInfo, length: int) -> Artifact:
-    return info.artifact(name=f"{info.flavour}-{info.precision}", length=length)
+def model_file_of(info: EngineInfo, length: int) -> ModelFile:
+    return info.model_file(name=f"{info.format}-{info.precision}", length=length)
 
 
 @pytest.fixture
 def small(built: EngineInfo) -> Iterator[TensorRTBackend]:
-    with TensorRTBackend.open(built.path, artifact_of(built, SPEC.length), SPEC) as backend:
+    with TensorRTBackend.open(built.path, model_file_of(built, SPEC.length), SPEC) as backend:
         yield backend
 
 
@@ -126,10 +126,10 @@ def test_engine_against_reference(small: TensorRTBackend, batch: int) -> None:
 
 
 def test_recorded_graph_against_plain_run(built: EngineInfo) -> None:
-    artifact = artifact_of(built, SPEC.length)
+    model_file = model_file_of(built, SPEC.length)
     with (
-        TensorRTBackend.open(built.path, artifact, SPEC) as recorded,
-        TensorRTBackend.open(built.path, artifact, SPEC, cuda_graph=False) as plain,
+        TensorRTBackend.open(built.path, model_file, SPEC) as recorded,
+        TensorRTBackend.open(built.path, model_file, SPEC, cuda_graph=False) as plain,
     ):
         for batch in (1, 4, MAX_BATCH):
             for name, arrays in stress(batch, seed=batch).items():
@@ -169,10 +169,10 @@ def test_two_threads(small: TensorRTBackend) -> None:
 
 
 def test_load_and_free_again_without_leaking(built: EngineInfo) -> None:
-    artifact = artifact_of(built, SPEC.length)
+    model_file = model_file_of(built, SPEC.length)
 
     def cycle() -> int:
-        with TensorRTBackend.open(built.path, artifact, SPEC) as backend:
+        with TensorRTBackend.open(built.path, model_file, SPEC) as backend:
             backend.infer(*stress(3)["full"])
         return cuda.memory_info()[0]
 
@@ -194,10 +194,10 @@ def test_engine_times_are_positive_and_graphs_do_not_change_them_much(small: Ten
 
 
 def test_an_engine_of_another_gpu_or_version(built: EngineInfo) -> None:
-    artifact = artifact_of(built, SPEC.length)
+    model_file = model_file_of(built, SPEC.length)
     for changes in ({"library_version": "8.5.1"}, {"compute_capabilities": ("5.0",), "gpu_name": "Other GPU"}):
         with pytest.raises(EngineMismatch, match="ccnet export"):
-            TensorRTBackend.open(built.path, dataclasses.replace(artifact, **changes), SPEC)
+            TensorRTBackend.open(built.path, dataclasses.replace(model_file, **changes), SPEC)
 
 
 @pytest.mark.parametrize("damage", ["short", "header"])
@@ -210,25 +210,25 @@ def test_a_damaged_plan(built: EngineInfo, tmp_path: Path, damage: str) -> None:
         content[4:64] = bytes(60)
     path = tmp_path / "damaged.engine"
     path.write_bytes(content)
-    artifact = dataclasses.replace(artifact_of(built, SPEC.length), build={})
+    model_file = dataclasses.replace(model_file_of(built, SPEC.length), build={})
     with pytest.raises((EngineError, BundleError, EngineMismatch)):
-        TensorRTBackend.open(path, artifact, SPEC)
+        TensorRTBackend.open(path, model_file, SPEC)
 
 
 @pytest.mark.parametrize("precision", list(TOLERANCE))
-def test_the_real_network_against_its_recorded_reference(flavour: str, precision: str, tmp_path: Path) -> None:
+def test_the_real_network_against_its_recorded_reference(format: str, precision: str, tmp_path: Path) -> None:
     folder, recorded = os.environ.get("CCNET_GPU_BUNDLE"), os.environ.get("CCNET_GPU_REFERENCE")
     if not folder or not recorded:
         pytest.skip("CCNET_GPU_BUNDLE and CCNET_GPU_REFERENCE name no bundle and reference")
     bundle = read_bundle(folder)
     graph = "fp32" if precision == "tf32" else precision
-    wanted = [a for a in bundle.manifest.artifacts if a.flavour == "onnx" and a.precision == graph]
+    wanted = [a for a in bundle.manifest.model_files if a.format == "onnx" and a.precision == graph]
     if not wanted:
         pytest.skip(f"the bundle has no {graph} graph")
-    info = build_for_this_gpu(bundle.path(wanted[0]), tmp_path / "real.engine", flavour, precision)
+    info = build_for_this_gpu(bundle.path(wanted[0]), tmp_path / "real.engine", format, precision)
     spec = bundle.spec.with_length(wanted[0].length)
     try:
-        report = gate_engine(info.path, artifact_of(info, spec.length), spec, Path(recorded))
+        report = check_engine_file(info.path, model_file_of(info, spec.length), spec, Path(recorded))
     except CCNetError as error:
         pytest.fail(str(error))
     assert report["passed"], report

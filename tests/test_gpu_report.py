@@ -17,7 +17,7 @@ from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import stages as gpu_stages
 from benchmarks.gpu.page import measurements, page
 from benchmarks.gpu.report import Stage
-from export.parity.inputs import planted_inputs, stress_inputs
+from export.parity.inputs import stress_inputs, synthetic_inputs
 from export.parity.reference import Reference, record, save_reference
 from runtime.backends.tensorrt.backend import TensorRTBackend
 from runtime.bundle import read_bundle
@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {"device": "cpu", "batches": [1, 2], "seconds": 0.0}
 def arguments(tmp_path: Path) -> list[str]:
     """Of a run on the CPU over the stand-in network, one precision, no GPU tests but one that skips."""
     fakes.make_bundle(tmp_path / "bundle")
-    videos = [*stress_inputs(fakes.SPEC), *planted_inputs(fakes.SPEC)]
+    videos = [*stress_inputs(fakes.SPEC), *synthetic_inputs(fakes.SPEC)]
     with fakes.OracleBackend() as oracle:
         save_reference(tmp_path / "reference.npz", Reference(fakes.SPEC, "0" * 64, videos, record(oracle, videos)))
     (tmp_path / "test_nothing.py").write_text(
@@ -42,7 +42,7 @@ def arguments(tmp_path: Path) -> list[str]:
         "--out": tmp_path / "out",
         "--work": tmp_path / "work",
         "--device": "cpu",
-        "--flavours": "tensorrt-rtx",
+        "--formats": "tensorrt-rtx",
         "--precisions": "fp32",
         "--seconds": 0,
         "--tests": tmp_path / "test_nothing.py",
@@ -65,7 +65,7 @@ def test_dry_run_names_every_stage_and_does_nothing(
     for stage in (
         "machine",
         "copy",
-        "products",
+        "matmuls",
         "tensorrt-rtx fp32 build",
         "tests",
         "torch eager fp32",
@@ -84,13 +84,13 @@ def test_a_day_without_a_gpu(arguments: list[str], tmp_path: Path) -> None:
     assert outcomes["machine"] == outcomes["copy"] == outcomes["tensorrt-rtx fp32 build"] == "done"
     assert (tmp_path / "work" / "tensorrt-rtx-fp32.engine").is_file()
     assert outcomes["tests"] == "skipped"
-    assert outcomes["tensorrt-rtx fp32 gate"] == "failed"
-    assert stages["tensorrt-rtx fp32 speed"] == {"status": "skipped", "error": "needs 'tensorrt-rtx fp32 gate'"}
-    assert "BackendUnavailable" in stages["tensorrt-rtx fp32 gate"]["error"]
+    assert outcomes["tensorrt-rtx fp32 parity check"] == "failed"
+    assert stages["tensorrt-rtx fp32 speed"] == {"status": "skipped", "error": "needs 'tensorrt-rtx fp32 parity check'"}
+    assert "BackendUnavailable" in stages["tensorrt-rtx fp32 parity check"]["error"]
     assert report["machine"]["libraries"]["tensorrt-rtx"].startswith("1.")
     assert report["commit"] != ""
-    assert "| tensorrt-rtx fp32 gate | failed |" in text
-    assert stages["onnxruntime fp32"]["result"]["gate"]["passed"]
+    assert "| tensorrt-rtx fp32 parity check | failed |" in text
+    assert stages["onnxruntime fp32"]["result"]["status"]["passed"]
     assert {m["name"].split(" / ")[1] for m in report["measurements"]} == {"onnxruntime fp32"}
     assert "batch 2, onnxruntime fp32" in text
 
@@ -150,7 +150,9 @@ def test_an_old_result_is_not_taken_for_a_new_one(arguments: list[str], tmp_path
     assert run_one(arguments, Stage("odd", "tensorrt", "no_such_stage", 60))["status"] == "failed"
 
 
-def test_a_failed_gate_fails_its_stage(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_parity_check_fails_its_stage(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def command(
         stage: Stage, options: Any, common: Any, settings: Path, result: Path
     ) -> tuple[list[str], dict[str, str]]:
@@ -158,8 +160,8 @@ def test_a_failed_gate_fails_its_stage(arguments: list[str], tmp_path: Path, mon
         return [sys.executable, "-c", f"open({str(result)!r}, 'w').write({text!r})"], {}
 
     monkeypatch.setattr(gpu_report, "_command", command)
-    outcome = run_one(arguments, Stage("x gate", "tensorrt", "gate", 60))
-    assert (outcome["status"], outcome["error"]) == ("failed", "the parity gate failed")
+    outcome = run_one(arguments, Stage("x parity check", "tensorrt", "status", 60))
+    assert (outcome["status"], outcome["error"]) == ("failed", "the parity check failed")
     assert outcome["result"] == {"passed": False}
 
 
@@ -191,13 +193,13 @@ def test_speed_and_layers_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path
     install(monkeypatch, sim)
     monkeypatch.setattr(gpu_stages, "_end_to_end", lambda *_: {})
     bundle = fakes.make_bundle(tmp_path / "bundle", spec=SPEC, lengths=(16,))
-    artifact = dataclasses.replace(ARTIFACT, files=("tensorrt-fp16.engine",))
+    model_file = dataclasses.replace(ARTIFACT, files=("tensorrt-fp16.engine",))
     path = write_engine(tmp_path / "work" / "tensorrt-fp16.engine")
-    path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(artifact)))
+    path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(model_file)))
     settings = SETTINGS | {
         "bundle": str(bundle.folder),
         "work": str(path.parent),
-        "flavour": "tensorrt",
+        "format": "tensorrt",
         "precision": "fp16",
         "device": "cuda",
     }
@@ -229,15 +231,15 @@ def summary(p50: float) -> dict[str, float]:
 ROW = {"batch": 1, "infer_ms": summary(1.5), "engine_ms": summary(1.0), "videos_per_second": 800.0}
 DONE: dict[str, Any] = {
     "copy": {"status": "done", "result": {"bytes": 1 << 30, "bytes_per_second": 3.9e12}},
-    "products": {"status": "done", "result": {"side": 8192, "operations_per_second": {"fp16": 7.9e14}}},
+    "matmuls": {"status": "done", "result": {"side": 8192, "operations_per_second": {"fp16": 7.9e14}}},
     "tensorrt fp16 build": {"status": "done", "seconds": 60.0, "result": {"engine": {
         "seconds": 58.0, "engine_bytes": 500 << 20, "scratch_bytes": 80 << 20, "delivered_precisions": {"fp16": 300}}}},
-    "tensorrt fp16 gate": {"status": "done", "result": {"passed": True}},
+    "tensorrt fp16 parity check": {"status": "done", "result": {"passed": True}},
     "tensorrt fp16 speed": {"status": "done", "result": {"rows": [ROW]}},
     "tensorrt fp16 layers": {"status": "done", "result": {
         "1": {"total_ms": 1.0, "layers": 2, "slowest": [["conv", 0.75], ["norm", 0.25]]}}},
     "tensorrt bf16 build": {"status": "failed", "error": "ExportError: tensorrt 8.6.0 does not support | bfloat16"},
-    "torch eager fp32": {"status": "done", "result": {"gate": {"passed": False}, "rows": [ROW]}},
+    "torch eager fp32": {"status": "done", "result": {"status": {"passed": False}, "rows": [ROW]}},
 }  # fmt: skip
 
 
@@ -249,7 +251,7 @@ def test_page() -> None:
     assert "fp16 product of 8192 x 8192: 790.0 TFLOP/s" in text
     assert "| conv | 0.7500 | 75.0% |" in text
     assert "does not support / bfloat16" in text
-    assert "batch 1, torch eager" not in text  # its gate failed: no speed without proof
+    assert "batch 1, torch eager" not in text  # its parity check failed: no speed without proof
 
 
 def test_measurements() -> None:
@@ -266,9 +268,9 @@ def test_the_torch_side(tmp_path: Path) -> None:
     from benchmarks.gpu import torch_stages as gpu_torch
     from benchmarks.networks import Networks, benchmark_config
 
-    products = gpu_torch.products(SETTINGS)
-    assert set(products["operations_per_second"]) == {"fp16", "bf16", "tf32", "fp32"}
-    assert all(rate > 0 for rate in products["operations_per_second"].values())
+    matmuls = gpu_torch.matmuls(SETTINGS)
+    assert set(matmuls["operations_per_second"]) == {"fp16", "bf16", "tf32", "fp32"}
+    assert all(rate > 0 for rate in matmuls["operations_per_second"].values())
     networks = Networks(tmp_path, benchmark_config("tiny"))
     bundle, reference = tmp_path / "bundle", tmp_path / "reference.npz"
     settings = SETTINGS | {
@@ -278,13 +280,13 @@ def test_the_torch_side(tmp_path: Path) -> None:
         "batches": [1, 4],
     }
     gpu_torch.export(settings | {"precisions": ["fp16", "tf32", "fp32"], "opset": 17})
-    graphs = {a.precision: a.opset for a in read_bundle(bundle).manifest.artifacts}
+    graphs = {a.precision: a.opset for a in read_bundle(bundle).manifest.model_files}
     assert graphs == {"fp16": 17, "fp32": 17}
-    for form in ("eager", "deployment"):
+    for form in ("eager", "fused"):
         found = gpu_torch.peer(settings | {"form": form, "precision": "fp32"})
-        assert found["gate"]["passed"], found["gate"]
+        assert found["status"]["passed"], found["status"]
         assert [row["batch"] for row in found["rows"]] == [1, 4]
     found = gpu_stages.onnxruntime(settings | {"precision": "fp16"})
-    assert found["gate"]["passed"], found["gate"]
+    assert found["status"]["passed"], found["status"]
     with pytest.raises(gpu_stages.Absent, match="no bf16 graph"):
         gpu_stages.onnxruntime(settings | {"precision": "bf16"})

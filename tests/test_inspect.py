@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import make_bundle, rung
+from fakes import engine, make_bundle
 
 from ccnet.cli.doctor import examine
 from ccnet.cli.main import main
@@ -20,18 +20,18 @@ pytest.importorskip("onnx")
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    rungs = [
-        rung(
+    engines = [
+        engine(
             "onnxruntime",
             accuracy={"logits_max": 1.5e-6, "tensors": {"a": 1}},
             speed={"ms_per_video": 12.345, "machine": machine_class("onnxruntime")},
         ),
-        rung("openvino", gate="not-run", speed={"ms_per_video": 7.0, "machine": "another machine"}),
+        engine("openvino", status="unverified", speed={"ms_per_video": 7.0, "machine": "another machine"}),
     ]
-    return make_bundle(tmp_path / "bundle", rungs).folder
+    return make_bundle(tmp_path / "bundle", engines).folder
 
 
-def test_inspect_shows_spec_artifacts_rungs_gates_and_speeds(bundle: Path, capsys: Any) -> None:
+def test_inspect_shows_spec_model_files_engines_gates_and_speeds(bundle: Path, capsys: Any) -> None:
     assert main(["inspect", str(bundle)]) == 0
     text = capsys.readouterr().out
     for part in (
@@ -43,7 +43,7 @@ def test_inspect_shows_spec_artifacts_rungs_gates_and_speeds(bundle: Path, capsy
         "logits_max 1.5e-06",
         "12.35",
         "7.00 (elsewhere)",
-        "not-run: built, but never proven; 'ccnet verify BUNDLE'",
+        "unverified: built, but never verified; 'ccnet verify BUNDLE'",
     ):
         assert part in text
 

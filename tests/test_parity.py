@@ -1,4 +1,4 @@
-"""The gate passes an equal backend, and each kind of mistake fails the check that is meant to see it."""
+"""The parity check passes an equal backend, and each kind of mistake fails the check that is meant to see it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fakes import SPEC, OracleBackend, oracle
 
 from export.parity.compare import TITLES, compare
 from export.parity.events import FEWEST_EVENTS, match_events
-from export.parity.inputs import ParityVideo, crops, folder_inputs, planted_inputs, stress_inputs, stress_lengths
+from export.parity.inputs import ParityVideo, crops, folder_inputs, stress_inputs, stress_lengths, synthetic_inputs
 from export.parity.reference import Outputs, Reference, load_reference, record, save_reference
 from export.parity.tolerances import TOLERANCES, graph_precision, tolerance
 from runtime.backends.base import Bool, Float32
@@ -42,10 +42,10 @@ class ChangedBackend(OracleBackend):
 
 @pytest.fixture(scope="module")
 def videos() -> list[ParityVideo]:
-    """Stress inputs, and planted videos rewritten so that the oracle finds their events and little else."""
+    """Stress inputs, and synthetic videos rewritten so that the oracle finds their events and little else."""
     rng = np.random.default_rng(0)
-    planted = []
-    for video in planted_inputs(SPEC, count=12):
+    synthetic = []
+    for video in synthetic_inputs(SPEC, count=12):
         visual = np.full_like(video.features.visual, -6)
         audio = np.zeros_like(video.features.audio)
         steps = len(visual)
@@ -56,8 +56,8 @@ def videos() -> list[ParityVideo]:
             audio[start + 1, :2] = 1.5
         segments = np.array([[start, start + 3] for start in starts], np.float64)
         features = dataclasses.replace(video.features, visual=visual, audio=audio)
-        planted.append(dataclasses.replace(video, features=features, segments=segments, labels=labels))
-    return stress_inputs(SPEC) + planted
+        synthetic.append(dataclasses.replace(video, features=features, segments=segments, labels=labels))
+    return stress_inputs(SPEC) + synthetic
 
 
 def failing(change: Change, videos: list[ParityVideo], precision: str = "fp32") -> set[str]:
@@ -213,7 +213,11 @@ def test_crops_are_videos_of_their_own(videos: list[ParityVideo]) -> None:
 
 
 def test_inputs_are_seeded_and_fit_the_network() -> None:
-    first, second, other = planted_inputs(SPEC, count=3), planted_inputs(SPEC, count=3), planted_inputs(SPEC, seed=1)
+    first, second, other = (
+        synthetic_inputs(SPEC, count=3),
+        synthetic_inputs(SPEC, count=3),
+        synthetic_inputs(SPEC, seed=1),
+    )
     np.testing.assert_array_equal(first[2].features.visual, second[2].features.visual)
     assert not np.array_equal(first[0].features.visual[:1], other[0].features.visual[:1])
     assert all(1 <= video.features.steps <= SPEC.length for video in first)
@@ -276,9 +280,10 @@ def test_tolerances_are_ordered_and_unknown_precisions_refused() -> None:
             graph_precision(name)
 
 
-def test_the_gate_needs_no_torch() -> None:
+def test_the_parity_check_needs_no_torch() -> None:
     code = "import sys; sys.modules['torch'] = None; import export.parity.compare, export.parity.reference, "
-    code += "export.parity.check, export.parity.verify, export.bundle_writer, export.parity.polygraphy_files, ccnet.cli.verify"
+    code += "export.parity.check, export.parity.verify, export.bundle_writer"
+    code += ", export.parity.polygraphy_files, ccnet.cli.verify"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -290,7 +295,7 @@ def test_the_oracle_is_what_the_tests_take_it_for() -> None:
 
 
 def test_a_summary_with_nan_can_be_written(tmp_path: Path, videos: list[ParityVideo]) -> None:
-    """The manifest takes the summary of an engine that overflows, too: that is whom the gate is for."""
+    """The manifest takes the summary of an engine that overflows, too: that is whom the parity check is for."""
     report = compare(ChangedBackend(lambda logits, offsets, mask: (logits * np.nan, offsets)), OracleBackend(), videos)
     assert not report.passed
     assert report.summary()["max_logits"] is None

@@ -69,8 +69,8 @@ def test_a_network_without_gates_is_said_to_have_none():
         read_gates(network(config), SPEC, features(10))
 
 
-@pytest.mark.parametrize("planted", [False, True])
-def test_a_picture_is_drawn(tmp_path, planted):
+@pytest.mark.parametrize("synthetic", [False, True])
+def test_a_picture_is_drawn(tmp_path, synthetic):
     truth = VideoAnnotation("clip", 20.0, "test", np.array([[2.0, 9.0], [5.0, 19.0]]), np.array([0, 2]))
     found = Detections(
         np.array([[2.1, 8.8], [5.0, 12.0], [1.0, 3.0]]),
@@ -82,7 +82,7 @@ def test_a_picture_is_drawn(tmp_path, planted):
     seen, heard = np.zeros((2, 3, 500), np.float32)
     seen[0, 50:300] = heard[1, 10:90] = 1
     path = tmp_path / "timeline.png"
-    draw_timeline(path, truth=truth, found=found, gates=gates, shown=Shown(25.0, seen, heard) if planted else None)
+    draw_timeline(path, truth=truth, found=found, gates=gates, shown=Shown(25.0, seen, heard) if synthetic else None)
     from matplotlib.image import imread
 
     image = imread(path)[..., :3]
@@ -92,8 +92,8 @@ def test_a_picture_is_drawn(tmp_path, planted):
         return int((np.abs(image - rgb).max(axis=-1) < 0.01).sum()) > 300  # more than the legend's patch
 
     assert drawn("#2e7d32")
-    assert drawn("#7fb3d9") == planted
-    assert drawn("#f4b183") == planted
+    assert drawn("#7fb3d9") == synthetic
+    assert drawn("#f4b183") == synthetic
 
 
 def test_a_video_without_events_and_predictions_is_drawn_too(tmp_path):

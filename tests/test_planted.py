@@ -1,4 +1,4 @@
-"""Planted features: events are exactly where both modalities agree, and only there."""
+"""Synthetic features: events are exactly where both modalities agree, and only there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ccnet.synthetic.annotations import demo_annotations
-from ccnet.synthetic.features import Planter, Planting
+from ccnet.synthetic.features import FeatureSynthesizer, SyntheticSettings
 from runtime.annotations import VideoAnnotation, read_annotations
 from runtime.errors import ConfigError
 from runtime.spec import TimeBase
@@ -17,13 +17,13 @@ from runtime.spec import TimeBase
 CLASSES = 6
 
 
-def planter(planting=None, visual_dim=48, audio_dim=16, time_base=None) -> Planter:
-    return Planter(
+def synthesizer(settings=None, visual_dim=48, audio_dim=16, time_base=None) -> FeatureSynthesizer:
+    return FeatureSynthesizer(
         num_classes=CLASSES,
         visual_dim=visual_dim,
         audio_dim=audio_dim,
         time_base=time_base or TimeBase(),
-        planting=planting or Planting(),
+        settings=settings or SyntheticSettings(),
     )
 
 
@@ -44,7 +44,7 @@ def event_frames(video):
 
 @pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
 def test_a_class_is_seen_and_heard_at_once_exactly_during_its_events(videos, difficulty):
-    maker = planter(Planting.of_difficulty(difficulty))
+    maker = synthesizer(SyntheticSettings.of_difficulty(difficulty))
     for video in videos[:60]:
         presence = maker.presence(video)
         assert np.array_equal((presence.seen > 0) & (presence.heard > 0), event_frames(video))
@@ -54,7 +54,7 @@ def test_one_modality_alone_shows_about_as_much_that_is_no_event(videos):
     """By default every event has a seen-only and a heard-only companion, and half of the boundaries are drawn out."""
     seen = heard = event = 0
     for video in videos:
-        presence = planter().presence(video)
+        presence = synthesizer().presence(video)
         seen += int((presence.seen > 0).sum())
         heard += int((presence.heard > 0).sum())
         event += int(event_frames(video).sum())
@@ -64,7 +64,7 @@ def test_one_modality_alone_shows_about_as_much_that_is_no_event(videos):
 
 
 def test_at_difficulty_zero_nothing_but_events_is_shown(videos):
-    maker = planter(Planting.of_difficulty(0.0))
+    maker = synthesizer(SyntheticSettings.of_difficulty(0.0))
     for video in videos[:40]:
         presence = maker.presence(video)
         assert np.array_equal(presence.seen > 0, event_frames(video))
@@ -75,7 +75,7 @@ def test_the_classes_of_a_video_do_not_give_its_distractors_away(videos):
     """A good part of the distractors are of classes that do have events in the same video."""
     own = other = 0
     for video in videos:
-        presence = planter(Planting(tails=0.0)).presence(video)
+        presence = synthesizer(SyntheticSettings(tails=0.0)).presence(video)
         alone = ((presence.seen > 0) & (presence.heard == 0)).any(axis=1)
         mine = np.isin(np.arange(CLASSES), video.labels)
         own += int((alone & mine).sum())
@@ -85,7 +85,7 @@ def test_the_classes_of_a_video_do_not_give_its_distractors_away(videos):
 
 
 def test_features_look_like_real_ones(videos):
-    maker = planter(visual_dim=2048, audio_dim=128)
+    maker = synthesizer(visual_dim=2048, audio_dim=128)
     visual, audio = (np.concatenate(parts) for parts in zip(*map(maker.features, videos[:20]), strict=True))
     for features in (visual, audio):
         assert features.dtype == np.float32
@@ -98,17 +98,17 @@ def test_features_look_like_real_ones(videos):
 def test_steps_follow_from_the_duration_through_the_time_base(videos):
     one = dataclasses.replace(videos[0], duration=10.0, segments=np.zeros((0, 2)), labels=np.zeros(0, np.int64))
     for time_base in (TimeBase(), TimeBase(fps=16.0, stride_frames=4.0, window_frames=16.0)):
-        maker = planter(time_base=time_base)
+        maker = synthesizer(time_base=time_base)
         visual, audio = maker.features(one)
         assert len(visual) == len(audio) == maker.steps(10.0)
         assert time_base.covered_seconds(len(visual)) <= 10.0 < time_base.covered_seconds(len(visual) + 1)
-    assert planter().steps(0.1) == 1
+    assert synthesizer().steps(0.1) == 1
 
 
 @pytest.mark.parametrize("dims", [(48, 16), (1024, 128)])
 def test_an_event_stands_out_by_the_signal_whatever_the_width(dims):
     """Projected on its signature, an event stands about `signal` noise deviations above the same video without it."""
-    maker = planter(Planting(signal=8.0, distractors=0.0, tails=0.0), *dims)
+    maker = synthesizer(SyntheticSettings(signal=8.0, distractors=0.0, tails=0.0), *dims)
     segments, labels = np.array([[10.0, 20.0]]), np.array([2])
     heights = []
     for i in range(20):
@@ -117,18 +117,18 @@ def test_an_event_stands_out_by_the_signal_whatever_the_width(dims):
         signature = maker._visual.signatures[2]
         projected = visual @ signature / np.linalg.norm(signature) / maker._visual.noise
         heights.append(projected[35:58].mean() - np.concatenate((projected[:25], projected[70:])).mean())
-    # The rectifier takes away some of the noise's lower half, so the step is a little smaller than planted.
+    # The rectifier takes away some of the noise's lower half, so the step is a little smaller than synthetic.
     assert 6.0 < np.mean(heights) < 8.5
 
 
 def test_what_a_video_gets_depends_on_itself_and_the_seed_alone(videos):
-    first, again = planter(), planter()
+    first, again = synthesizer(), synthesizer()
     again.features(videos[1])  # nothing is carried from one video to the next
     for a, b in zip(first.features(videos[0]), again.features(videos[0]), strict=True):
         assert np.array_equal(a, b)
     others = (
-        planter(Planting(seed=1)).features(videos[0]),
-        planter().features(dataclasses.replace(videos[0], video_id="another")),
+        synthesizer(SyntheticSettings(seed=1)).features(videos[0]),
+        synthesizer().features(dataclasses.replace(videos[0], video_id="another")),
     )
     for visual, audio in others:
         assert not np.array_equal(visual, first.features(videos[0])[0])
@@ -136,15 +136,15 @@ def test_what_a_video_gets_depends_on_itself_and_the_seed_alone(videos):
 
 
 def test_difficulty_has_a_range():
-    assert Planting.of_difficulty(0.5) == Planting()
+    assert SyntheticSettings.of_difficulty(0.5) == SyntheticSettings()
     for bad in (-0.1, 1.5, float("nan")):
         with pytest.raises(ConfigError, match="difficulty"):
-            Planting.of_difficulty(bad)
-    with pytest.raises(ConfigError, match=r"planting\.signal"):
-        Planting(signal=0.0)
+            SyntheticSettings.of_difficulty(bad)
+    with pytest.raises(ConfigError, match=r"synthesizing\.signal"):
+        SyntheticSettings(signal=0.0)
 
 
-def test_planted_annotations_resemble_the_published_ones(tmp_path):
+def test_synthetic_annotations_resemble_the_published_ones(tmp_path):
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps(demo_annotations({"train": 3000}, 100)))
     videos = read_annotations(path).subset("train")  # checks every event
@@ -168,7 +168,7 @@ def test_planted_annotations_resemble_the_published_ones(tmp_path):
     assert overlapping / pairs == pytest.approx(8354 / 59606, abs=0.08)
 
 
-def test_planted_annotations_are_seeded():
+def test_synthetic_annotations_are_seeded():
     sets = [demo_annotations({"train": 5, "test": 2}, 4, seed=seed) for seed in (0, 0, 1)]
     assert sets[0] == sets[1] != sets[2]
     assert [v["subset"] for v in sets[0]["database"].values()] == ["train"] * 5 + ["test"] * 2

@@ -1,4 +1,4 @@
-"""`ccnet plant`: published layout, whole files, continued where it stopped, the same with any number of workers."""
+"""`ccnet synthesize`: published layout, whole files, resumable, the same with any number of workers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 from ccnet.cli.main import main
 from ccnet.config import Config, ModelConfig
 from ccnet.synthetic.annotations import demo_annotations
-from ccnet.synthetic.features import Planting
-from ccnet.synthetic.folder import plant_folder
+from ccnet.synthetic.features import SyntheticSettings
+from ccnet.synthetic.folder import synthesize_folder
 from runtime.annotations import read_annotations
 from runtime.errors import ConfigError, FeatureError
 from runtime.features import read_video
@@ -31,9 +31,9 @@ def annotations(tmp_path_factory):
     return read_annotations(path)
 
 
-def plant(annotations, folder, videos=None, **options):
-    options = {"config": CONFIG, "planting": Planting(), "progress": False} | options
-    return plant_folder(annotations, videos or list(annotations.videos.values()), folder, **options)
+def synthesize(annotations, folder, videos=None, **options):
+    options = {"config": CONFIG, "synthesizing": SyntheticSettings(), "progress": False} | options
+    return synthesize_folder(annotations, videos or list(annotations.videos.values()), folder, **options)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -41,8 +41,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def test_files_are_in_the_published_layout(annotations, tmp_path):
-    planted = plant(annotations, tmp_path)
-    assert planted.written == 16
+    synthetic = synthesize(annotations, tmp_path)
+    assert synthetic.written == 16
     for video in annotations.videos.values():
         shapes = {
             suffix: np.load(tmp_path / f"{video.video_id}{suffix}.npy").shape for suffix in ("_rgb", "_flow", "_vggish")
@@ -52,14 +52,14 @@ def test_files_are_in_the_published_layout(annotations, tmp_path):
         visual, audio = read_video(tmp_path, video.video_id, CONFIG.layout, 12, 5)
         assert visual.shape == (steps, 12)
         assert audio.shape == (steps, 5)
-    assert planted.size == sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
+    assert synthetic.size == sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
 
 
 def test_workers_order_and_selection_do_not_matter(annotations, tmp_path):
     videos = list(annotations.videos.values())
-    plant(annotations, tmp_path / "alone")
-    plant(annotations, tmp_path / "helped", videos[::-1], workers=2)
-    plant(annotations, tmp_path / "part", videos[3:5])
+    synthesize(annotations, tmp_path / "alone")
+    synthesize(annotations, tmp_path / "helped", videos[::-1], workers=2)
+    synthesize(annotations, tmp_path / "part", videos[3:5])
     whole = contents(tmp_path / "alone")
     assert contents(tmp_path / "helped") == whole
     part = contents(tmp_path / "part")
@@ -68,14 +68,14 @@ def test_workers_order_and_selection_do_not_matter(annotations, tmp_path):
 
 
 def test_an_interrupted_folder_is_continued(annotations, tmp_path, monkeypatch):
-    plant(annotations, tmp_path / "whole")
+    synthesize(annotations, tmp_path / "whole")
     videos = list(annotations.videos.values())
-    plant(annotations, tmp_path / "part", videos[:7])
+    synthesize(annotations, tmp_path / "part", videos[:7])
     damaged = tmp_path / "part" / f"{videos[2].video_id}_flow.npy"
     damaged.write_bytes(damaged.read_bytes()[:-4])
     (tmp_path / "part" / f"{videos[4].video_id}_vggish.npy").unlink()
-    planted = plant(annotations, tmp_path / "part")
-    assert (planted.written, planted.kept) == (9 + 2, 5)
+    synthetic = synthesize(annotations, tmp_path / "part")
+    assert (synthetic.written, synthetic.kept) == (9 + 2, 5)
     assert contents(tmp_path / "part") == contents(tmp_path / "whole")
 
 
@@ -92,42 +92,42 @@ def test_a_full_disk_leaves_no_partial_file(annotations, tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        plant(annotations, tmp_path)
+        synthesize(annotations, tmp_path)
     assert len(list(tmp_path.glob("*.npy"))) == 7
     assert not list(tmp_path.glob(".*"))
     monkeypatch.setattr(np, "save", saved)
-    assert plant(annotations, tmp_path).kept == 2
+    assert synthesize(annotations, tmp_path).kept == 2
 
 
 def test_too_little_room_is_said_before_the_first_file(annotations, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(FeatureError, match="--dtype float16"):
-        plant(annotations, tmp_path)
+        synthesize(annotations, tmp_path)
     assert not list(tmp_path.glob("*.npy"))
 
 
-def test_a_folder_planted_otherwise_is_not_mixed_into(annotations, tmp_path):
-    plant(annotations, tmp_path)
+def test_a_folder_synthetic_otherwise_is_not_mixed_into(annotations, tmp_path):
+    synthesize(annotations, tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(FeatureError, match=r"other settings \(planting\)"):
-        plant(annotations, tmp_path, planting=Planting(seed=5))
+    with pytest.raises(FeatureError, match=r"other settings \(synthesizing\)"):
+        synthesize(annotations, tmp_path, settings=SyntheticSettings(seed=5))
     with pytest.raises(FeatureError, match=r"other settings \(dtype\)"):
-        plant(annotations, tmp_path, dtype="float16")
+        synthesize(annotations, tmp_path, dtype="float16")
     assert contents(tmp_path) == before
 
 
 def test_a_folder_of_real_features_is_left_alone(annotations, tmp_path):
     np.save(tmp_path / "real_rgb.npy", np.zeros((3, 6), np.float32))
-    with pytest.raises(FeatureError, match="not planted"):
-        plant(annotations, tmp_path)
+    with pytest.raises(FeatureError, match="not synthetic"):
+        synthesize(annotations, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["real_rgb.npy"]
 
 
 def test_half_precision_files_hold_the_same_values(annotations, tmp_path):
     videos = annotations.subset("test")
-    plant(annotations, tmp_path / "single", videos)
-    plant(annotations, tmp_path / "half", videos, dtype="float16")
+    synthesize(annotations, tmp_path / "single", videos)
+    synthesize(annotations, tmp_path / "half", videos, dtype="float16")
     for path in (tmp_path / "single").glob("*.npy"):
         half = np.load(tmp_path / "half" / path.name)
         assert half.dtype == np.float16
@@ -137,13 +137,22 @@ def test_half_precision_files_hold_the_same_values(annotations, tmp_path):
 def test_widths_that_do_not_split_over_the_files(annotations, tmp_path):
     odd = Config(model=ModelConfig(visual_dim=13, audio_dim=5, num_classes=4))
     with pytest.raises(ConfigError, match=r"model\.visual_dim: got 13"):
-        plant(annotations, tmp_path, config=odd)
+        synthesize(annotations, tmp_path, config=odd)
     single = Config(model=odd.model, layout=FeatureLayout(visual=("_v",), audio=("_a",)))
-    assert plant(annotations, tmp_path, config=single).written == 16
+    assert synthesize(annotations, tmp_path, config=single).written == 16
 
 
 def test_the_command(annotations, tmp_path, capsys):
-    command = ["plant", "--annotations", str(annotations.path), "--out", str(tmp_path), "--subset", "test", "train"]
+    command = [
+        "synthesize",
+        "--annotations",
+        str(annotations.path),
+        "--out",
+        str(tmp_path),
+        "--subset",
+        "test",
+        "train",
+    ]
     settings = ["--model.num_classes", "4", "--model.visual_dim", "8", "--model.audio_dim=4"]
     assert main([*command, "--limit", "6", "--workers", "1", *settings]) == 0
     assert "6 videos written" in capsys.readouterr().out
@@ -159,11 +168,13 @@ def test_the_command(annotations, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_the_published_annotations_can_be_planted(annotations_file, tmp_path):
+def test_the_published_annotations_can_be_synthetic(annotations_file, tmp_path):
     """A few videos at full width; the class count and the label ids of the real file fit the preset."""
     annotations = read_annotations(annotations_file)
-    planted = plant_folder(annotations, annotations.subset("test")[:3], tmp_path, Config(), Planting(), progress=False)
-    assert planted.written == 3
+    synthetic = synthesize_folder(
+        annotations, annotations.subset("test")[:3], tmp_path, Config(), SyntheticSettings(), progress=False
+    )
+    assert synthetic.written == 3
     video = annotations.subset("test")[0]
     visual, audio = read_video(tmp_path, video.video_id, Config().layout, 2048, 128)
     assert visual.shape[1] == 2048

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import LABELS, SPEC, OracleBackend, make_bundle, plant, rung, write_features
+from fakes import LABELS, SPEC, OracleBackend, engine, make_bundle, synthesize, write_features
 
 from ccnet.cli.main import main
 from runtime.backends.base import Bool, Float32
@@ -34,7 +34,7 @@ def features(tmp_path: Path) -> Path:
     folder = tmp_path / "features"
     folder.mkdir()
     for i in range(6):
-        write_features(folder, f"v{i}", plant(12 + i, [(2, 8, i % 4, 3.0)]))
+        write_features(folder, f"v{i}", synthesize(12 + i, [(2, 8, i % 4, 3.0)]))
     return folder
 
 
@@ -58,7 +58,7 @@ def test_all_videos_of_a_folder(bundle: Path, features: Path, tmp_path: Path, ca
         assert (event["label"], event["label_id"]) == (LABELS[i % 4], i % 4)
         assert event["score"] == pytest.approx(1 / (1 + np.exp(-3)), rel=1e-5)
     assert set(read_events(out)) == {f"v{i}" for i in range(6)}
-    assert "6 video(s), 6 event(s), by onnxruntime-fp32-t32 (gate: passed)" in capsys.readouterr().out
+    assert "6 video(s), 6 event(s), by onnxruntime-fp32-t32 (parity check: passed)" in capsys.readouterr().out
 
 
 def annotate(path: Path, videos: dict[str, tuple[float, str]]) -> Path:
@@ -124,7 +124,7 @@ def test_remarkable_features_are_used_and_reported(bundle: Path, features: Path,
 def test_long_videos(bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "long"
     folder.mkdir()
-    write_features(folder, "long", plant(100, [(3, 8, 1, 3.0), (70, 90, 2, 2.0)]))
+    write_features(folder, "long", synthesize(100, [(3, 8, 1, 3.0), (70, 90, 2, 2.0)]))
     out = tmp_path / "events.jsonl"
     assert predict(bundle, folder, out) == 0
     assert [event["segment"] for event in lines(out)[0]["events"]] == [[3.5, 8.5]]
@@ -142,8 +142,8 @@ def test_parquet(bundle: Path, features: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--backend", "tensorrt"], "has no rung for tensorrt"),
-        (["--length", "64"], "has no rung for auto T=64"),
+        (["--backend", "tensorrt"], "has no engine for tensorrt"),
+        (["--length", "64"], "has no engine for auto T=64"),
         (["--batch", "99"], "batch_size: got 99, expected 1 to 4"),
         (["--window-overlap", "1"], "window_overlap"),
     ],
@@ -240,7 +240,7 @@ def test_corpus_refuses_ids_that_leave_the_folder_and_unknown_policies(features:
         Corpus(localizer, features, [], on_error="ignore")  # type: ignore[arg-type]
 
 
-def test_an_unproven_bundle_warns(tmp_path: Path, features: Path) -> None:
-    folder = make_bundle(tmp_path / "unproven", [rung("onnxruntime", gate="not-run")]).folder
-    with pytest.warns(RuntimeWarning, match="never proven"):
+def test_an_unverified_bundle_warns(tmp_path: Path, features: Path) -> None:
+    folder = make_bundle(tmp_path / "unverified", [engine("onnxruntime", status="unverified")]).folder
+    with pytest.warns(RuntimeWarning, match="never verified"):
         assert predict(folder, features, tmp_path / "events.jsonl") == 0

@@ -18,7 +18,7 @@ from torch import Tensor, nn  # noqa: E402
 from ccnet.torch_backend import TorchBackend  # noqa: E402
 from export import make_bundle  # noqa: E402
 from export.graph.quantize import quantize_columns, quantize_weights  # noqa: E402
-from export.parity.inputs import planted_inputs, stress_inputs  # noqa: E402
+from export.parity.inputs import stress_inputs, synthetic_inputs  # noqa: E402
 from export.parity.reference import Reference, record  # noqa: E402
 from export.parity.tolerances import TOLERANCES  # noqa: E402
 from runtime.backends import open_backend  # noqa: E402
@@ -44,7 +44,7 @@ def graph(tmp_path: Path) -> Path:
     model = helper.make_model(
         helper.make_graph(nodes, "g", inputs, outputs, tensors), opset_imports=[helper.make_opsetid("", 17)]
     )
-    helper.set_model_props(model, {"form": "deployment"})
+    helper.set_model_props(model, {"form": "fused"})
     model.ir_version = 8
     onnx.save(model, str(tmp_path / "fp32.onnx"))
     return tmp_path / "fp32.onnx"
@@ -61,23 +61,23 @@ def test_columns_are_off_by_half_a_scale_at_most() -> None:
     assert not values[:, 3].any()
 
 
-def test_only_large_products_are_quantized(graph: Path, tmp_path: Path) -> None:
+def test_only_large_matmuls_are_quantized(graph: Path, tmp_path: Path) -> None:
     before = graph.read_bytes()
     info = quantize_weights(graph, tmp_path / "out" / "int8.onnx", metadata={"precision": "int8"})
     assert graph.read_bytes() == before
-    assert info.products == 2
+    assert info.matmuls == 2
     assert info.files == ("int8.onnx", "int8.onnx.data")
     model = onnx.load(str(info.path))
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert types["large.int8"] == onnx.TensorProto.INT8
     assert types["small"] == onnx.TensorProto.FLOAT
     assert "large" not in types
-    assert {p.key: p.value for p in model.metadata_props} == {"form": "deployment", "precision": "int8"}
+    assert {p.key: p.value for p in model.metadata_props} == {"form": "fused", "precision": "int8"}
     assert (graph.stat().st_size - info.weight_bytes) > 0.7 * 4 * 256 * 256
 
 
-def test_stacked_products_are_taken_apart(tmp_path: Path) -> None:
-    """[2, B, 64] @ [2, 64, 64] becomes two int8 products; one matrix for a whole stack stays."""
+def test_stacked_matmuls_are_taken_apart(tmp_path: Path) -> None:
+    """[2, B, 64] @ [2, 64, 64] becomes two int8 matmuls; one matrix for a whole stack stays."""
     onnxruntime = pytest.importorskip("onnxruntime")
     helper, rng = onnx.helper, np.random.default_rng(0)
     weight, shared = rng.normal(size=(2, 64, 64)), rng.normal(size=(1, 64, 64))
@@ -95,7 +95,7 @@ def test_stacked_products_are_taken_apart(tmp_path: Path) -> None:
         model.ir_version = 8
         onnx.save(model, str(tmp_path / "fp32.onnx"))
         info = quantize_weights(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", least_weights=64 * 64)
-        assert info.products == 2
+        assert info.matmuls == 2
         written = onnx.load(str(info.path))
         assert {
             t.name for t in written.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1
@@ -120,7 +120,7 @@ def test_whoever_may_read_the_graph_may_read_its_weights(graph: Path, tmp_path: 
     assert len({(tmp_path / name).stat().st_mode for name in found.files}) == 1
 
 
-def test_a_graph_without_large_products_is_an_error(graph: Path, tmp_path: Path) -> None:
+def test_a_graph_without_large_matmuls_is_an_error(graph: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="keep it in fp32"):
         quantize_weights(graph, tmp_path / "int8.onnx", least_weights=1 << 20)
     assert not (tmp_path / "int8.onnx").exists()
@@ -152,8 +152,8 @@ def test_results_stay_close_and_do_not_depend_on_the_batch(run: Any, graph: Path
         assert np.abs(together[i] - alone[i]).max() < 1e-5 * size
 
 
-class Products(nn.Module):
-    """The network's forward contract, in products alone."""
+class Matmuls(nn.Module):
+    """The network's forward contract, in matmuls alone."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -176,11 +176,11 @@ def making(monkeypatch: pytest.MonkeyPatch) -> Any:
     """make_bundle of a small network for given precisions."""
     pytest.importorskip("openvino")
     spec = ModelSpec(length=16, levels=2, visual_dim=128, audio_dim=128, labels=("a", "b", "c"))
-    model = Products(spec).eval()
+    model = Matmuls(spec).eval()
     checkpoint: Any = SimpleNamespace(
         spec=spec, weights_sha256="0" * 64, config=SimpleNamespace(model=SimpleNamespace(to_json=dict))
     )
-    videos = stress_inputs(spec) + planted_inputs(spec, count=4)
+    videos = stress_inputs(spec) + synthetic_inputs(spec, count=4)
     with TorchBackend(model, spec) as eager:
         reference = Reference(spec, "0" * 64, videos, record(eager, videos))
     monkeypatch.setattr(make_bundle, "_form", lambda *_: model)
@@ -195,23 +195,23 @@ def making(monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-def test_an_int8_rung_is_gated_and_runs(making: Any, tmp_path: Path) -> None:
+def test_an_int8_engine_is_gated_and_runs(making: Any, tmp_path: Path) -> None:
     result = making(tmp_path / "bundle", "int8")
-    assert [(r.name, r.gate, r.artifact) for r in result.rungs] == [("openvino-int8", "passed", "onnx-int8")]
+    assert [(r.name, r.status, r.model_file) for r in result.engines] == [("openvino-int8", "passed", "onnx-int8")]
     bundle = read_bundle(tmp_path / "bundle")
     bundle.verify()
-    assert bundle.artifact("onnx-int8").build["int8_products"] == 1
+    assert bundle.model_file("onnx-int8").build["int8_matmuls"] == 1
     with open_backend(bundle, "openvino", precision="int8") as backend:
-        assert backend.describe()["product_precisions"]["i8"] == 1  # not fp32 from int8 weights
-    # What the gate saw is int8: fp32 would be a thousand times nearer.
+        assert backend.describe()["matmul_precisions"]["i8"] == 1  # not fp32 from int8 weights
+    # What the parity check saw is int8: fp32 would be a thousand times nearer.
     assert result.reports["openvino-int8"].summary()["max_logits"] > 1e-3
 
 
-def test_auto_leaves_int8_out_where_no_product_is_large_enough(
+def test_auto_leaves_int8_out_where_no_matmul_is_large_enough(
     making: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.graph.quantize.LEAST_WEIGHTS", 1 << 20)
-    names = {rung.name for rung in making(tmp_path / "bundle", "auto").rungs}
+    names = {engine.name for engine in making(tmp_path / "bundle", "auto").engines}
     assert "openvino-fp32" in names
     assert "openvino-int8" not in names
     with pytest.raises(ExportError, match="keep it in fp32"):

@@ -1,4 +1,4 @@
-"""An engine built again in its bundle: from the same graph, as a whole or not at all, and unproven afterwards."""
+"""An engine built again in its bundle: from the same graph, as a whole or not at all, and unverified afterwards."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import make_bundle, rung
+from fakes import engine, make_bundle
 
 import export.rebuild
 from export.tensorrt.build import EngineInfo
-from runtime.bundle import MANIFEST, Artifact, Bundle, read_bundle
+from runtime.bundle import MANIFEST, Bundle, ModelFile, read_bundle
 from runtime.errors import BundleError, ExportError
 from runtime.files import sha256_file
 
 pytest.importorskip("onnx")
 
-ENGINE = Artifact(
+ENGINE = ModelFile(
     name="tensorrt-fp32",
-    flavour="tensorrt",
+    format="tensorrt",
     files=("tensorrt-fp32.engine",),
     precision="fp32",
     length=32,
@@ -33,10 +33,10 @@ ENGINE = Artifact(
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     folder = tmp_path / "bundle"
-    graph = make_bundle(tmp_path / "plain").folder / "model-t32.onnx"
-    proven = rung("tensorrt", artifact=ENGINE.name, accuracy={"logits_max": 1e-6}, speed={"ms_per_video": 1.0})
-    engine = dataclasses.replace(ENGINE, onnx_sha256=sha256_file(graph))
-    return make_bundle(folder, [proven, rung("onnxruntime")], engines=[engine])
+    graph = make_bundle(tmp_path / "reference").folder / "model-t32.onnx"
+    verified = engine("tensorrt", model_file=ENGINE.name, accuracy={"logits_max": 1e-6}, speed={"ms_per_video": 1.0})
+    built = dataclasses.replace(ENGINE, onnx_sha256=sha256_file(graph))
+    return make_bundle(folder, [verified, engine("onnxruntime")], engine_files=[built])
 
 
 def fake_build(asked: dict[str, Any]) -> Any:
@@ -46,7 +46,7 @@ def fake_build(asked: dict[str, Any]) -> Any:
         out_path.write_bytes(b"built here")
         return EngineInfo(
             path=out_path,
-            flavour=options["flavour"],
+            format=options["format"],
             precision=options["precision"],
             library="tensorrt",
             library_version="10.9",
@@ -61,18 +61,18 @@ def fake_build(asked: dict[str, Any]) -> Any:
     return build_engine
 
 
-def test_the_engine_is_replaced_and_its_rung_waits_for_proof(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_is_replaced_and_its_engine_waits_for_proof(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(export.rebuild, "build_engine", fake_build(asked))
     assert export.rebuild.main([str(bundle.folder), ENGINE.name]) == 0
     assert asked["profile"] == (1, 2, 4)
-    assert (asked["flavour"], asked["precision"]) == ("tensorrt", "fp32")
+    assert (asked["format"], asked["precision"]) == ("tensorrt", "fp32")
     after = read_bundle(bundle.folder)
     after.verify()
-    assert after.artifact(ENGINE.name).gpu_name == "this GPU"
-    assert asked["onnx"] == after.artifact(ENGINE.name).onnx_sha256
-    gates = {r.backend: (r.gate, r.accuracy, r.speed) for r in after.manifest.rungs}
-    assert gates["tensorrt"] == ("not-run", {}, {})
+    assert after.model_file(ENGINE.name).gpu_name == "this GPU"
+    assert asked["onnx"] == after.model_file(ENGINE.name).onnx_sha256
+    gates = {r.backend: (r.status, r.accuracy, r.speed) for r in after.manifest.engines}
+    assert gates["tensorrt"] == ("unverified", {}, {})
     assert gates["onnxruntime"][0] == "passed"
 
 
@@ -83,11 +83,11 @@ def test_the_engine_is_replaced_and_its_rung_waits_for_proof(bundle: Bundle, mon
 def test_an_rtx_engine_keeps_the_gpus_that_it_was_made_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_for: tuple[str, ...], expected: tuple[str, ...]
 ) -> None:
-    graph = make_bundle(tmp_path / "plain").folder / "model-t32.onnx"
+    graph = make_bundle(tmp_path / "reference").folder / "model-t32.onnx"
     engine = dataclasses.replace(
-        ENGINE, flavour="tensorrt-rtx", compute_capabilities=made_for, onnx_sha256=sha256_file(graph), gpu_name=None
+        ENGINE, format="tensorrt-rtx", compute_capabilities=made_for, onnx_sha256=sha256_file(graph), gpu_name=None
     )
-    bundle = make_bundle(tmp_path / "bundle", [rung("tensorrt-rtx", artifact=ENGINE.name)], engines=[engine])
+    bundle = make_bundle(tmp_path / "bundle", [engine("tensorrt-rtx", model_file=ENGINE.name)], engines=[engine])
     asked: dict[str, Any] = {}
     monkeypatch.setattr(export.rebuild, "build_engine", fake_build(asked))
     export.rebuild.rebuild(bundle.folder, ENGINE.name)
@@ -111,9 +111,9 @@ def test_a_build_that_fails_leaves_the_bundle_as_it_was(
 def test_what_is_no_engine_or_lost_its_graph_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is an ONNX file"):
         export.rebuild.rebuild(bundle.folder, "onnx-fp32-t32")
-    with pytest.raises(BundleError, match="no artifact 'gone'"):
+    with pytest.raises(BundleError, match="no model file 'gone'"):
         export.rebuild.rebuild(bundle.folder, "gone")
-    orphan = make_bundle(tmp_path / "orphan", [rung("onnxruntime")], engines=[ENGINE])
+    orphan = make_bundle(tmp_path / "orphan", [engine("onnxruntime")], engines=[ENGINE])
     with pytest.raises(BundleError, match="built from is not in the bundle"):
         export.rebuild.rebuild(orphan.folder, ENGINE.name)
 
@@ -123,9 +123,9 @@ def test_the_engine_is_built_as_it_was(bundle: Bundle, monkeypatch: pytest.Monke
     monkeypatch.setattr(export.rebuild, "build_engine", fake_build(asked))
     settings = {"workspace_bytes": 1 << 30, "optimization_level": 0, "hardware_compatible": True}
     content = json.loads((bundle.folder / MANIFEST).read_text(encoding="utf-8"))
-    for artifact in content["artifacts"]:
-        if artifact["name"] == ENGINE.name:
-            artifact["build"] = {**settings, "seconds": 1.0}
+    for model_file in content["model_files"]:
+        if model_file["name"] == ENGINE.name:
+            model_file["build"] = {**settings, "seconds": 1.0}
     (bundle.folder / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
     export.rebuild.rebuild(bundle.folder, ENGINE.name)
     assert {name: asked.get(name) for name in settings} == settings

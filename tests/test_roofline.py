@@ -33,7 +33,7 @@ def test_matmul_with_a_weight(tmp_path: Path) -> None:
     assert four.operations == 4 * one.operations
     assert one.weight_bytes == four.weight_bytes == 4 * 5 * 3
     assert one.io_bytes == 4 * (7 * 5 + 7 * 3)
-    assert one.products[0].weight
+    assert one.matmuls[0].weight
 
 
 def test_grouped_convolution_gemm_and_einsum(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_grouped_convolution_gemm_and_einsum(tmp_path: Path) -> None:
     assert operations == {"Conv": 2 * 80 * 3, "Gemm": 2 * 6 * 80, "Einsum": 2 * 2 * 6}
 
 
-def test_a_product_of_unknown_shape_is_an_error(tmp_path: Path) -> None:
+def test_a_matmul_of_unknown_shape_is_an_error(tmp_path: Path) -> None:
     helper = onnx.helper
     nodes = [helper.make_node("NonZero", ["x"], ["i"]), helper.make_node("Cast", ["i"], ["f"], to=1)]
     nodes += [helper.make_node("Transpose", ["f"], ["t"]), helper.make_node("MatMul", ["t", "w"], ["y"], name="odd")]
@@ -59,7 +59,7 @@ def test_a_product_of_unknown_shape_is_an_error(tmp_path: Path) -> None:
 
 
 def test_floors() -> None:
-    cost = GraphCost(batch=4, nodes=1, products=(), weight_bytes=8 * 10**9, io_bytes=10**9, activation_bytes=0)
+    cost = GraphCost(batch=4, nodes=1, matmuls=(), weight_bytes=8 * 10**9, io_bytes=10**9, activation_bytes=0)
     device = roofline.Device(
         name="d", precision="fp16", flops=1e12, bytes_per_second=1e12, weight_width=0.5, source="a test"
     )

@@ -1,4 +1,4 @@
-"""Which rung is taken: the proven, the fastest, the possible; and what is said about the others."""
+"""Which engine is taken: the verified, the fastest, the possible; and what is said about the others."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import OracleBackend, edit_manifest, make_bundle, onnx_artifact, rung
+from fakes import OracleBackend, edit_manifest, engine, make_bundle, onnx_model_file
 
-from export.parity.verify import rungs_to_prove
-from runtime.backends import open_backend, open_rung
-from runtime.backends.select import matching_rungs, rebuild_engine, rejected_rungs, rung_lengths
-from runtime.bundle import Artifact, Bundle, Rung, read_bundle
+from export.parity.verify import engines_to_verify
+from runtime.backends import open_backend, open_engine
+from runtime.backends.select import engine_lengths, failed_engines, matching_engines, rebuild_engine
+from runtime.bundle import Bundle, Engine, ModelFile, read_bundle
 from runtime.errors import BackendUnavailable, EngineMismatch, MissingDependency
 from runtime.machine import machine_class
 
 pytest.importorskip("onnx")
 
-ENGINE = Artifact(
+ENGINE = ModelFile(
     name="tensorrt-fp16",
-    flavour="tensorrt",
+    format="tensorrt",
     files=("tensorrt-fp16.engine",),
     precision="fp16",
     length=32,
@@ -34,49 +34,55 @@ ENGINE = Artifact(
     compute_capabilities=("9.0",),
     profile=(1, 1, 4),
 )
-ENGINE_RUNG = rung("tensorrt", "fp16", artifact="tensorrt-fp16")
+ENGINE_RUNG = engine("tensorrt", "fp16", model_file="tensorrt-fp16")
 
 
 def here(backend: str, milliseconds: float) -> dict[str, Any]:
     return {"ms_per_video": milliseconds, "machine": machine_class(backend)}
 
 
-def order(folder: Path, rungs: Sequence[Rung], **asked: Any) -> list[str]:
-    engines = [ENGINE] if any(r.artifact == ENGINE.name for r in rungs) else []
-    bundle = make_bundle(folder, rungs, engines=engines)
-    return [f"{r.backend} {r.precision}" for r in matching_rungs(bundle, **asked)]
+def order(folder: Path, engines: Sequence[Engine], **asked: Any) -> list[str]:
+    engines = [ENGINE] if any(r.model_file == ENGINE.name for r in engines) else []
+    bundle = make_bundle(folder, engines, engines=engines)
+    return [f"{r.backend} {r.precision}" for r in matching_engines(bundle, **asked)]
 
 
 def test_measured_speed_on_this_class_of_machine_decides(tmp_path: Path) -> None:
-    rungs = [
-        rung("onnxruntime", speed=here("onnxruntime", 5.0)),
-        rung("openvino", speed=here("openvino", 7.0)),
-        rung("openvino", "bf16", speed={"ms_per_video": 1.0, "machine": "another machine"}),
+    engines = [
+        engine("onnxruntime", speed=here("onnxruntime", 5.0)),
+        engine("openvino", speed=here("openvino", 7.0)),
+        engine("openvino", "bf16", speed={"ms_per_video": 1.0, "machine": "another machine"}),
     ]
-    assert order(tmp_path, rungs) == ["onnxruntime fp32", "openvino fp32", "openvino bf16"]
+    assert order(tmp_path, engines) == ["onnxruntime fp32", "openvino fp32", "openvino bf16"]
 
 
 def test_without_measurements_the_documented_preference_decides(tmp_path: Path) -> None:
-    rungs = [rung("onnxruntime", "fp16"), rung("onnxruntime"), rung("openvino"), rung("openvino", "bf16"), ENGINE_RUNG]
-    expected = ["tensorrt fp16", "openvino bf16", "openvino fp32", "onnxruntime fp32", "onnxruntime fp16"]
-    assert order(tmp_path, rungs) == expected
-
-
-def test_proven_comes_before_unproven_however_fast(tmp_path: Path) -> None:
-    rungs = [
-        rung("openvino", gate="not-run", speed=here("openvino", 0.1)),
-        rung("onnxruntime", speed=here("onnxruntime", 50.0)),
-        rung("onnxruntime", "fp16", gate="not-run"),
+    engines = [
+        engine("onnxruntime", "fp16"),
+        engine("onnxruntime"),
+        engine("openvino"),
+        engine("openvino", "bf16"),
+        ENGINE_RUNG,
     ]
-    assert order(tmp_path, rungs) == ["onnxruntime fp32", "openvino fp32", "onnxruntime fp16"]
+    expected = ["tensorrt fp16", "openvino bf16", "openvino fp32", "onnxruntime fp32", "onnxruntime fp16"]
+    assert order(tmp_path, engines) == expected
+
+
+def test_verified_comes_before_unverified_however_fast(tmp_path: Path) -> None:
+    engines = [
+        engine("openvino", status="unverified", speed=here("openvino", 0.1)),
+        engine("onnxruntime", speed=here("onnxruntime", 50.0)),
+        engine("onnxruntime", "fp16", status="unverified"),
+    ]
+    assert order(tmp_path, engines) == ["onnxruntime fp32", "openvino fp32", "onnxruntime fp16"]
 
 
 def test_what_is_not_in_the_bundle_is_answered_with_what_is(tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path, [rung("onnxruntime"), rung("openvino", gate="not-run")])
-    held = r"it has: onnxruntime fp32 T=32 \(passed\), openvino fp32 T=32 \(not-run\)"
+    bundle = make_bundle(tmp_path, [engine("onnxruntime"), engine("openvino", status="unverified")])
+    held = r"it has: onnxruntime fp32 T=32 \(passed\), openvino fp32 T=32 \(unverified\)"
     for asked in ({"backend": "tensorrt"}, {"precision": "fp16"}, {"length": 16}, {"backend": "openvino", "length": 8}):
         with pytest.raises(BackendUnavailable, match=held):
-            matching_rungs(bundle, **asked)  # type: ignore[arg-type]
+            matching_engines(bundle, **asked)  # type: ignore[arg-type]
     with pytest.raises(BackendUnavailable, match="got 'onnx', expected auto or one of tensorrt"):
         open_backend(bundle, "onnx")
     with pytest.raises(BackendUnavailable, match="on_mismatch: got 'ignore'"):
@@ -88,10 +94,10 @@ def test_auto_takes_the_next_one_when_a_library_is_missing_and_tells(
 ) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setitem(sys.modules, "openvino", None)
-    bundle = make_bundle(tmp_path, [rung("openvino"), rung("onnxruntime")])
-    opened = open_rung(bundle)
+    bundle = make_bundle(tmp_path, [engine("openvino"), engine("onnxruntime")])
+    opened = open_engine(bundle)
     assert opened.backend.name == "onnxruntime"
-    assert opened.rung.name == "onnxruntime-fp32-t32"
+    assert opened.engine.name == "onnxruntime-fp32-t32"
     assert len(opened.skipped) == 1
     assert "openvino-fp32-t32: " in opened.skipped[0]
     assert "pip install 'ccnet[openvino]'" in opened.skipped[0]
@@ -102,50 +108,50 @@ def test_auto_takes_the_next_one_when_a_library_is_missing_and_tells(
 def test_when_nothing_can_run_every_reason_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    bundle = make_bundle(tmp_path, [rung("openvino"), rung("onnxruntime")])
-    with pytest.raises(BackendUnavailable, match=r"(?s)none of its rungs can run.*ccnet\[openvino\].*ccnet\[cpu\]"):
+    bundle = make_bundle(tmp_path, [engine("openvino"), engine("onnxruntime")])
+    with pytest.raises(BackendUnavailable, match=r"(?s)none of its engines can run.*ccnet\[openvino\].*ccnet\[cpu\]"):
         open_backend(bundle)
 
 
-def test_an_unproven_rung_runs_with_a_warning(tmp_path: Path) -> None:
+def test_an_unverified_engine_runs_with_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    bundle = make_bundle(tmp_path, [rung("onnxruntime", gate="not-run")])
-    with pytest.warns(RuntimeWarning, match="never proven .* 'ccnet verify BUNDLE'"):
+    bundle = make_bundle(tmp_path, [engine("onnxruntime", status="unverified")])
+    with pytest.warns(RuntimeWarning, match="never verified .* 'ccnet verify BUNDLE'"):
         open_backend(bundle).close()
 
 
-def test_an_onnx_backend_that_is_no_rung_can_be_asked_for_with_a_warning(tmp_path: Path) -> None:
+def test_an_onnx_backend_that_is_no_engine_can_be_asked_for_with_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    bundle = make_bundle(tmp_path, [rung("onnxruntime")])
-    with pytest.warns(RuntimeWarning, match="rung 'openvino-fp32' was never proven"):
+    bundle = make_bundle(tmp_path, [engine("onnxruntime")])
+    with pytest.warns(RuntimeWarning, match="engine 'openvino-fp32' was never verified"):
         backend = open_backend(bundle, "openvino")
     assert (backend.name, backend.precision) == ("openvino", "fp32")
-    assert [r.precision for r in matching_rungs(bundle, "onnxruntime-cuda")] == ["fp32", "tf32"]
+    assert [r.precision for r in matching_engines(bundle, "onnxruntime-cuda")] == ["fp32", "tf32"]
 
 
-def test_every_length_of_a_rung_is_found(tmp_path: Path) -> None:
-    rungs = [rung("onnxruntime", length=n) for n in (32, 8, 16)] + [rung("openvino")]
-    bundle = make_bundle(tmp_path, rungs, lengths=(32, 8, 16))
-    assert rung_lengths(bundle, bundle.manifest.rungs[0]) == [8, 16, 32]
-    assert rung_lengths(bundle, bundle.manifest.rungs[3]) == [32]
+def test_every_length_of_a_engine_is_found(tmp_path: Path) -> None:
+    engines = [engine("onnxruntime", length=n) for n in (32, 8, 16)] + [engine("openvino")]
+    bundle = make_bundle(tmp_path, engines, lengths=(32, 8, 16))
+    assert engine_lengths(bundle, bundle.manifest.engines[0]) == [8, 16, 32]
+    assert engine_lengths(bundle, bundle.manifest.engines[3]) == [32]
 
 
 @pytest.fixture(params=["manifest", "library"])
 def foreign_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A TensorRT that refuses every engine not built 'here': by its manifest, or only when the library opens it."""
 
-    def refuse(artifact: Artifact) -> None:
-        if artifact.gpu_name != "this GPU":
-            raise EngineMismatch(f"{artifact.name}: built on {artifact.gpu_name}, this machine has another GPU")
+    def refuse(model_file: ModelFile) -> None:
+        if model_file.gpu_name != "this GPU":
+            raise EngineMismatch(f"{model_file.name}: built on {model_file.gpu_name}, this machine has another GPU")
 
-    def check_engine(artifact: Artifact, **_: Any) -> None:
+    def check_engine(model_file: ModelFile, **_: Any) -> None:
         if request.param == "manifest":
-            refuse(artifact)
+            refuse(model_file)
 
     class FakeTensorRT(OracleBackend):
         @classmethod
-        def open(cls, path: Path, artifact: Artifact, spec: Any, **_: Any) -> FakeTensorRT:
-            refuse(artifact)
+        def open(cls, path: Path, model_file: ModelFile, spec: Any, **_: Any) -> FakeTensorRT:
+            refuse(model_file)
             return cls(spec, name="tensorrt")
 
     module = types.ModuleType("runtime.backends.tensorrt.backend")
@@ -155,7 +161,7 @@ def foreign_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Bundle:
-    return make_bundle(tmp_path / "bundle", [ENGINE_RUNG, rung("onnxruntime")], engines=[ENGINE])
+    return make_bundle(tmp_path / "bundle", [ENGINE_RUNG, engine("onnxruntime")], engines=[ENGINE])
 
 
 @pytest.mark.usefixtures("foreign_engine")
@@ -168,7 +174,7 @@ def test_a_mismatch_is_an_error_by_default(mixed: Bundle) -> None:
 def test_a_mismatch_can_fall_back_to_the_onnx_file_with_a_warning(mixed: Bundle) -> None:
     pytest.importorskip("onnxruntime")
     with pytest.warns(RuntimeWarning, match=r"built on NVIDIA H200.*running 'onnxruntime-fp32-t32' instead"):
-        opened = open_rung(mixed, "tensorrt", on_mismatch="onnx")
+        opened = open_engine(mixed, "tensorrt", on_mismatch="onnx")
     assert opened.backend.name == "onnxruntime"
     assert "tensorrt-fp16-t32" in opened.skipped[0]
 
@@ -176,18 +182,18 @@ def test_a_mismatch_can_fall_back_to_the_onnx_file_with_a_warning(mixed: Bundle)
 @pytest.mark.usefixtures("foreign_engine")
 def test_auto_warns_about_an_engine_that_does_not_fit(mixed: Bundle) -> None:
     pytest.importorskip("onnxruntime")
-    with pytest.warns(RuntimeWarning, match="rung 'tensorrt-fp16-t32' is skipped"):
-        opened = open_rung(mixed)
+    with pytest.warns(RuntimeWarning, match="engine 'tensorrt-fp16-t32' is skipped"):
+        opened = open_engine(mixed)
     assert opened.backend.name == "onnxruntime"
 
 
 @pytest.mark.usefixtures("foreign_engine")
 def test_a_rebuilt_engine_is_checked_verified_and_used(mixed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    def rebuild(bundle: Bundle, artifact: Artifact) -> Bundle:
+    def rebuild(bundle: Bundle, model_file: ModelFile) -> Bundle:
         import dataclasses
 
-        rebuilt = dataclasses.replace(artifact, gpu_name="this GPU")
-        edit_manifest(bundle.folder, artifacts=(onnx_artifact(32), rebuilt))
+        rebuilt = dataclasses.replace(model_file, gpu_name="this GPU")
+        edit_manifest(bundle.folder, model_files=(onnx_model_file(32), rebuilt))
         return read_bundle(bundle.folder)
 
     monkeypatch.setattr("runtime.backends.select.rebuild_engine", rebuild)
@@ -200,18 +206,18 @@ def test_a_rebuild_that_fails_shows_what_the_command_said(mixed: Bundle, monkeyp
         rebuild_engine(mixed, ENGINE)
 
 
-def test_what_failed_the_gate_is_not_run(tmp_path: Path) -> None:
-    failed = rung("openvino", "bf16", gate="failed")
-    bundle = make_bundle(tmp_path, [rung("openvino")])
+def test_what_failed_the_parity_check_is_not_run(tmp_path: Path) -> None:
+    failed = engine("openvino", "bf16", status="failed")
+    bundle = make_bundle(tmp_path, [engine("openvino")])
     bundle = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, rejected=(failed,)))
-    assert [r.name for r in matching_rungs(bundle, "openvino")] == ["openvino-fp32-t32", "openvino-fp16"]
-    with pytest.raises(BackendUnavailable, match=r"failed the parity gate and are not run: openvino-bf16-t32"):
-        matching_rungs(bundle, "openvino", precision="bf16")
-    assert rejected_rungs(bundle, "openvino") == [failed]
-    assert rungs_to_prove(bundle, "openvino", "bf16") == [failed]  # it may be proven again
+    assert [r.name for r in matching_engines(bundle, "openvino")] == ["openvino-fp32-t32", "openvino-fp16"]
+    with pytest.raises(BackendUnavailable, match=r"failed the parity check and are not run: openvino-bf16-t32"):
+        matching_engines(bundle, "openvino", precision="bf16")
+    assert failed_engines(bundle, "openvino") == [failed]
+    assert engines_to_verify(bundle, "openvino", "bf16") == [failed]  # it may be verified again
 
 
-def test_ways_that_are_no_rungs_have_names_of_their_own(tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path, [rung("onnxruntime")], lengths=(32, 16))
-    names = [matching_rungs(bundle, "openvino", precision="bf16", length=length)[0].name for length in (32, 16)]
+def test_ways_that_are_no_engines_have_names_of_their_own(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path, [engine("onnxruntime")], lengths=(32, 16))
+    names = [matching_engines(bundle, "openvino", precision="bf16", length=length)[0].name for length in (32, 16)]
     assert names == ["openvino-bf16", "openvino-bf16-t16"]

@@ -83,7 +83,7 @@ def test_equals_a_plain_implementation(seed: int, count: int, classes: int, **se
     assert len(got[1]) == len(expected[1])
     np.testing.assert_array_equal(got[2], expected[2])
     np.testing.assert_array_equal(got[0], expected[0].astype(np.float32))
-    # Up to 80 float32 products, each rounded by 6e-8 of its value; the largest difference seen was 4e-7.
+    # Up to 80 float32 matmuls, each rounded by 6e-8 of its value; the largest difference seen was 4e-7.
     np.testing.assert_allclose(got[1], expected[1], rtol=3e-6, atol=0)
 
 

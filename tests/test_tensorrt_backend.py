@@ -15,7 +15,7 @@ from tensorrt_simulation import Simulation, expected_outputs, install, plan_byte
 
 from runtime.backends.tensorrt.backend import TensorRTBackend, check_engine, cuda
 from runtime.backends.tensorrt.context import MAX_RECORDED
-from runtime.bundle import Artifact
+from runtime.bundle import ModelFile
 from runtime.errors import (
     BackendUnavailable,
     BundleError,
@@ -27,8 +27,8 @@ from runtime.errors import (
 from runtime.spec import ModelSpec
 
 SPEC = ModelSpec(length=16, levels=3, visual_dim=6, audio_dim=4, labels=("a", "b", "c"))
-ARTIFACT = Artifact(
-    name="tensorrt-fp16", flavour="tensorrt", files=("e.engine",), precision="fp16", length=16, max_batch=4,
+ARTIFACT = ModelFile(
+    name="tensorrt-fp16", format="tensorrt", files=("e.engine",), precision="fp16", length=16, max_batch=4,
     library="tensorrt", library_version="10.9.0", gpu_name="Simulated GPU", compute_capabilities=("9.0",),
     profile=(1, 2, 4), onnx_sha256="0" * 64,
 )  # fmt: skip
@@ -158,16 +158,16 @@ def test_forks_share_the_engine_and_outlive_the_first(sim: Simulation, engine_pa
 
 
 def test_batches_below_the_profile_are_filled_up(sim: Simulation, engine_path: Path) -> None:
-    artifact = dataclasses.replace(ARTIFACT, profile=(4, 4, 4))
-    with TensorRTBackend.open(engine_path, artifact, SPEC) as backend:
+    model_file = dataclasses.replace(ARTIFACT, profile=(4, 4, 4))
+    with TensorRTBackend.open(engine_path, model_file, SPEC) as backend:
         backend.infer(*inputs(4, 9))
         arrays = inputs(2, 3)
         assert_right(backend.infer(*arrays), arrays)
 
 
 def test_recorded_batch_sizes_are_bounded(sim: Simulation, engine_path: Path) -> None:
-    artifact = dataclasses.replace(ARTIFACT, max_batch=20, profile=(1, 1, 20))
-    with TensorRTBackend.open(engine_path, artifact, SPEC) as backend:
+    model_file = dataclasses.replace(ARTIFACT, max_batch=20, profile=(1, 1, 20))
+    with TensorRTBackend.open(engine_path, model_file, SPEC) as backend:
         for batch in range(1, 21):
             arrays = inputs(batch, batch)
             assert_right(backend.infer(*arrays), arrays)
@@ -351,9 +351,9 @@ def test_no_such_gpu(sim: Simulation) -> None:
         check_engine(ARTIFACT, 3)
 
 
-def test_an_onnx_artifact_is_no_engine() -> None:
+def test_an_onnx_model_file_is_no_engine() -> None:
     with pytest.raises(BundleError, match="ONNX graph"):
-        check_engine(dataclasses.replace(ARTIFACT, flavour="onnx"))
+        check_engine(dataclasses.replace(ARTIFACT, format="onnx"))
 
 
 def test_the_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +362,7 @@ def test_the_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         check_engine(ARTIFACT)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(MissingDependency, match=r"pip install 'ccnet\[rtx\]'"):
-        check_engine(dataclasses.replace(ARTIFACT, flavour="tensorrt-rtx"))
+        check_engine(dataclasses.replace(ARTIFACT, format="tensorrt-rtx"))
 
 
 def test_the_library_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -388,9 +388,9 @@ def test_a_real_rtx_engine_is_refused_without_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
     path = tmp_path / "e.engine"
     path.write_bytes(b"vtrt" + bytes(100))
-    artifact = dataclasses.replace(ARTIFACT, flavour="tensorrt-rtx", library="tensorrt_rtx", gpu_name=None,
+    model_file = dataclasses.replace(ARTIFACT, format="tensorrt-rtx", library="tensorrt_rtx", gpu_name=None,
                                    library_version=str(rtx.__version__), compute_capabilities=())  # fmt: skip
     with pytest.raises((BackendUnavailable, EngineError, EngineMismatch)):
-        TensorRTBackend.open(path, artifact, SPEC)
+        TensorRTBackend.open(path, model_file, SPEC)
     with pytest.raises(EngineMismatch, match=r"built with tensorrt_rtx 1\.6\.0"):
-        TensorRTBackend.open(path, dataclasses.replace(artifact, library_version="1.6.0"), SPEC)
+        TensorRTBackend.open(path, dataclasses.replace(model_file, library_version="1.6.0"), SPEC)

@@ -16,7 +16,7 @@ from export.graph.onnx_file import read_opset
 from export.tensorrt.build import EngineInfo, build_engine
 from export.tensorrt.options import EngineRequest
 from export.tensorrt.precision import check_inspected, check_plan, check_requested, inspected_precisions
-from runtime.bundle import Artifact
+from runtime.bundle import ModelFile
 from runtime.errors import BackendUnavailable, ExportError, MissingDependency
 from runtime.schema import section_from_json
 
@@ -41,7 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(models: Path, out: Path, precision: str = "fp32", **options: Any) -> EngineInfo:
     graph = options.pop("graph", "fp32" if precision == "tf32" else precision)
-    settings = {"flavour": "tensorrt-rtx", "profile": (1, 2, 4), "compute_capabilities": ADA, **options}
+    settings = {"format": "tensorrt-rtx", "profile": (1, 2, 4), "compute_capabilities": ADA, **options}
     path = graph if isinstance(graph, Path) else models / f"{graph}.onnx"
     return build_engine(path, out / f"{precision}.engine", precision=precision, **settings)  # type: ignore[arg-type]
 
@@ -53,7 +53,7 @@ def test_an_engine_has_the_precision_that_was_asked_for(rtx: Any, models: Path, 
     facts = info.build
     assert info.path.read_bytes()[:4] == b"vtrt"
     assert info.path.stat().st_size == facts["engine_bytes"]
-    assert facts["delivered_precisions"][graph] >= 5  # of at most 7 products
+    assert facts["delivered_precisions"][graph] >= 5  # of at most 7 matmuls
     assert facts["tf32"] == (precision == "tf32")
     assert facts["capturable"]
     # the one attention fuses in half precision, never in fp32 (counts measured with RTX 1.7.1)
@@ -67,8 +67,8 @@ def test_an_engine_has_the_precision_that_was_asked_for(rtx: Any, models: Path, 
 
 
 def test_facts_fit_the_manifest(rtx: Any, models: Path, tmp_path: Path) -> None:
-    artifact = build(models, tmp_path).artifact(name="tensorrt-rtx-fp32", length=SPEC.length)
-    again = section_from_json(Artifact, json.loads(json.dumps(dataclasses.asdict(artifact))), where="artifact")
+    model_file = build(models, tmp_path).model_file(name="tensorrt-rtx-fp32", length=SPEC.length)
+    again = section_from_json(ModelFile, json.loads(json.dumps(dataclasses.asdict(model_file))), where="model_file")
     assert (again.files, again.max_batch, again.profile) == (("fp32.engine",), 4, (1, 2, 4))
 
 
@@ -165,14 +165,14 @@ def test_precision_lives_in_the_graph(rtx: Any, models: Path, tmp_path: Path, pr
         ({"version_compatible": True}, "does not support version compatibility"),
         ({"optimization_level": 9}, "optimization_level: got 9, expected 0 to 5"),
         ({"workspace_bytes": -1}, "workspace_bytes: got -1"),
-        ({"flavour": "tensorflow"}, "flavour: got 'tensorflow'"),
+        ({"format": "tensorflow"}, "format: got 'tensorflow'"),
         ({"precision": "int8"}, "precision: got 'int8'"),
     ],
 )
 def test_requests_that_cannot_be_met(
     rtx: Any, models: Path, tmp_path: Path, options: dict[str, Any], text: str
 ) -> None:
-    settings = {"flavour": "tensorrt-rtx", "precision": "fp32", "profile": (1, 1, 1), "compute_capabilities": ADA}
+    settings = {"format": "tensorrt-rtx", "precision": "fp32", "profile": (1, 1, 1), "compute_capabilities": ADA}
     with pytest.raises(ExportError, match=text):
         build_engine(models / "fp32.onnx", tmp_path / "e.engine", **(settings | options))  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
@@ -192,7 +192,7 @@ def test_too_little_memory_is_the_librarys_own_words(rtx: Any, models: Path, tmp
 
 def test_full_tensorrt_needs_the_library_and_a_gpu(models: Path, tmp_path: Path) -> None:
     with pytest.raises((MissingDependency, BackendUnavailable)):
-        build_engine(models / "fp32.onnx", tmp_path / "e", flavour="tensorrt", precision="fp32", profile=(1, 1, 1))
+        build_engine(models / "fp32.onnx", tmp_path / "e", format="tensorrt", precision="fp32", profile=(1, 1, 1))
 
 
 def test_current_gpu_without_one(rtx: Any, models: Path, tmp_path: Path) -> None:
@@ -248,14 +248,14 @@ TENSORRT_8 = Named(
     ],
 )
 def test_what_tensorrt_8_does_not_do(options: dict[str, Any], opset: int, text: str) -> None:
-    settings: dict[str, Any] = {"flavour": "tensorrt", "precision": "fp16", "profile": (1, 1, 1), **options}
+    settings: dict[str, Any] = {"format": "tensorrt", "precision": "fp16", "profile": (1, 1, 1), **options}
     with pytest.raises(ExportError, match=text):
         EngineRequest(**settings).check_supported(TENSORRT_8, opset)
 
 
 def test_what_tensorrt_8_does() -> None:
     EngineRequest(
-        flavour="tensorrt", precision="fp16", profile=(1, 4, 8), optimization_level=4, timing_cache=Path("t"),
+        format="tensorrt", precision="fp16", profile=(1, 4, 8), optimization_level=4, timing_cache=Path("t"),
         hardware_compatible=True, version_compatible=True,
     ).check_supported(TENSORRT_8, 17)  # fmt: skip
 
@@ -398,12 +398,12 @@ def test_the_small_network_is_what_it_says(models: Path) -> None:
 def test_the_real_network_at_a_tiny_size(rtx: Any, tmp_path: Path, precision: str) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from benchmarks.networks import benchmark_config, labels, random_network
-    from export.fused.network import deployment_form
+    from export.fused.network import fused_network
     from export.graph.to_onnx import export_onnx
 
     config = benchmark_config("tiny")
     types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    network = deployment_form(random_network(config), dtype=types[precision])
+    network = fused_network(random_network(config), dtype=types[precision])
     opset = 22 if precision == "bf16" else 17
     path = tmp_path / "model.onnx"
     export_onnx(network, config.spec(labels(config)), path, opset=opset, max_batch=4)

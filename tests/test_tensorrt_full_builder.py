@@ -230,7 +230,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setitem(sys.modules, "tensorrt", library.module())
         graph = write_onnx(tmp_path / "m.onnx", "fp16" if precision == "fp16" else "fp32")
         settings = {"profile": (1, 2, 4), **options}
-        return build_engine(graph, tmp_path / "e.engine", flavour="tensorrt", precision=precision, **settings)  # type: ignore[arg-type]
+        return build_engine(graph, tmp_path / "e.engine", format="tensorrt", precision=precision, **settings)  # type: ignore[arg-type]
 
     return call
 

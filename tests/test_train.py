@@ -26,8 +26,8 @@ from ccnet.checkpoint import load_tensors, read_checkpoint
 from ccnet.config import Config, LossConfig, ModelConfig, TrainConfig
 from ccnet.network.model import CCNet
 from ccnet.synthetic.annotations import demo_annotations
-from ccnet.synthetic.features import Planting
-from ccnet.synthetic.folder import plant_folder
+from ccnet.synthetic.features import SyntheticSettings
+from ccnet.synthetic.folder import synthesize_folder
 from ccnet.training.journal import EPOCH_COLUMNS, LOSS_COLUMNS, STEP_COLUMNS
 from ccnet.training.learner import Learner, choose_device
 from ccnet.training.loop import TrainingResult, train
@@ -70,15 +70,17 @@ def changed(config: Config = CONFIG, **fields) -> Config:
 
 
 class Data:
-    """A planted set of 11 training and 5 validation videos: the last batch of an epoch is smaller."""
+    """A synthetic set of 11 training and 5 validation videos: the last batch of an epoch is smaller."""
 
     def __init__(self, folder: Path) -> None:
         self.annotations = folder / "annotations.json"
         self.features = folder / "features"
         self.annotations.write_text(json.dumps(demo_annotations({"train": 11, "validation": 5}, 2, seed=1)))
         annotations = read_annotations(self.annotations)
-        planting = Planting.of_difficulty(0.0)
-        plant_folder(annotations, list(annotations.videos.values()), self.features, CONFIG, planting, progress=False)
+        settings = SyntheticSettings.of_difficulty(0.0)
+        synthesize_folder(
+            annotations, list(annotations.videos.values()), self.features, CONFIG, settings, progress=False
+        )
 
     def train(self, out: Path, config: Config = CONFIG, *, resume: bool = False) -> TrainingResult:
         return train(config, self.annotations, self.features, out, resume=resume, quiet=True)

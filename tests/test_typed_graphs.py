@@ -13,7 +13,7 @@ onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
 
 from benchmarks.networks import benchmark_config, labels, random_network  # noqa: E402
-from export.fused.network import deployment_form  # noqa: E402
+from export.fused.network import fused_network  # noqa: E402
 from export.graph.to_onnx import export_onnx  # noqa: E402
 from export.parity.inputs import stress_inputs  # noqa: E402
 from export.parity.tolerances import TOLERANCES, GraphPrecision, torch_dtype  # noqa: E402
@@ -57,7 +57,7 @@ def on_openvino(path: Path) -> Run:
         ("fp32", on_reference_evaluator),
         ("fp16", on_onnxruntime),
         ("fp16", on_reference_evaluator),
-        ("bf16", on_reference_evaluator),  # ONNX Runtime has no bfloat16 products on a CPU
+        ("bf16", on_reference_evaluator),  # ONNX Runtime has no bfloat16 matmuls on a CPU
         ("bf16", on_openvino),
     ],
 )
@@ -69,7 +69,7 @@ def test_typed_graphs_compute_the_network(
     network = random_network(config)
     path = tmp_path / "model.onnx"
     export_onnx(
-        deployment_form(network, dtype=torch_dtype(precision)), spec, path, opset=22 if precision == "bf16" else 20
+        fused_network(network, dtype=torch_dtype(precision)), spec, path, opset=22 if precision == "bf16" else 20
     )
     run = engine(path)
     limits = TOLERANCES[precision]
@@ -99,6 +99,6 @@ def test_openvino_does_not_run_a_half_precision_graph_as_fp32(tmp_path: Path) ->
     config = benchmark_config("tiny")
     spec = config.spec(labels(config))
     path = tmp_path / "model.onnx"
-    export_onnx(deployment_form(random_network(config), dtype=torch.bfloat16), spec, path)
+    export_onnx(fused_network(random_network(config), dtype=torch.bfloat16), spec, path)
     with pytest.raises(BackendUnavailable, match="asked for fp32, but this graph is typed in another precision"):
         OpenVinoBackend.open(path, spec, precision="fp32")

@@ -44,10 +44,10 @@ def _result(done: Outcomes, name: str) -> Mapping[str, Any]:
 
 
 def _rows(done: Outcomes) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(way to run, row) of everything that was timed and whose gate did not fail."""
+    """(way to run, row) of everything that was timed and whose parity check did not fail."""
     for name in done:
         result = _result(done, name)
-        if result.get("gate", {}).get("passed", True):
+        if result.get("status", {}).get("passed", True):
             for row in result.get("rows", []):
                 yield name.removesuffix(" speed"), row
 
@@ -58,8 +58,8 @@ def _engines(done: Outcomes) -> str:
         if name.endswith(" build"):
             engine = name.removesuffix(" build")
             facts = _result(done, name).get("engine", {})
-            gate = done.get(f"{engine} gate", {})
-            verdict = "passed" if gate.get("status") == "done" else str(gate.get("error", "not run"))
+            status = done.get(f"{engine} parity check", {})
+            verdict = "passed" if status.get("status") == "done" else str(status.get("error", "not run"))
             rows.append(
                 [
                     engine,
@@ -72,7 +72,7 @@ def _engines(done: Outcomes) -> str:
             )
     if not rows:
         return ""
-    header = ["Engine", "Built in", "Size", "Scratch", "Layers by precision", "Gate"]
+    header = ["Engine", "Built in", "Size", "Scratch", "Layers by precision", "Parity check"]
     return "## Engines\n\n" + markdown_table(header, rows)
 
 
@@ -90,14 +90,14 @@ def _speeds(done: Outcomes) -> str:
 
 
 def _roofline(done: Outcomes) -> str:
-    copy, products = _result(done, "copy"), _result(done, "products")
+    copy, matmuls = _result(done, "copy"), _result(done, "matmuls")
     lines = []
     if copy:
         lines.append(
             f"- copy of {_mebibytes(copy['bytes'])}: {copy['bytes_per_second'] / 1e9:.0f} GB/s, read and written"
         )
-    for precision, rate in products.get("operations_per_second", {}).items():
-        lines.append(f"- {precision} product of {products['side']} x {products['side']}: {rate / 1e12:.1f} TFLOP/s")
+    for precision, rate in matmuls.get("operations_per_second", {}).items():
+        lines.append(f"- {precision} product of {matmuls['side']} x {matmuls['side']}: {rate / 1e12:.1f} TFLOP/s")
     return "## Roofline of this machine, same run\n\n" + "\n".join(lines) if lines else ""
 
 

@@ -50,20 +50,20 @@ def plan(options: argparse.Namespace) -> list[Stage]:
     stages = [Stage("machine", "tensorrt", "machine", 60), Stage("copy", "tensorrt", "copy", 60)]
     torch = options.torch_python is not None
     if torch:
-        stages.append(Stage("products", "torch", "products", 120))
+        stages.append(Stage("matmuls", "torch", "matmuls", 120))
     graphs: tuple[str, ...] = ()
     if options.bundle is None:
         stages.append(Stage("export", "torch", "export", 600, {"precisions": list(options.precisions)}))
         graphs = ("export",)
     built: list[Stage] = []
-    for flavour in options.flavours:
+    for format in options.formats:
         for precision in options.precisions:
-            name = f"{flavour} {precision}"
-            chosen = {"flavour": flavour, "precision": precision}
+            name = f"{format} {precision}"
+            chosen = {"format": format, "precision": precision}
             built.append(Stage(f"{name} build", "tensorrt", "build", 420, chosen, graphs))
-            built.append(Stage(f"{name} gate", "tensorrt", "gate", 120, chosen, (f"{name} build",)))
-            built.append(Stage(f"{name} speed", "tensorrt", "speed", 240, chosen, (f"{name} gate",)))
-            built.append(Stage(f"{name} layers", "tensorrt", "layers", 60, chosen, (f"{name} gate",)))
+            built.append(Stage(f"{name} parity check", "tensorrt", "status", 120, chosen, (f"{name} build",)))
+            built.append(Stage(f"{name} speed", "tensorrt", "speed", 240, chosen, (f"{name} parity check",)))
+            built.append(Stage(f"{name} layers", "tensorrt", "layers", 60, chosen, (f"{name} parity check",)))
     stages += built
     stages.append(Stage("tests", "pytest", "pytest", 420, {}, graphs))
     if torch and options.checkpoint is not None:
@@ -71,7 +71,7 @@ def plan(options: argparse.Namespace) -> list[Stage]:
             ("eager", "fp32"),
             ("eager", "tf32"),
             ("eager", "bf16"),
-            ("deployment", "bf16"),
+            ("fused", "bf16"),
             ("compiled", "bf16"),
         ):
             chosen = {"form": form, "precision": precision}
@@ -138,9 +138,9 @@ def _run_stage(stage: Stage, options: argparse.Namespace, common: dict[str, Any]
     if not result.is_file():
         return {"status": "failed", "error": f"ended with {process.returncode}", "output": output, "seconds": seconds}
     outcome: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    gate = outcome.get("result", {}).get("passed") if stage.action == "gate" else None
-    if gate is False:  # an engine that fails its gate gets no speed
-        outcome |= {"status": "failed", "error": "the parity gate failed"}
+    status = outcome.get("result", {}).get("passed") if stage.action == "status" else None
+    if status is False:  # an engine that fails its parity check gets no speed
+        outcome |= {"status": "failed", "error": "the parity check failed"}
     return outcome | {"seconds": seconds}
 
 
@@ -195,7 +195,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--torch-python", type=Path, help="interpreter with torch (default: none, no torch stages)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
-        "--flavours", nargs="+", default=["tensorrt", "tensorrt-rtx"], choices=("tensorrt", "tensorrt-rtx")
+        "--formats", nargs="+", default=["tensorrt", "tensorrt-rtx"], choices=("tensorrt", "tensorrt-rtx")
     )
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))

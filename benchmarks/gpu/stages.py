@@ -24,9 +24,10 @@ from export.parity.compare import compare
 from export.parity.reference import load_reference
 from export.tensorrt.build import EngineInfo, build_engine
 from runtime.backends.base import Backend
-from runtime.backends.tensorrt.backend import TensorRTBackend, cuda
-from runtime.backends.tensorrt.library import TensorRTFlavour, load_library
-from runtime.bundle import Artifact, Bundle, read_bundle
+from runtime.backends.tensorrt import cuda
+from runtime.backends.tensorrt.backend import TensorRTBackend
+from runtime.backends.tensorrt.library import TensorRTFormat, load_library
+from runtime.bundle import Bundle, ModelFile, read_bundle
 from runtime.errors import BackendUnavailable, CCNetError, ExportError, MissingDependency
 from runtime.features import pack
 from runtime.files import write_json
@@ -38,7 +39,7 @@ from runtime.spec import ModelSpec
 
 Settings = dict[str, Any]
 """`bundle`, `reference`, `work` (folders and files), `batches`, `seconds` (per measurement), `device` (cuda or cpu),
-and for engines `flavour`, `precision`."""
+and for engines `format`, `precision`."""
 
 
 class Absent(CCNetError):
@@ -55,11 +56,11 @@ def machine(settings: Settings) -> dict[str, Any]:
     if settings["device"] == "cuda":
         facts["cuda"] = dataclasses.asdict(cuda.probe())
         facts["gpu_memory"] = dict(zip(("free", "total"), cuda.memory_info(), strict=True))
-    for flavour in ("tensorrt", "tensorrt-rtx"):
+    for format in ("tensorrt", "tensorrt-rtx"):
         try:
-            facts["libraries"][flavour] = str(load_library(flavour).__version__)  # type: ignore[arg-type]
+            facts["libraries"][format] = str(load_library(format).__version__)  # type: ignore[arg-type]
         except BackendUnavailable as error:  # noqa: PERF203 - two libraries
-            facts.setdefault("absent", {})[flavour] = str(error)
+            facts.setdefault("absent", {})[format] = str(error)
     return facts
 
 
@@ -89,45 +90,45 @@ def copy(settings: Settings) -> dict[str, Any]:
 def build(settings: Settings) -> dict[str, Any]:
     """Build one engine for this GPU (RTX without one: portable) from the bundle's graph of that precision."""
     bundle, graph = _graph(settings)
-    flavour, precision = settings["flavour"], settings["precision"]
+    format, precision = settings["format"], settings["precision"]
     largest = max(settings["batches"])
     path = _engine_path(settings)
     info = build_here(
-        bundle.path(graph), path, flavour, precision, (1, min(8, largest), largest), gpu=settings["device"] == "cuda"
+        bundle.path(graph), path, format, precision, (1, min(8, largest), largest), gpu=settings["device"] == "cuda"
     )
-    artifact = info.artifact(name=f"{flavour}-{precision}", length=graph.length)
-    write_json(path.with_suffix(".json"), dataclasses.asdict(artifact))
+    model_file = info.model_file(name=f"{format}-{precision}", length=graph.length)
+    write_json(path.with_suffix(".json"), dataclasses.asdict(model_file))
     return {"engine": info.build, "profile": info.profile, "opset": info.opset, "onnx_sha256": info.onnx_sha256}
 
 
 def build_here(
-    graph: Path, out: Path, flavour: TensorRTFlavour, precision: Any, profile: tuple[int, int, int], *, gpu: bool = True
+    graph: Path, out: Path, format: TensorRTFormat, precision: Any, profile: tuple[int, int, int], *, gpu: bool = True
 ) -> EngineInfo:
     """Build for this GPU. RTX names no target for some GPUs: there, and without a GPU, a portable engine is built.
 
     Whether a portable engine runs on a GPU is found out by running it.
     """
-    if flavour == "tensorrt-rtx":
+    if format == "tensorrt-rtx":
         with contextlib.suppress(ExportError):
             if gpu:
-                return build_engine(graph, out, flavour=flavour, precision=precision, profile=profile,
+                return build_engine(graph, out, format=format, precision=precision, profile=profile,
                                     compute_capabilities=("current",))  # fmt: skip
-    return build_engine(graph, out, flavour=flavour, precision=precision, profile=profile)
+    return build_engine(graph, out, format=format, precision=precision, profile=profile)
 
 
-def gate(settings: Settings) -> dict[str, Any]:
+def status(settings: Settings) -> dict[str, Any]:
     """Parity of a built engine with the recorded outputs of the eager network."""
-    path, artifact, spec = _engine(settings)
-    return gate_engine(path, artifact, spec, Path(settings["reference"]))
+    path, model_file, spec = _engine(settings)
+    return check_engine_file(path, model_file, spec, Path(settings["reference"]))
 
 
-def gate_engine(path: Path, artifact: Artifact, spec: ModelSpec, reference: Path) -> dict[str, Any]:
+def check_engine_file(path: Path, model_file: ModelFile, spec: ModelSpec, reference: Path) -> dict[str, Any]:
     """Compare an engine with a file of `ccnet reference`; `passed` and the differences."""
-    with TensorRTBackend.open(path, artifact, spec) as backend:
-        return gate_backend(backend, reference)
+    with TensorRTBackend.open(path, model_file, spec) as backend:
+        return check_backend(backend, reference)
 
 
-def gate_backend(backend: Backend, reference: Path) -> dict[str, Any]:
+def check_backend(backend: Backend, reference: Path) -> dict[str, Any]:
     """Compare any backend with a file of `ccnet reference`; `passed` and the differences."""
     recorded = load_reference(reference).cut(backend.spec.length)
     return compare(backend, recorded.outputs, recorded.videos).to_json()
@@ -135,14 +136,14 @@ def gate_backend(backend: Backend, reference: Path) -> dict[str, Any]:
 
 def speed(settings: Settings) -> dict[str, Any]:
     """Times of a built engine for every batch size, with recorded graphs and, engine only, without."""
-    path, artifact, spec = _engine(settings)
+    path, model_file, spec = _engine(settings)
     begin = time.perf_counter()
-    with TensorRTBackend.open(path, artifact, spec) as backend:
+    with TensorRTBackend.open(path, model_file, spec) as backend:
         load_seconds = time.perf_counter() - begin
         rows = time_backend(backend, spec, settings)
         facts = backend.describe()
         memory = cuda.memory_info()
-    with TensorRTBackend.open(path, artifact, spec, cuda_graph=False) as backend:
+    with TensorRTBackend.open(path, model_file, spec, cuda_graph=False) as backend:
         for row in rows:
             row["engine_ms_without_graph"] = _summary(backend.engine_milliseconds(row["batch"]))
     return {"rows": rows, "load_seconds": load_seconds, "free_bytes": memory[0], "describe": facts}
@@ -150,9 +151,9 @@ def speed(settings: Settings) -> dict[str, Any]:
 
 def layers(settings: Settings) -> dict[str, Any]:
     """The slowest layers of a built engine at batch 1 and at the largest batch."""
-    path, artifact, spec = _engine(settings)
+    path, model_file, spec = _engine(settings)
     found: dict[str, Any] = {}
-    with TensorRTBackend.open(path, artifact, spec) as backend:
+    with TensorRTBackend.open(path, model_file, spec) as backend:
         for batch in (1, max(settings["batches"])):
             times = backend.layer_milliseconds(batch)
             slowest = list(itertools.islice(times.items(), SLOWEST))
@@ -162,7 +163,7 @@ def layers(settings: Settings) -> dict[str, Any]:
 
 
 def onnxruntime(settings: Settings) -> dict[str, Any]:
-    """Gate and times of ONNX Runtime on the same graph: CUDA provider, or CPU where the stages run on one."""
+    """Parity check and times of ONNX Runtime on the same graph: CUDA provider, or CPU where the stages run on one."""
     from runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     bundle, graph = _graph(settings)
@@ -175,7 +176,7 @@ def onnxruntime(settings: Settings) -> dict[str, Any]:
         load_seconds = time.perf_counter() - begin
         found: dict[str, Any] = {"load_seconds": load_seconds, "describe": backend.describe()}
         if settings.get("reference"):
-            found["gate"] = gate_backend(backend, Path(settings["reference"]))
+            found["status"] = check_backend(backend, Path(settings["reference"]))
         return found | {"rows": time_backend(backend, spec, settings)}
 
 
@@ -237,29 +238,29 @@ def _summary(milliseconds: Any) -> dict[str, float | int]:
     return Timing(np.asarray(milliseconds, np.float64) / 1e3).summary()
 
 
-def _graph(settings: Settings) -> tuple[Bundle, Artifact]:
+def _graph(settings: Settings) -> tuple[Bundle, ModelFile]:
     bundle = read_bundle(settings["bundle"])
     wanted = "fp32" if settings["precision"] == "tf32" else settings["precision"]
-    for artifact in bundle.manifest.artifacts:
-        if artifact.flavour == "onnx" and artifact.precision == wanted and artifact.length == bundle.spec.length:
-            return bundle, artifact
+    for model_file in bundle.manifest.model_files:
+        if model_file.format == "onnx" and model_file.precision == wanted and model_file.length == bundle.spec.length:
+            return bundle, model_file
     raise Absent(f"{bundle.folder}: has no {wanted} graph; export it with --precision {wanted}")
 
 
 def _engine_path(settings: Settings) -> Path:
-    return Path(settings["work"]) / f"{settings['flavour']}-{settings['precision']}.engine"
+    return Path(settings["work"]) / f"{settings['format']}-{settings['precision']}.engine"
 
 
-def _engine(settings: Settings) -> tuple[Path, Artifact, ModelSpec]:
+def _engine(settings: Settings) -> tuple[Path, ModelFile, ModelSpec]:
     path = _engine_path(settings)
     if not path.is_file():
         raise ExportError(f"{path}: was not built")
-    artifact = section_from_json(Artifact, json.loads(path.with_suffix(".json").read_text()), where=path.name)
-    return path, artifact, read_bundle(settings["bundle"]).spec.with_length(artifact.length)
+    model_file = section_from_json(ModelFile, json.loads(path.with_suffix(".json").read_text()), where=path.name)
+    return path, model_file, read_bundle(settings["bundle"]).spec.with_length(model_file.length)
 
 
 STAGES: dict[str, Callable[[Settings], dict[str, Any]]] = {
-    stage.__name__: stage for stage in (machine, copy, build, gate, speed, layers, onnxruntime)
+    stage.__name__: stage for stage in (machine, copy, build, status, speed, layers, onnxruntime)
 }
 
 

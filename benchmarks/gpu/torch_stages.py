@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.stages import Settings, gate_backend, main, time_backend
-from runtime.bundle import Artifact
+from benchmarks.gpu.stages import Settings, check_backend, main, time_backend
+from runtime.bundle import ModelFile
 from runtime.errors import ExportError
 from runtime.machine import library_versions
 
@@ -27,8 +27,8 @@ BF16_OPSET = 22
 """The first in which every operator of the network may be bfloat16."""
 
 
-def products(settings: Settings) -> dict[str, Any]:
-    """Operations per second of a large square matrix product in each precision: the arithmetic roof."""
+def matmuls(settings: Settings) -> dict[str, Any]:
+    """Operations per second of a large square matmul in each precision: the arithmetic roof."""
     import torch
 
     cpu = settings["device"] == "cpu"
@@ -72,7 +72,7 @@ def export(settings: Settings) -> dict[str, Any]:
     """
     from ccnet.checkpoint import read_checkpoint
     from export.bundle_writer import new_bundle
-    from export.fused.network import deployment_form
+    from export.fused.network import fused_network
     from export.graph.to_onnx import export_onnx
     from export.parity.tolerances import torch_dtype
 
@@ -88,12 +88,12 @@ def export(settings: Settings) -> dict[str, Any]:
     ) as draft:
         for precision in dict.fromkeys("fp32" if p == "tf32" else p for p in settings["precisions"]):
             opset = max(BF16_OPSET, settings["opset"]) if precision == "bf16" else settings["opset"]
-            network = deployment_form(model, dtype=torch_dtype(precision))
+            network = fused_network(model, dtype=torch_dtype(precision))
             info = export_onnx(network, spec, draft.folder / f"{precision}.onnx", opset=opset, max_batch=largest)
             seconds[precision] = info.seconds
-            graph = Artifact(name=f"onnx-{precision}", flavour="onnx", files=info.files, precision=precision,
+            graph = ModelFile(name=f"onnx-{precision}", format="onnx", files=info.files, precision=precision,
                              length=spec.length, max_batch=largest, opset=opset)  # fmt: skip
-            draft.add_artifact(graph)
+            draft.add_model_file(graph)
         draft.bundle()
     _ccnet(["reference", settings["checkpoint"], "--out", settings["reference"], "--device", settings["device"]])
     return {"seconds": seconds}
@@ -108,7 +108,7 @@ def _ccnet(arguments: Sequence[str]) -> None:
 
 
 def peer(settings: Settings) -> dict[str, Any]:
-    """Gate and times of PyTorch in one form (`eager`, `compiled`, `deployment`) and precision."""
+    """Parity check and times of PyTorch in one form (`eager`, `compiled`, `deployment`) and precision."""
     import torch
 
     from ccnet.checkpoint import read_checkpoint
@@ -116,10 +116,10 @@ def peer(settings: Settings) -> dict[str, Any]:
 
     checkpoint = read_checkpoint(settings["checkpoint"])
     model: Any = checkpoint.load_model()
-    if settings["form"] == "deployment":
-        from export.fused.network import deployment_form
+    if settings["form"] == "fused":
+        from export.fused.network import fused_network
 
-        model = deployment_form(model)
+        model = fused_network(model)
     elif settings["form"] == "compiled":
         model = torch.compile(model, mode="max-autotune" if settings["device"] == "cuda" else "default")
     with TorchBackend(
@@ -131,7 +131,7 @@ def peer(settings: Settings) -> dict[str, Any]:
     ) as backend:
         found: dict[str, Any] = {"describe": backend.describe()}
         if settings.get("reference"):
-            found["gate"] = gate_backend(backend, Path(settings["reference"]))
+            found["status"] = check_backend(backend, Path(settings["reference"]))
         return found | {"rows": time_backend(backend, checkpoint.spec, settings)}
 
 
@@ -141,7 +141,7 @@ def _device_name(device: str) -> str:
     return str(torch.cuda.get_device_name()) if device == "cuda" else "cpu"
 
 
-STAGES: dict[str, Callable[[Settings], dict[str, Any]]] = {s.__name__: s for s in (products, export, peer)}
+STAGES: dict[str, Callable[[Settings], dict[str, Any]]] = {s.__name__: s for s in (matmuls, export, peer)}
 
 
 if __name__ == "__main__":

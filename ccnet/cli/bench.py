@@ -1,4 +1,4 @@
-"""`ccnet bench`: the speed of every proven way to run a bundle here, each with its accuracy."""
+"""`ccnet bench`: the speed of every verified way to run a bundle here, each with its accuracy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runtime.bundle import read_bundle
 from runtime.errors import BackendUnavailable, CheckpointError, ConfigError
 from runtime.files import write_json
 from runtime.machine import cpu_flags
-from runtime.profiling.bench import Candidate, Plan, bench, rung_candidates
+from runtime.profiling.bench import Candidate, Plan, bench, engine_candidates
 from runtime.profiling.report import bench_text
 from runtime.profiling.timing import Rules
 
@@ -46,11 +46,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.no_compile and not arguments.checkpoint:
         raise ConfigError("--no-compile: torch.compile takes part only with --checkpoint")
     bundle = read_bundle(arguments.bundle)
-    candidates = rung_candidates(bundle, arguments.backend)
+    candidates = engine_candidates(bundle, arguments.backend)
     if not candidates:
-        known = ", ".join(sorted({rung.backend for rung in bundle.manifest.rungs})) or "none"
+        known = ", ".join(sorted({engine.backend for engine in bundle.manifest.engines})) or "none"
         raise BackendUnavailable(
-            f"{bundle.folder}: no rung for {', '.join(arguments.backend) or 'any'}; it has: {known}"
+            f"{bundle.folder}: no engine for {', '.join(arguments.backend) or 'any'}; it has: {known}"
         )
     if arguments.checkpoint:
         peers = _torch_candidates(arguments.checkpoint, bundle.manifest.checkpoint_sha256, not arguments.no_compile)
@@ -103,15 +103,15 @@ def _torch_candidates(folder: str, expected_sha256: str, compiled: bool) -> list
 def _torch_candidate(
     checkpoint: Checkpoint, device: str, precision: TorchPrecision, *, compiled: bool = False
 ) -> Candidate:
-    """Eager or compiled PyTorch; everything but eager fp32, which is the reference, has to pass the gate here."""
+    """Describe eager or compiled PyTorch; all but eager fp32, the reference, must pass the parity check here."""
     name = f"{'torch.compile' if compiled else 'eager'}-{precision}"
     reference = precision == "fp32" and not compiled
     return Candidate(
         name=name,
         open=partial(_open_torch, checkpoint, device, precision, compiled),
         length=checkpoint.spec.length,
-        gate="reference" if reference else "to-prove",
-        prove=None if reference else partial(_prove, checkpoint, device),
+        status="reference" if reference else "to-verify",
+        verify=None if reference else partial(_verify_torch, checkpoint, device),
         files={"model.safetensors": checkpoint.weights_sha256},
         weight_bytes=checkpoint.weights_size,
     )
@@ -128,23 +128,23 @@ def _open_torch(checkpoint: Checkpoint, device: str, precision: TorchPrecision, 
     return TorchBackend(model, checkpoint.spec, device=device, precision=precision)
 
 
-def _prove(checkpoint: Checkpoint, device: str, backend: Backend) -> tuple[str, dict[str, Any]]:
-    """The parity gate of the export on a way to run PyTorch: verdict and accuracy."""
+def _verify_torch(checkpoint: Checkpoint, device: str, backend: Backend) -> tuple[str, dict[str, Any]]:
+    """The parity check of the export on a way to run PyTorch: verdict and accuracy."""
     from export.parity.compare import compare
 
     videos, expected = _expected(checkpoint.folder, device)
     report = compare(backend, expected, videos)
-    return ("passed" if report.passed else "failed"), report.summary()
+    return ("verified" if report.passed else "failed"), report.summary()
 
 
 @lru_cache(maxsize=1)
 def _expected(folder: Path, device: str) -> tuple[list[ParityVideo], Outputs]:
     """A part of the export's inputs, enough to tell a wrong result, and what eager fp32 makes of them."""
     from ccnet.checkpoint import read_checkpoint
-    from export.parity.inputs import planted_inputs, stress_inputs
+    from export.parity.inputs import stress_inputs, synthetic_inputs
     from export.parity.reference import record
 
     checkpoint = read_checkpoint(folder)
-    videos = stress_inputs(checkpoint.spec)[::4] + planted_inputs(checkpoint.spec, count=8)
+    videos = stress_inputs(checkpoint.spec)[::4] + synthetic_inputs(checkpoint.spec, count=8)
     with _open_torch(checkpoint, device, "fp32", compiled=False) as reference:
         return videos, record(reference, videos)

@@ -1,4 +1,4 @@
-"""`ccnet demo`: the whole job on planted features, by the same commands a user types, in minutes on two cores.
+"""`ccnet demo`: the whole job on synthetic features, by the same commands a user types, in minutes on two cores.
 
 Exit status: 0 when the trained network reaches the goal on the test subset and the untrained one is far from it, 1 when
 it does not.
@@ -21,7 +21,7 @@ from runtime.errors import CCNetError
 GOAL = 0.60
 """Test mAP (Avg over tIoU 0.1:0.1:0.9) that the trained network has to reach."""
 UNTRAINED_LIMIT = 0.05
-"""The untrained network must stay below this: otherwise the test would prove nothing."""
+"""The untrained network must stay below this: otherwise the test would verify nothing."""
 PRESET = "demo"
 DIFFICULTY = 0.25
 VIDEOS = {"train": 480, "validation": 40, "test": 80}
@@ -38,10 +38,10 @@ _WITHOUT_TORCH = (
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "demo",
-        help="plant, train, export, predict, evaluate, bench and draw, on a small set",
-        description="Plants a small set of videos with real durations and overlaps, trains a small network, exports it "
-        "through the parity gate, predicts and evaluates in a process without PyTorch, measures its speed and draws "
-        f"one video. Fails when the test mAP stays below {GOAL}.",
+        help="synthesize, train, export, predict, evaluate, bench and draw, on a small set",
+        description="Synthesizes a small set of videos with real durations and overlaps, trains a small network, "
+        "exports it through the parity check, predicts and evaluates in a process without PyTorch, measures its speed "
+        f"and draws one video. Fails when the test mAP stays below {GOAL}.",
     )
     parser.add_argument("--out", default="demo", metavar="DIR", help="folder for everything (default: %(default)s)")
 
@@ -69,7 +69,7 @@ class _Demo:
         self._begun = time.perf_counter()
 
     def run(self) -> int:
-        self._plant()
+        self._synthesize()
         untrained = self._score_untrained()
         self._train()
         videos = ("--features", self.features, "--annotations", self.annotations)
@@ -89,7 +89,7 @@ class _Demo:
         print(f"picture: {self.picture}\nbundle:  {self.bundle}\nnext:    ccnet inspect {self.bundle}")
         return 0 if reached else 1
 
-    def _plant(self) -> None:
+    def _synthesize(self) -> None:
         from ccnet.synthetic.annotations import demo_annotations
         from runtime.files import write_json
 
@@ -97,7 +97,7 @@ class _Demo:
         self._say(f"a set of {counts} videos with the durations and overlaps of UnAV-100: {self.annotations}")
         write_json(self.annotations, demo_annotations(VIDEOS, self.config.model.num_classes, seed=SEED))
         where = ("--annotations", self.annotations, "--out", self.features)
-        self._command("plant", "--preset", PRESET, *where, "--difficulty", DIFFICULTY, "--seed", SEED)
+        self._command("synthesize", "--preset", PRESET, *where, "--difficulty", DIFFICULTY, "--seed", SEED)
 
     def _score_untrained(self) -> float:
         """Test mAP of the network before any training, through the evaluation path of all others."""
@@ -133,7 +133,7 @@ class _Demo:
         """The test video whose gates move most, among those with the most classes: the one with the most to tell."""
         from ccnet.checkpoint import read_checkpoint
         from ccnet.plots import Shown, draw_timeline, read_gates
-        from ccnet.synthetic.features import Planter, Planting
+        from ccnet.synthetic.features import FeatureSynthesizer, SyntheticSettings
         from runtime.annotations import read_annotations
         from runtime.detections import read_events
         from runtime.features import read_video
@@ -149,19 +149,19 @@ class _Demo:
             for video in videos
         }
         video = max(videos, key=lambda video: gates[video.video_id].audio.std() + gates[video.video_id].visual.std())
-        planter = Planter(
+        synthesizer = FeatureSynthesizer(
             num_classes=spec.num_classes,
             visual_dim=spec.visual_dim,
             audio_dim=spec.audio_dim,
             time_base=spec.time_base,
-            planting=Planting.of_difficulty(DIFFICULTY, SEED),
+            settings=SyntheticSettings.of_difficulty(DIFFICULTY, SEED),
         )
         draw_timeline(
             self.picture,
             truth=video,
             found=read_events(self.events, spec.labels)[video.video_id],
             gates=gates[video.video_id],
-            shown=Shown(spec.time_base.fps, *planter.presence(video)),
+            shown=Shown(spec.time_base.fps, *synthesizer.presence(video)),
         )
 
     def _command(self, *words: object, torch: bool = True) -> None:

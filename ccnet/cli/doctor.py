@@ -83,11 +83,11 @@ def _tensorrt_rtx() -> str:
     return _tensorrt_library("tensorrt-rtx")
 
 
-def _tensorrt_library(flavour: Any) -> str:
+def _tensorrt_library(format: Any) -> str:
     from runtime.backends.tensorrt.cuda import probe
     from runtime.backends.tensorrt.library import load_library
 
-    library = load_library(flavour)
+    library = load_library(format)
     try:
         device = probe()
     except BackendUnavailable as error:

@@ -1,4 +1,4 @@
-"""`ccnet export`: checkpoint -> bundle, every way to run it proven against the eager network."""
+"""`ccnet export`: checkpoint -> bundle, every way to run it verified against the eager network."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "export",
-        help="write a deployable bundle and prove it against the eager network",
+        help="write a deployable bundle and verify it against the eager network",
         description="Writes the network as ONNX (and as engines), runs every result against the eager network on "
-        "stress inputs and on planted or real videos, and leaves a bundle only when all passed (exit status 3 "
+        "stress inputs and on synthetic or real videos, and leaves a bundle only when all passed (exit status 3 "
         "otherwise).",
     )
     parser.add_argument("checkpoint", help="checkpoint folder")
@@ -29,8 +29,8 @@ def register(subparsers: Any) -> None:
         nargs="+",
         default=["fp32"],
         metavar="P",
-        help="fp32, tf32, fp16, bf16, int8; or auto: all that this machine can run, those that pass the gate are kept, "
-        "fastest first",
+        help="fp32, tf32, fp16, bf16, int8; or auto: all that this machine can run, those that pass the parity check "
+        "are kept, fastest first",
     )
     parser.add_argument("--opset", type=int, default=20, help="ONNX opset, 17 to 23 (17 for TensorRT 8.6)")
     parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="largest batch")
@@ -38,9 +38,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[], metavar="T", help="further, shorter T for shorter videos"
     )
-    parser.add_argument(
-        "--form", choices=["deployment", "plain"], default="deployment", help="how to write the network"
-    )
+    parser.add_argument("--form", choices=["fused", "reference"], default="fused", help="how to write the network")
     add_video_arguments(parser)
     engine = parser.add_argument_group("engines")
     engine.add_argument("--compute-capability", nargs="+", metavar="X.Y", help="RTX: GPUs to build for")
@@ -53,9 +51,9 @@ def register(subparsers: Any) -> None:
 
 def add_video_arguments(parser: argparse.ArgumentParser) -> None:
     """What the comparison runs on; shared with `ccnet verify` and `ccnet reference`."""
-    parser.add_argument("--features", metavar="DIR", help="compare on real videos from here instead of planted ones")
+    parser.add_argument("--features", metavar="DIR", help="compare on real videos from here instead of synthetic ones")
     parser.add_argument("--annotations", metavar="F", help="annotation JSON of those videos")
-    parser.add_argument("--videos", type=positive, metavar="N", help="how many planted or real videos (default: 24)")
+    parser.add_argument("--videos", type=positive, metavar="N", help="how many synthetic or real videos (default: 24)")
     parser.add_argument("--device", metavar="D", help="device of the eager network: cpu (default), cuda or cuda:N")
 
 
@@ -111,15 +109,15 @@ def _engine_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _summarize(out: str, result: Result) -> None:
     print(f"\n{out}")
-    for rung in result.rungs:
-        speed = f", {rung.speed['ms_per_video']:.1f} ms per video" if rung.speed else ""
-        print(f"  {rung.name}: {'proven' if rung.gate == 'passed' else 'built, not run here'}{speed}")
-    for rung in result.rejected:
-        failing = [check.name for check in result.reports[rung.name].checks if not check.passed]
-        print(f"  {rung.name}: left out, failed {', '.join(failing)}")
+    for engine in result.engines:
+        speed = f", {engine.speed['ms_per_video']:.1f} ms per video" if engine.speed else ""
+        print(f"  {engine.name}: {'verified' if engine.status == 'verified' else 'built, not run here'}{speed}")
+    for engine in result.rejected:
+        failing = [check.name for check in result.reports[engine.name].checks if not check.passed]
+        print(f"  {engine.name}: left out, failed {', '.join(failing)}")
     for name, reason in result.skipped.items():
         print(f"  {name}: not run here: {reason.splitlines()[0]}")
     print(f"next:\n  ccnet inspect {out}\n  ccnet predict {out} --features DIR --out events.jsonl")
     print(f"  ccnet evaluate {out} --annotations F --features DIR --subset test\n  ccnet bench {out}")
-    if any(rung.gate == "not-run" for rung in result.rungs):
+    if any(engine.status == "unverified" for engine in result.engines):
         print(f"  ccnet reference CHECKPOINT --out ref.npz, then on the GPU: ccnet verify {out} --reference ref.npz")

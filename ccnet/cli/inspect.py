@@ -1,4 +1,4 @@
-"""`ccnet inspect`: what a bundle holds, what was proven about it, and whether its files are whole."""
+"""`ccnet inspect`: what a bundle holds, what was verified about it, and whether its files are whole."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def _problems(bundle: Bundle) -> dict[str, str]:
         if problem is not None:
             problems[record.name] = problem
     listed = {record.name for record in bundle.manifest.files}
-    for artifact in bundle.manifest.artifacts:
-        for name in artifact.files:
+    for model_file in bundle.manifest.model_files:
+        for name in model_file.files:
             if name not in listed:
-                problems[name] = f"artifact '{artifact.name}' names it, but the manifest has no record of it"
+                problems[name] = f"model file '{model_file.name}' names it, but the manifest has no record of it"
     return problems
 
 
@@ -73,41 +73,41 @@ def _text(bundle: Bundle, problems: dict[str, str]) -> list[str]:
         *(f"  {name}: {problem}" for name, problem in problems.items()),
         "",
         *_table(
-            ("artifact", "flavour", "precision", "T", "max batch", "built for", "facts"),
+            ("model_file", "format", "precision", "T", "max batch", "built for", "facts"),
             [
-                (a.name, a.flavour, a.precision, str(a.length), str(a.max_batch), _built_for(a), _facts(a.build))
-                for a in manifest.artifacts
+                (a.name, a.format, a.precision, str(a.length), str(a.max_batch), _built_for(a), _facts(a.build))
+                for a in manifest.model_files
             ],
         ),
         "",
         *_table(
-            ("rung", "backend", "precision", "T", "gate", "ms per video", "accuracy"),
+            ("engine", "backend", "precision", "T", "status", "ms per video", "accuracy"),
             [
                 (
                     r.name,
                     r.backend,
                     r.precision,
-                    str(bundle.artifact(r.artifact).length),
-                    r.gate,
+                    str(bundle.model_file(r.model_file).length),
+                    r.status,
                     _speed(r.speed, r.backend),
                     _facts(r.accuracy),
                 )
-                for r in (*manifest.rungs, *manifest.rejected)
+                for r in (*manifest.engines, *manifest.rejected)
             ],
         ),
         *(
-            ["", "not-run: built, but never proven; 'ccnet verify BUNDLE' does it on a machine that can run it"]
-            if any(r.gate == "not-run" for r in manifest.rungs)
+            ["", "unverified: built, but never verified; 'ccnet verify BUNDLE' does it on a machine that can run it"]
+            if any(r.status == "unverified" for r in manifest.engines)
             else []
         ),
     ]
 
 
-def _built_for(artifact: Any) -> str:
-    if artifact.flavour == "onnx":
-        return f"opset {artifact.opset}"
-    where = artifact.gpu_name or ", ".join(artifact.compute_capabilities) or "any GPU"
-    return f"{artifact.library} {artifact.library_version}, {where}"
+def _built_for(model_file: Any) -> str:
+    if model_file.format == "onnx":
+        return f"opset {model_file.opset}"
+    where = model_file.gpu_name or ", ".join(model_file.compute_capabilities) or "any GPU"
+    return f"{model_file.library} {model_file.library_version}, {where}"
 
 
 def _speed(speed: dict[str, Any], backend: str) -> str:

@@ -46,7 +46,7 @@ _EXTRAS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand. Returns 0, a `CCNetError.exit_code`, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
-        prog="ccnet", description="Train, export, prove and run CCNet, the dense audio-visual event localizer."
+        prog="ccnet", description="Train, export, verify and run CCNet, the dense audio-visual event localizer."
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:

@@ -47,7 +47,7 @@ def register(subparsers: Any) -> None:
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that choose and drive the engine; see `open_localizer`."""
-    parser.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help="default: the fastest proven")
+    parser.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help="default: the fastest verified")
     parser.add_argument("--precision", help="only this precision (fp32, tf32, bf16, fp16, int8)")
     parser.add_argument("--length", type=positive, metavar="T", help="only the engine of this many steps")
     parser.add_argument("--batch", type=positive, metavar="N", help="videos per engine call")
@@ -126,8 +126,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             raise records.failure
         return 1
     print(
-        f"{arguments.out}: {corpus.done} video(s), {records.events} event(s), by {engine['rung']} "
-        f"(gate: {engine['gate']})\nnext: ccnet evaluate {arguments.out} --annotations F --subset S"
+        f"{arguments.out}: {corpus.done} video(s), {records.events} event(s), by {engine['engine']} "
+        f"(parity check: {engine['status']})\nnext: ccnet evaluate {arguments.out} --annotations F --subset S"
     )
     return 1 if corpus.failed else 0
 

@@ -1,4 +1,4 @@
-"""`ccnet reference`: record the eager network's outputs, so that engines can be proven where torch is not installed."""
+"""`ccnet reference`: record the eager network's outputs, to verify engines on machines without torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "reference",
         help="record inputs and eager outputs for 'ccnet verify' on a machine without torch",
-        description="Writes stress inputs, planted or real videos, and what the eager network makes of them into one "
+        description="Writes stress inputs, synthetic or real videos, and what the eager network makes of them into one "
         ".npz file without pickled objects.",
     )
     parser.add_argument("checkpoint", help="checkpoint folder")
@@ -23,7 +23,7 @@ def register(subparsers: Any) -> None:
         nargs="+",
         default=[],
         metavar="T",
-        help="shorter T of the bundle that are to be proven too",
+        help="shorter T of the bundle that are to be verified too",
     )
     add_video_arguments(parser)
 

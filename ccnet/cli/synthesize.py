@@ -1,4 +1,4 @@
-"""`ccnet plant`: features planted from an annotation file, where the real ones can't be had."""
+"""`ccnet synthesize`: features synthetic from an annotation file, where the real ones can't be had."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ TAKES_OVERRIDES = True
 
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        "plant",
-        help="features planted from an annotation file",
-        description="Write planted features for the videos of an annotation file, in the published file layout. Each "
+        "synthesize",
+        help="features synthetic from an annotation file",
+        description="Write synthetic features for the videos of an annotation file, in the published file layout. Each "
         "class gets a visual and an audio signature; stretches where a class is only seen or only heard are no events. "
         "The same command continues an interrupted folder.",
         epilog="Feature widths, file suffixes and time base come from the preset; change them with e.g. "
@@ -43,8 +43,8 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from ccnet.synthetic.features import Planting
-    from ccnet.synthetic.folder import plant_folder
+    from ccnet.synthetic.features import SyntheticSettings
+    from ccnet.synthetic.folder import synthesize_folder
     from runtime.annotations import read_annotations
     from runtime.errors import ConfigError
 
@@ -60,18 +60,18 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     videos = videos[: arguments.limit]
 
     begun = time.perf_counter()
-    planted = plant_folder(
+    synthetic = synthesize_folder(
         annotations,
         videos,
         arguments.out,
         config,
-        Planting.of_difficulty(arguments.difficulty, arguments.seed),
+        SyntheticSettings.of_difficulty(arguments.difficulty, arguments.seed),
         dtype=arguments.dtype,
         workers=arguments.workers,
     )
     seconds = time.perf_counter() - begun
     print(
-        f"{arguments.out}: {planted.written} videos written in {seconds:.1f} s, {planted.kept} were there already; "
-        f"{planted.size / 1e9:.2f} GB in all"
+        f"{arguments.out}: {synthetic.written} videos written in {seconds:.1f} s, {synthetic.kept} were there already; "
+        f"{synthetic.size / 1e9:.2f} GB in all"
     )
     return 0

@@ -1,4 +1,4 @@
-"""`ccnet verify`: prove the rungs of a bundle on the machine that will run them."""
+"""`ccnet verify`: verify the engines of a bundle on the machine that will run them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "verify",
         help="run the comparison with the eager network that a bundle still lacks",
-        description="Proves the rungs that were built but never run (or those that --backend and --precision name) "
+        description="Verifies the engines that were built but never run (or those that --backend and --precision name) "
         "and writes the verdicts into the bundle. With --reference no torch is needed. Exit status 3 when one fails.",
     )
     parser.add_argument("bundle", help="bundle folder")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--reference", metavar="FILE", help="what 'ccnet reference' recorded")
     source.add_argument("--checkpoint", metavar="C", help="checkpoint folder; needs torch")
-    parser.add_argument("--backend", help="prove this backend, whether the bundle lists it or not")
-    parser.add_argument("--precision", metavar="P", help="only rungs of this precision")
+    parser.add_argument("--backend", help="verify this backend, whether the bundle lists it or not")
+    parser.add_argument("--precision", metavar="P", help="only engines of this precision")
     parser.add_argument(
         "--polygraphy",
         metavar="DIR",
@@ -36,20 +36,20 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from export.parity.verify import check_fits, prove, rungs_to_prove
+    from export.parity.verify import check_fits, engines_to_verify, verify
     from runtime.bundle import read_bundle
 
     bundle = read_bundle(arguments.bundle)
     if arguments.polygraphy:
         return _polygraphy(arguments, bundle)
-    rungs = rungs_to_prove(bundle, arguments.backend, arguments.precision)
-    if not rungs:
-        print(f"{bundle.folder}: every rung is proven already; name one with --backend to prove it again here")
+    engines = engines_to_verify(bundle, arguments.backend, arguments.precision)
+    if not engines:
+        print(f"{bundle.folder}: every engine is verified already; name one with --backend to verify it again here")
         return 0
     reference = _reference(arguments, bundle)
     check_fits(bundle, reference.spec, reference.checkpoint_sha256)
-    prove(bundle.folder, rungs, reference, say)
-    print(f"{bundle.folder}: proven: {', '.join(rung.name for rung in rungs)}")
+    verify(bundle.folder, engines, reference, say)
+    print(f"{bundle.folder}: verified: {', '.join(engine.name for engine in engines)}")
     print(f"next: ccnet bench {bundle.folder}")
     return 0
 
@@ -69,7 +69,7 @@ def _reference(arguments: argparse.Namespace, bundle: Bundle) -> Reference:
 
     checkpoint = read_checkpoint(arguments.checkpoint)
     say("running the eager network")
-    lengths = {artifact.length for artifact in bundle.manifest.artifacts}
+    lengths = {model_file.length for model_file in bundle.manifest.model_files}
     return eager_reference(checkpoint, checkpoint.load_model(), lengths=lengths, **eager_arguments(arguments))
 
 
@@ -88,7 +88,7 @@ def _polygraphy(arguments: argparse.Namespace, bundle: Bundle) -> int:
         report.require()
         return 0
     write_inputs(folder, reference)
-    graph = next(a for a in bundle.manifest.artifacts if a.flavour == "onnx" and a.length == bundle.spec.length)
+    graph = next(a for a in bundle.manifest.model_files if a.format == "onnx" and a.length == bundle.spec.length)
     print(f"{folder}: inputs.json and expected.json written; next:")
     print(
         f"  polygraphy run {bundle.path(graph)} --onnxrt --load-inputs {folder / 'inputs.json'} "

@@ -82,4 +82,4 @@ def demo_annotations(videos: dict[str, int], num_classes: int, *, seed: int = 0)
                     for start, end, label in draw_events(rng, duration, num_classes)
                 ],
             }
-    return {"version": "planted", "database": database}
+    return {"version": "synthetic", "database": database}

@@ -1,4 +1,4 @@
-"""Planted features: what a feature extractor might have said about the videos of an annotation file.
+"""Synthetic features: what a feature extractor might have said about the videos of an annotation file.
 
 Every class has a visual and an audio signature. During an event both are there; besides, the video holds *unimodal
 distractors* (a class seen but not heard, or heard but not seen) and events are drawn out in one modality beyond
@@ -33,8 +33,8 @@ _PLACEMENT_TRIALS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planting:
-    """How the features are planted."""
+class SyntheticSettings:
+    """How the features are synthetic."""
 
     seed: int = 0
     signal: float = 7.5
@@ -47,14 +47,14 @@ class Planting:
     """Share of event boundaries beyond which one of the modalities goes on for up to 6 s."""
 
     def __post_init__(self) -> None:
-        require(self.signal > 0, "planting.signal", self.signal, "a number above 0")
-        require(self.distractors >= 0, "planting.distractors", self.distractors, "a number >= 0")
-        require(0 <= self.tails <= 1, "planting.tails", self.tails, "a number in [0, 1]")
+        require(self.signal > 0, "synthesizing.signal", self.signal, "a number above 0")
+        require(self.distractors >= 0, "synthesizing.distractors", self.distractors, "a number >= 0")
+        require(0 <= self.tails <= 1, "synthesizing.tails", self.tails, "a number in [0, 1]")
         good = 0 <= self.distractor_strength <= 2
-        require(good, "planting.distractor_strength", self.distractor_strength, "a number in [0, 2]")
+        require(good, "synthesizing.distractor_strength", self.distractor_strength, "a number in [0, 2]")
 
     @classmethod
-    def of_difficulty(cls, difficulty: float, seed: int = 0) -> Planting:
+    def of_difficulty(cls, difficulty: float, seed: int = 0) -> SyntheticSettings:
         """One knob for all of it, 0 (clean, no distractors) to 1; 0.5 gives the defaults above.
 
         | difficulty          | 0   | 0.25 | 0.5 | 0.75 | 1   |
@@ -86,19 +86,19 @@ class Presence(NamedTuple):
     """[C, F]"""
 
 
-class Planter:
+class FeatureSynthesizer:
     """Makes the features of any video; what a video gets depends on the settings and its own annotation alone."""
 
     def __init__(
-        self, *, num_classes: int, visual_dim: int, audio_dim: int, time_base: TimeBase, planting: Planting
+        self, *, num_classes: int, visual_dim: int, audio_dim: int, time_base: TimeBase, settings: SyntheticSettings
     ) -> None:
         self.num_classes = num_classes
         self.time_base = time_base
-        self.planting = planting
+        self.settings = settings
         # Measured on real features: I3D has mean 0.14, is hardly ever zero and changes by 0.09 from step to step;
         # VGGish has mean 0.12, is zero half of the time and changes by 0.10.
-        self._visual = _Modality(visual_dim, num_classes, planting, level=0.15, noise=0.08, seed=1)
-        self._audio = _Modality(audio_dim, num_classes, planting, level=0.0, noise=0.2, seed=2)
+        self._visual = _Modality(visual_dim, num_classes, settings, level=0.15, noise=0.08, seed=1)
+        self._audio = _Modality(audio_dim, num_classes, settings, level=0.0, noise=0.2, seed=2)
 
     def steps(self, duration: float) -> int:
         """Feature steps that fit into a video of `duration` seconds, at least 1."""
@@ -122,7 +122,7 @@ class Planter:
 
     def _generator(self, video: VideoAnnotation) -> np.random.Generator:
         identity = hashlib.sha256(video.video_id.encode()).digest()[:8]
-        return np.random.default_rng((self.planting.seed, int.from_bytes(identity, "little")))
+        return np.random.default_rng((self.settings.seed, int.from_bytes(identity, "little")))
 
     def _presence(self, video: VideoAnnotation, rng: np.random.Generator) -> Presence:
         fps, duration, events = self.time_base.fps, video.duration, len(video.labels)
@@ -141,7 +141,7 @@ class Planter:
         for label, span in spans:
             for side in ("before", "after"):
                 tail, draw = round(rng.uniform(0.5, _LONGEST_TAIL) * fps), rng.random(2)
-                if draw[0] >= self.planting.tails:
+                if draw[0] >= self.settings.tails:
                     continue
                 drawn_out, other = (seen, heard) if draw[1] < 0.5 else (heard, seen)
                 strength = drawn_out[label, span.start]
@@ -154,7 +154,7 @@ class Planter:
                 drawn_out[label, beyond][free] = strength
 
         for shown in (seen, heard):
-            wanted = self.planting.distractors * events
+            wanted = self.settings.distractors * events
             for _ in range(int(wanted + rng.random())):
                 self._place_distractor(shown, seen, heard, video, rng)
         return Presence(seen, heard)
@@ -167,7 +167,7 @@ class Planter:
         Half of the time a class that also has events in this video, so that a video's classes do not give it away.
         """
         frames = seen.shape[1]
-        strength = self.planting.distractor_strength * rng.uniform(0.75, 1.25)
+        strength = self.settings.distractor_strength * rng.uniform(0.75, 1.25)
         for _ in range(_PLACEMENT_TRIALS):
             label = int(rng.choice(video.labels) if rng.random() < 0.5 else rng.integers(self.num_classes))
             length = draw_event_length(rng, video.duration, len(video.labels))
@@ -191,9 +191,9 @@ class _Modality:
     """Signatures and background of one modality, and how a step's features come of them."""
 
     def __init__(
-        self, dim: int, num_classes: int, planting: Planting, *, level: float, noise: float, seed: int
+        self, dim: int, num_classes: int, settings: SyntheticSettings, *, level: float, noise: float, seed: int
     ) -> None:
-        rng = np.random.default_rng((planting.seed, seed))
+        rng = np.random.default_rng((settings.seed, seed))
         self.noise = noise
         self.level = (level + noise * (rng.gamma(2.0, 0.5, dim) - 1)).astype(np.float32)
         self.scenes = (noise * rng.standard_normal((_SCENES, dim))).astype(np.float32) / math.sqrt(_SCENES)
@@ -202,7 +202,7 @@ class _Modality:
         for signature in self.signatures:
             chosen = rng.choice(dim, channels, replace=False)
             weights = rng.uniform(0.5, 1.5, channels)
-            signature[chosen] = planting.signal * noise * weights / np.linalg.norm(weights)
+            signature[chosen] = settings.signal * noise * weights / np.linalg.norm(weights)
 
     def features(self, presence: Floats, taps: int, rng: np.random.Generator) -> Floats:
         """[n, C] -> [n, D]. Neighbouring steps share frames, so noise is a moving sum of independent blocks."""

@@ -1,4 +1,4 @@
-"""A folder of planted features in the published layout, written video by video.
+"""A folder of synthetic features in the published layout, written video by video.
 
 Each video is made, written and forgotten: the memory in use does not grow with the set. Every file is whole or absent,
 and a folder that was interrupted is continued: videos whose files are all there and whole are not made again.
@@ -20,18 +20,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ccnet.config import Config
-from ccnet.synthetic.features import Planter, Planting
+from ccnet.synthetic.features import FeatureSynthesizer, SyntheticSettings
 from runtime.annotations import Annotations, VideoAnnotation
 from runtime.errors import ConfigError, FeatureError, MissingDependency
 from runtime.files import atomic_file, sha256_file, write_json
 
 Dtype = Literal["float32", "float16"]
-SETTINGS_FILE = "planted.json"
+SETTINGS_FILE = "synthetic.json"
 _HEADER_BYTES = 128
 
 
-class Planted(NamedTuple):
-    """What `plant_folder` did."""
+class Synthesized(NamedTuple):
+    """What `synthesize_folder` did."""
 
     written: int
     """Videos made and written."""
@@ -41,18 +41,18 @@ class Planted(NamedTuple):
     """Bytes of all their files."""
 
 
-def plant_folder(
+def synthesize_folder(
     annotations: Annotations,
     videos: Sequence[VideoAnnotation],
     folder: str | os.PathLike[str],
     config: Config,
-    planting: Planting,
+    settings: SyntheticSettings,
     *,
     dtype: Dtype = "float32",
     workers: int = 0,
     progress: bool = True,
-) -> Planted:
-    """Plant `videos` of `annotations` into `folder`.
+) -> Synthesized:
+    """Synthesize `videos` of `annotations` into `folder`.
 
     What a video gets depends on the settings and its own annotation alone, not on `workers`, order or selection.
 
@@ -63,7 +63,7 @@ def plant_folder(
         progress: a tqdm bar on standard error.
 
     Raises ConfigError when a feature width can't be split over the modality's files or the classes do not fit,
-    and FeatureError when the folder holds features planted otherwise or the disk has no room for the set.
+    and FeatureError when the folder holds features synthetic otherwise or the disk has no room for the set.
     """
     folder = Path(folder)
     if len(annotations.labels) != config.model.num_classes:
@@ -71,9 +71,9 @@ def plant_folder(
             f"model.num_classes: got {config.model.num_classes}, but {annotations.path} has {len(annotations.labels)} "
             f"classes; use --model.num_classes {len(annotations.labels)}"
         )
-    job = _Job(folder, config, planting, np.dtype(dtype))
+    job = _Job(folder, config, settings, np.dtype(dtype))
     size = sum(job.size(video) for video in videos)
-    _claim(folder, annotations, config, planting, dtype)
+    _claim(folder, annotations, config, settings, dtype)
     todo = [video for video in videos if not job.is_whole(video)]
     missing = sum(job.size(video) for video in todo)
     free = shutil.disk_usage(folder).free
@@ -83,13 +83,13 @@ def plant_folder(
             "use --dtype float16, fewer videos (--subset, --limit) or another disk"
         )
     _run(job, todo, len(videos) - len(todo), workers, progress)
-    return Planted(len(todo), len(videos) - len(todo), size)
+    return Synthesized(len(todo), len(videos) - len(todo), size)
 
 
 class _Job:
     """Makes and writes one video at a time; copied into every worker."""
 
-    def __init__(self, folder: Path, config: Config, planting: Planting, dtype: np.dtype[Any]) -> None:
+    def __init__(self, folder: Path, config: Config, settings: SyntheticSettings, dtype: np.dtype[Any]) -> None:
         self.folder, self.dtype = folder, dtype
         model, layout = config.model, config.layout
         self.files = [
@@ -100,22 +100,22 @@ class _Job:
             )
             for suffix, width in zip(suffixes, _split(modality, dim, len(suffixes)), strict=True)
         ]
-        self.planter = Planter(
+        self.synthesizer = FeatureSynthesizer(
             num_classes=model.num_classes,
             visual_dim=model.visual_dim,
             audio_dim=model.audio_dim,
             time_base=config.time_base,
-            planting=planting,
+            settings=settings,
         )
 
     def size(self, video: VideoAnnotation) -> int:
         """Bytes of a video's files."""
-        steps = self.planter.steps(video.duration)
+        steps = self.synthesizer.steps(video.duration)
         return sum(_HEADER_BYTES + steps * width * self.dtype.itemsize for _, width in self.files)
 
     def is_whole(self, video: VideoAnnotation) -> bool:
         """Whether all files of a video are there, with the size they must have."""
-        steps = self.planter.steps(video.duration)
+        steps = self.synthesizer.steps(video.duration)
         for suffix, width in self.files:
             try:
                 array = np.load(self.folder / f"{video.video_id}{suffix}.npy", mmap_mode="r", allow_pickle=False)
@@ -126,7 +126,9 @@ class _Job:
         return True
 
     def __call__(self, video: VideoAnnotation) -> None:
-        channels: npt.NDArray[Any] = np.concatenate(self.planter.features(video), axis=1).astype(self.dtype, copy=False)
+        channels: npt.NDArray[Any] = np.concatenate(self.synthesizer.features(video), axis=1).astype(
+            self.dtype, copy=False
+        )
         edges = np.cumsum([width for _, width in self.files])[:-1]
         for (suffix, _), part in zip(self.files, np.split(channels, edges, axis=1), strict=True):
             with atomic_file(self.folder / f"{video.video_id}{suffix}.npy") as stream:
@@ -139,11 +141,11 @@ def _split(modality: str, dim: int, files: int) -> list[int]:
     return [dim // files] * files
 
 
-def _claim(folder: Path, annotations: Annotations, config: Config, planting: Planting, dtype: Dtype) -> None:
-    """Write down what the folder is planted with, or check that it is continued in the same way."""
-    settings = {
+def _claim(folder: Path, annotations: Annotations, config: Config, settings: SyntheticSettings, dtype: Dtype) -> None:
+    """Record the settings of the folder, or check that it is continued with the same ones."""
+    recorded = {
         "annotations_sha256": sha256_file(annotations.path),
-        "planting": dataclasses.asdict(planting),
+        "settings": dataclasses.asdict(settings),
         "visual_dim": config.model.visual_dim,
         "audio_dim": config.model.audio_dim,
         "time_base": dataclasses.asdict(config.time_base),
@@ -153,17 +155,17 @@ def _claim(folder: Path, annotations: Annotations, config: Config, planting: Pla
     path = folder / SETTINGS_FILE
     if not path.exists():
         if folder.is_dir() and next(folder.glob("*.npy"), None):
-            raise FeatureError(f"{folder}: holds features that were not planted; choose another folder")
-        write_json(path, settings)
+            raise FeatureError(f"{folder}: holds features that are not synthetic; choose another folder")
+        write_json(path, recorded)
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FeatureError(f"{path}: not valid JSON ({error}); delete the folder and plant it again") from error
-    different = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
+        raise FeatureError(f"{path}: not valid JSON ({error}); delete the folder and synthesize it again") from error
+    different = [key for key in recorded if not isinstance(found, dict) or found.get(key) != recorded[key]]
     if different:
         raise FeatureError(
-            f"{folder}: was planted with other settings ({', '.join(different)}); "
+            f"{folder}: was synthesized with other settings ({', '.join(different)}); "
             "choose another folder, or delete this one first"
         )
 
@@ -173,7 +175,7 @@ def _run(job: _Job, videos: Sequence[VideoAnnotation], kept: int, workers: int, 
         from tqdm import tqdm
     except ModuleNotFoundError as error:
         raise MissingDependency("tqdm", "train", "Planting features") from error
-    with tqdm(total=kept + len(videos), initial=kept, unit="video", desc="plant", disable=not progress) as bar:
+    with tqdm(total=kept + len(videos), initial=kept, unit="video", desc="synthesize", disable=not progress) as bar:
         if workers == 0 or len(videos) <= 1:
             for video in videos:
                 job(video)

@@ -1,4 +1,4 @@
-"""Where the points of the deployment form stand, and which of them convolutions and pooling read.
+"""Where the points of the fused network stand, and which of them convolutions and pooling read.
 
 Shapes:  P points of all levels side by side   K kernel taps (3)
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 
 KERNEL = 3
 ALIGNMENT = 8
-"""Points of a level are a multiple of this: engines else copy operands of matrix products into padded ones."""
+"""Points of a level are a multiple of this: engines else copy operands of matrix matmuls into padded ones."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Points of some levels side by side, the finest first; every level a multiple of ALIGNMENT, for the products.
+    """Points of some levels side by side, the finest first; every level a multiple of ALIGNMENT, for the matmuls.
 
     Points behind a level's steps are never valid. Behind the steps of a network that was cut to fewer of them, the
     first such point is a *halo*, which stands for all the padding that was cut off: what an invalid step holds

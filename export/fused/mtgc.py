@@ -1,4 +1,4 @@
-"""Deployment form of the two collaborations of MTGC: all levels side by side, [B, P, E].
+"""Fused network of the two collaborations of MTGC: all levels side by side, [B, P, E].
 
 Shapes:  B batch   P points of all levels   T_l points of one level   E level width
 """

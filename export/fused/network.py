@@ -1,9 +1,9 @@
-"""The deployment form: the trained network as an equivalent one of fewer and larger operations, made for engines.
+"""The fused network: the trained network as an equivalent one of fewer and larger operations, made for engines.
 
-`deployment_form(model)` computes what `model` computes at valid points (to float32 rounding: the same sums in another
+`fused_network(model)` computes what `model` computes at valid points (to float32 rounding: the same sums in another
 order). What is rewritten: all levels lie side by side as one sequence of points; the two streams are one stack;
-kernel-3 convolutions are products with gathered neighbours; norms, scales and projections are folded into the
-products beside them. Each rewrite stands with its algebra in the module that makes it.
+kernel-3 convolutions are matmuls with gathered neighbours; norms, scales and projections are folded into the
+matmuls beside them. Each rewrite stands with its algebra in the module that makes it.
 
 Shapes:  B batch   T steps   Cv, Ca feature widths   P points of all levels (with halos, see Layout)   T_l points of a
          level   D model width   E = 2 D   C classes
@@ -32,7 +32,7 @@ from export.fused.parts import (
     conv_matrix,
     equal_parts,
     layer_norms,
-    stacked_product,
+    stacked_matmul,
 )
 from export.fused.streams import KeyBiases, StreamEmbedding, StreamLayer
 from export.fused.tdm import PackedTemporalDependency
@@ -43,8 +43,8 @@ BOUND = 1e30
 ends in an activation directly in float32, and rounds another one to bfloat16 first: logits would tie."""
 
 
-def deployment_form(model: CCNet, *, length: int | None = None, dtype: torch.dtype = torch.float32) -> Deployment:
-    """The deployment form of a trained network, with the forward contract of `CCNet` (float32 in and out).
+def fused_network(model: CCNet, *, length: int | None = None, dtype: torch.dtype = torch.float32) -> FusedNetwork:
+    """The fused network of a trained network, with the forward contract of `CCNet` (float32 in and out).
 
     length: steps the network takes, a multiple of 2^(levels - 1) up to the trained length. For every video that
     fits, outputs at valid points equal those of the full length (see Layout). dtype: type of weights and arithmetic,
@@ -59,11 +59,11 @@ def deployment_form(model: CCNet, *, length: int | None = None, dtype: torch.dty
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ExportError(f"dtype: got {dtype}, expected torch.float32, torch.float16 or torch.bfloat16")
     with torch.no_grad():
-        return Deployment(model, length, dtype).eval()
+        return FusedNetwork(model, length, dtype).eval()
 
 
-class Deployment(nn.Module):
-    """The rewritten network. Made by `deployment_form`."""
+class FusedNetwork(nn.Module):
+    """The rewritten network. Made by `fused_network`."""
 
     config: ModelConfig
     point_steps: Tensor
@@ -182,7 +182,7 @@ class PackedHeads(Part):
         """x [B, P, E], mask [B, P, 1] -> float32 logits [B, P, C], offsets [B, P, 2 C]."""
         both = torch.cat(torch.chunk(self.neighbours(x) @ self.first, 2, dim=-1))
         x = self.first_norm(both, mask)  # [2, B, P, head_dim]
-        x = self.second_norm(stacked_product(self.neighbours(x), self.second), mask)
+        x = self.second_norm(stacked_matmul(self.neighbours(x), self.second), mask)
         class_rows, offset_rows = equal_parts(self.neighbours(x).float().flatten(0, 1), 2)  # [B, P, K head_dim]
         mask = mask.float()
         logits = (class_rows @ self.class_weight + self.class_bias).clamp(-BOUND, BOUND) * mask

@@ -1,10 +1,10 @@
-"""Parts of the deployment form: the rewrites that its stages share, each with its algebra.
+"""Parts of the fused network: the rewrites that its stages share, each with its algebra.
 
 Every part folds weights of eager modules in float64 and keeps the result in the arithmetic type.
 
-Stacks of sequences with weights of their own have their axis first, [S, B, T, C], and products have three axes,
+Stacks of sequences with weights of their own have their axis first, [S, B, T, C], and matmuls have three axes,
 [S, B T, C]: engines then join bias, activation and residual to the product, which they do not with four axes.
-Constants stand on the right of a product and have two axes, or three where the left side is a stack too: other products
+Constants stand on the right of a product and have two axes, or three where the left side is a stack too: other matmuls
 leave OpenVINO's fast bfloat16 path.
 
 Shapes:  B batch   P points of all levels side by side   T points of a level   C channels   H heads   K kernel taps (3)
@@ -61,7 +61,7 @@ def equal_parts(x: Tensor, parts: int) -> tuple[Tensor, ...]:
 
 
 class Part(nn.Module):
-    """A piece of the deployment form: holds constants, converted to the arithmetic type."""
+    """A piece of the fused network: holds constants, converted to the arithmetic type."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -77,14 +77,14 @@ def conv_matrix(weight: Tensor) -> Tensor:
     return weight.detach().double().permute(2, 1, 0).flatten(0, 1)
 
 
-def stacked_product(x: Tensor, weight: Tensor) -> Tensor:
+def stacked_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """x [S, B, T, C] @ weight [S, C, D] -> [S, B T, D]."""
     product: Tensor = x.flatten(1, 2) @ weight
     return product
 
 
 class Neighbours(nn.Module):
-    """Each point beside its two neighbours, so that a kernel-3 convolution becomes one matrix product."""
+    """Each point beside its two neighbours, so that a kernel-3 convolution becomes one matmul."""
 
     index: Tensor
 

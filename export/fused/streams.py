@@ -1,4 +1,4 @@
-"""Deployment form of the embedding and of CMCC: the visual and the audio stream as one stack [2, B T, D].
+"""Fused network of the embedding and of CMCC: the visual and the audio stream as one stack [2, B T, D].
 
 Shapes:  B batch   T points of a level   D model width   H heads   d = D / H   A attentions of a layer: two Blocks, and
          two gates where present
@@ -33,7 +33,7 @@ from export.fused.parts import (
     merge_heads,
     normalize,
     split_heads,
-    stacked_product,
+    stacked_matmul,
 )
 
 
@@ -68,7 +68,7 @@ class StreamEmbedding(Part):
         first_visual = self.input_neighbours(visual.transpose(1, 2)) @ self.visual
         first_audio = self.input_neighbours(audio.transpose(1, 2)) @ self.audio
         x: Tensor = self.first_norm(torch.cat([first_visual, first_audio]), mask)
-        x = self.second_norm(stacked_product(self.neighbours(x), self.second), mask)
+        x = self.second_norm(stacked_matmul(self.neighbours(x), self.second), mask)
         return (x + self.positions * mask).flatten(1, 2)
 
 
@@ -126,8 +126,8 @@ class StreamLayer(Part):
         self.keep("project_bias", torch.stack(query_biases + no_biases + value_biases)[:, None])
         # Queries of the Blocks go to the other stream; the gates change places, as each is for the other stream.
         swapped = [1, 0] if cross else [0, 1]
-        gate_order, plain = ([3, 2] if gates else []), [0, 1]
-        in_thirds = [[*swapped, *gate_order], [*plain, *gate_order], [*plain, *gate_order]]
+        check_order, plain = ([3, 2] if gates else []), [0, 1]
+        in_thirds = [[*swapped, *check_order], [*plain, *check_order], [*plain, *check_order]]
         self.keep(
             "order", torch.tensor([third * len(asked) + i for third, order in enumerate(in_thirds) for i in order])
         )

@@ -1,4 +1,4 @@
-"""Deployment form of the temporal dependency module (TDM), the largest stage: 93 of 131 GFLOP at full size.
+"""Fused network of the temporal dependency module (TDM), the largest stage: 93 of 131 GFLOP at full size.
 
 Its branches take the levels in two groups of about the same number of points (the finest, and all others): that halves
 the scratch memory of their [P, C H] activations, and keeps the attention over time near its useful size.

@@ -1,8 +1,8 @@
-"""An fp32 ONNX graph -> the same graph with the weights of its large products in int8.
+"""An fp32 ONNX graph -> the same graph with the weights of its large matmuls in int8.
 
 Each weight becomes int8 values and one scale per output channel (symmetric, round to nearest), followed by a standard
 DequantizeLinear. No calibration data are needed, and nothing of one video depends on another: an engine with int8
-products (OpenVINO) quantizes the rows of the other operand on the fly, each by itself; an engine without computes in
+matmuls (OpenVINO) quantizes the rows of the other operand on the fly, each by itself; an engine without computes in
 fp32 from the int8 weights. The file is about a third of the size.
 """
 
@@ -22,7 +22,7 @@ from export.graph.to_onnx import dimensions, external_name
 from runtime.errors import ExportError, MissingDependency
 
 LEAST_WEIGHTS = 1 << 16
-"""Products with fewer weights stay in fp32: they cost little, and quantizing their input costs the same."""
+"""Matmuls with fewer weights stay in fp32: they cost little, and quantizing their input costs the same."""
 _LARGEST = 127
 
 
@@ -33,8 +33,8 @@ class QuantizedInfo:
     path: Path
     files: tuple[str, ...]
     """File names in the folder of `path`: the graph first, then its external weights."""
-    products: int
-    """Products whose weights are int8 now, each of a stack counted."""
+    matmuls: int
+    """Matmuls whose weights are int8 now, each of a stack counted."""
     nodes: int
     weight_bytes: int
 
@@ -62,7 +62,7 @@ def quantize_weights(
 
     rewritten: list[Any] = []
     restored: dict[str, list[str]] = {}
-    products = 0
+    matmuls = 0
     for node in graph.node:
         weight: Any = weights.get(node.input[1]) if node.op_type == "MatMul" else None
         stack = 0 if weight is None else _stack(weight, shapes.get(node.input[0], ()), least_weights)
@@ -76,8 +76,8 @@ def quantize_weights(
         else:
             node.input[1] = restored[weight.name][0]
             rewritten.append(node)
-        products += stack
-    if not products:
+        matmuls += stack
+    if not matmuls:
         raise ExportError(f"{source}: no product has {least_weights} constant weights or more; keep it in fp32")
     del graph.node[:]
     graph.node.extend(rewritten)
@@ -97,7 +97,7 @@ def quantize_weights(
     return QuantizedInfo(
         path=target,
         files=(target.name, data.name) if data.exists() else (target.name,),
-        products=products,
+        matmuls=matmuls,
         nodes=len(rewritten),
         weight_bytes=data.stat().st_size if data.exists() else target.stat().st_size,
     )
@@ -141,13 +141,13 @@ def _apart(node: Any, matrices: list[str], graph: Any) -> list[Any]:
         graph.initializer.append(onnx.numpy_helper.from_array(ones, sizes))
     left = [f"{y}.left.{i}" for i in range(len(matrices))]
     parts = [f"{y}.{i}" for i in range(len(matrices))]
-    products = [
+    matmuls = [
         helper.make_node("MatMul", [row, matrix], [part], name=part)
         for row, matrix, part in zip(left, matrices, parts, strict=True)
     ]
     return [
         helper.make_node("Split", [x, sizes], left, name=f"{y}.split", axis=0),
-        *products,
+        *matmuls,
         helper.make_node("Concat", parts, [y], name=f"{y}.concat", axis=0),
     ]
 

@@ -1,7 +1,7 @@
 """torch -> ONNX: one file (and its external weights) that is what it says it is.
 
 The exporter can return a static graph where a dynamic one was asked for, or another opset, without an error. So the
-batch axis is proven by `torch.export` first, and the finished file is read back and audited.
+batch axis is verified by `torch.export` first, and the finished file is read back and audited.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _check_old_operators(path: Path, model: Any) -> None:
 
 
 def _exported(module: nn.Module, spec: ModelSpec, max_batch: int, batch: int | None) -> torch.export.ExportedProgram:
-    """The module as a graph, the batch axis proven dynamic: a module that fixes it is an error here."""
+    """The module as a graph, the batch axis verified dynamic: a module that fixes it is an error here."""
     module.eval()
     shapes: dict[str, Any] | None = None
     if batch is None:

@@ -1,4 +1,4 @@
-"""The gate: does an engine compute what the eager network computes?
+"""The parity check: does an engine compute what the eager network computes?
 
 Compared are tensors at valid points, events after full post-processing, and mAP; besides, that nothing is NaN or
 infinite and that what a video gets does not depend on its batch. Each comparison with a limit is a check with a name.
@@ -77,7 +77,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """Verdict of the gate, with everything that it rests on."""
+    """Verdict of the parity check, with everything that it rests on."""
 
     candidate: dict[str, Any]
     """`Backend.describe`."""

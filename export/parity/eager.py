@@ -1,4 +1,4 @@
-"""What the eager network makes of the gate's inputs: the reference that every engine is held against."""
+"""What the eager network makes of the parity check's inputs: the reference that every engine is held against."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ccnet.torch_backend import TorchBackend
-from export.parity.inputs import NUM_VIDEOS, ParityVideo, crops, folder_inputs, planted_inputs, stress_inputs
+from export.parity.inputs import NUM_VIDEOS, ParityVideo, crops, folder_inputs, stress_inputs, synthetic_inputs
 from export.parity.reference import Reference, record
 from runtime.annotations import read_annotations
 from runtime.errors import ConfigError
@@ -31,7 +31,7 @@ def eager_reference(
     """Stress inputs and `count` videos through the fp32 network, each alone.
 
     The videos are real ones from the folder `features` (with their events, where `annotations` has them), else
-    planted. For each of `lengths`, shorter T that are to be proven too, some are cropped to it.
+    synthetic. For each of `lengths`, shorter T that are to be verified too, some are cropped to it.
 
     Raises FeatureError, AnnotationError, ConfigError for annotations without features, BackendUnavailable for an
     absent device.
@@ -51,8 +51,8 @@ def _videos(
     spec: ModelSpec, features: str | Path | None, annotations: str | Path | None, count: int
 ) -> list[ParityVideo]:
     if features is None and annotations is not None:
-        raise ConfigError(f"annotations: got {annotations} without a feature folder; planted videos have their own")
+        raise ConfigError(f"annotations: got {annotations} without a feature folder; synthetic videos have their own")
     if features is None:
-        return planted_inputs(spec, count=count)
+        return synthetic_inputs(spec, count=count)
     known = None if annotations is None else read_annotations(annotations, spec.labels)
     return folder_inputs(features, spec, annotations=known, count=count)

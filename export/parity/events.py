@@ -26,7 +26,7 @@ TIOU_THRESHOLDS = tuple(round(0.1 * k, 1) for k in range(1, 10))
 SAME_SCORE = 0.2
 """Scores further apart are not of the same event, however well the segments agree."""
 FEWEST_EVENTS = 20
-"""With fewer events above `EVENT_SCORE` the best this many are judged: a check without events proves nothing."""
+"""With fewer events above `EVENT_SCORE` the best this many are judged: a check without events verifies nothing."""
 KNOWING_MAP = 0.01
 """Below this mAP the reference does not know the annotated events, so their mAP says nothing about the candidate."""
 

@@ -1,7 +1,7 @@
-"""What the parity gate feeds to both sides: stress inputs that look for mistakes, and videos that hold events.
+"""What the parity check feeds to both sides: stress inputs that look for mistakes, and videos that hold events.
 
 Stress inputs sit where engines go wrong: lengths around every pyramid stride, silence, black frames, constants, large
-values. Videos with events are planted, or real ones from a feature folder. Needs numpy alone.
+values. Videos with events are synthetic, or real ones from a feature folder. Needs numpy alone.
 
 Shapes:  n steps of one video   Cv, Ca visual / audio feature width   M events of one video
 """
@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ccnet.synthetic.annotations import draw_duration, draw_events
-from ccnet.synthetic.features import Planter, Planting
+from ccnet.synthetic.features import FeatureSynthesizer, SyntheticSettings
 from runtime.annotations import Annotations, VideoAnnotation
 from runtime.features import VideoFeatures, find_videos, read_video
 from runtime.spec import ModelSpec
 
 NUM_VIDEOS = 24
-"""Planted or real videos of one gate: about 70 events, and half a minute of the full-size network on two cores."""
+"""Synthetic or real videos of one check: about 70 events, half a minute of the full-size network on two cores."""
 NUM_CROPS = 6
 """Videos cropped for each shorter network: most real ones are longer than it."""
 LARGE = 100.0
@@ -31,10 +31,10 @@ LARGE = 100.0
 
 @dataclass(frozen=True)
 class ParityVideo:
-    """One input of the gate."""
+    """One input of the parity check."""
 
     name: str
-    """For example `stress length 17`, `planted 3` or the id of a real video."""
+    """For example `stress length 17`, `synthetic 3` or the id of a real video."""
     features: VideoFeatures
     """At most T steps."""
     duration: float
@@ -86,17 +86,17 @@ def stress_lengths(spec: ModelSpec) -> list[int]:
     return sorted(steps for steps in lengths if 1 <= steps <= spec.length)
 
 
-def planted_inputs(
-    spec: ModelSpec, *, count: int = NUM_VIDEOS, seed: int = 0, planting: Planting | None = None
+def synthetic_inputs(
+    spec: ModelSpec, *, count: int = NUM_VIDEOS, seed: int = 0, settings: SyntheticSettings | None = None
 ) -> list[ParityVideo]:
-    """Videos with planted events and distractors (see `ccnet.synthetic.features`), at most T steps long."""
-    planting = planting or Planting(seed=seed)
-    planter = Planter(
+    """Videos with synthetic events and distractors (see `ccnet.synthetic.features`), at most T steps long."""
+    settings = settings or SyntheticSettings(seed=seed)
+    synthesizer = FeatureSynthesizer(
         num_classes=spec.num_classes,
         visual_dim=spec.visual_dim,
         audio_dim=spec.audio_dim,
         time_base=spec.time_base,
-        planting=planting,
+        settings=settings,
     )
     rng = np.random.default_rng((seed, 2))
     longest = spec.time_base.covered_seconds(spec.length)
@@ -106,8 +106,8 @@ def planted_inputs(
         events = draw_events(rng, duration, spec.num_classes)
         segments = np.array([event[:2] for event in events], np.float64)
         labels = np.array([event[2] for event in events], np.int64)
-        annotation = VideoAnnotation(f"planted {number}", duration, "test", segments, labels)
-        visual, audio = planter.features(annotation)
+        annotation = VideoAnnotation(f"synthetic {number}", duration, "test", segments, labels)
+        visual, audio = synthesizer.features(annotation)
         videos.append(
             ParityVideo(
                 annotation.video_id, _cut(VideoFeatures(visual, audio), spec), duration, False, segments, labels

@@ -1,4 +1,4 @@
-"""Inputs and outputs of the gate as files of `polygraphy run`, so that a second tool can be asked.
+"""Inputs and outputs of the parity check as files of `polygraphy run`, so that a second tool can be asked.
 
 Shapes: see `runtime.spec.ModelSpec` (B batch, T steps, P points, C classes); every video is its own batch of one.
 """
@@ -37,7 +37,7 @@ def write_inputs(folder: Path, reference: Reference) -> None:
 
 
 def judge_results(folder: Path, reference: Reference, precision: str) -> ParityReport:
-    """Put `results.json` (of --save-outputs) through the gate. Raises ParityError when it is of other inputs."""
+    """Put `results.json` (of --save-outputs) through the check. Raises ParityError when it is of other inputs."""
     polygraphy = _polygraphy()
     path = folder / RESULTS
     try:

@@ -1,4 +1,4 @@
-"""What a network put out for the inputs of the gate, and the file that carries it to machines without torch.
+"""What a network put out for the inputs of the parity check, and the file that carries it to machines without torch.
 
 Shapes:  N videos   T steps   P points   C classes   Cv, Ca visual / audio feature width   M events of all videos
 """

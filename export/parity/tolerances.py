@@ -1,6 +1,6 @@
 """Precisions: the type each graph is written in, and how far its results may lie from the eager fp32 model.
 
-This is the one place of the parity gate's tolerances. Nothing here imports torch until a torch type is asked for.
+This is the one place of the parity check's tolerances. Nothing here imports torch until a torch type is asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _GRAPH: dict[str, GraphPrecision] = {"fp32": "fp32", "tf32": "fp32", "fp16": "fp
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """Limits of the gate for one precision, all inclusive. Tensors are compared at valid points only."""
+    """Limits of the parity check for one precision, all inclusive. Tensors are compared at valid points only."""
 
     max_logits: float
     """Largest absolute difference of a logit."""
@@ -66,7 +66,7 @@ _HALF = Tolerance(
 # Eight times as coarse.
 _SEVEN_BITS = replace(_HALF, max_logits=0.25, mean_logits=0.03, max_offsets=0.2, mean_offsets=0.02, score_drift=0.02)
 
-# Measured with the deployment form on eager PyTorch: a briefly trained demo network on 48 videos (about 1,000 events
+# Measured with the fused network on eager PyTorch: a briefly trained demo network on 48 videos (about 1,000 events
 # above 0.1) and the stress inputs; the released program's random network. Limits are about four times the worst.
 #
 #                      fp32        fp16            bf16
@@ -84,8 +84,8 @@ _SEVEN_BITS = replace(_HALF, max_logits=0.25, mean_logits=0.03, max_offsets=0.2,
 #
 # What half precision loses are events that Soft-NMS decides by a hair: two overlapping candidates of nearly the same
 # score change places, and the other one is kept. A tIoU of 0.95 asks for the same candidate; the rounding of its ends
-# alone moves an event of a few steps by up to 0.02. The shares and the mAP difference are what a rung must keep to be
-# of use and were not widened to what was measured. The stress inputs are noise with few events: one of 20 may flip.
+# alone moves an event of a few steps by up to 0.02. The shares and the mAP difference are what an engine must keep to
+# be of use and were not widened to what was measured. The stress inputs are noise with few events: one of 20 may flip.
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(
         max_logits=1e-4,
@@ -99,7 +99,7 @@ TOLERANCES: dict[Precision, Tolerance] = {
         average_map=1e-4,
     ),
     "fp16": _HALF,
-    # 10 bits behind the point, as in fp16, in products alone.
+    # 10 bits behind the point, as in fp16, in matmuls alone.
     "tf32": _HALF,
     "bf16": _SEVEN_BITS,
     # Int8 weights, rows quantized each by itself. Seen on a trained network (513 events): logits 0.035, mean 0.003,
@@ -119,7 +119,7 @@ def graph_precision(precision: str) -> GraphPrecision:
 
 
 def tolerance(precision: str) -> Tolerance:
-    """Limits of the gate. Raises ConfigError for an unknown precision."""
+    """Limits of the parity check. Raises ConfigError for an unknown precision."""
     for known, limits in TOLERANCES.items():
         if known == precision:
             return limits

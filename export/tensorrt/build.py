@@ -27,12 +27,12 @@ from export.tensorrt.precision import (
 from runtime.backends.tensorrt import cuda
 from runtime.backends.tensorrt.library import (
     LibraryLog,
-    TensorRTFlavour,
+    TensorRTFormat,
     library_logger,
     library_version,
     load_library,
 )
-from runtime.bundle import Artifact
+from runtime.bundle import ModelFile
 from runtime.errors import ExportError
 from runtime.files import atomic_file, sha256_file
 
@@ -45,7 +45,7 @@ class EngineInfo:
     """A built engine and the facts about it that go into the manifest."""
 
     path: Path
-    flavour: TensorRTFlavour
+    format: TensorRTFormat
     precision: EnginePrecision
     library: str
     library_version: str
@@ -57,11 +57,11 @@ class EngineInfo:
     onnx_sha256: str
     build: dict[str, Any]
 
-    def artifact(self, *, name: str, length: int) -> Artifact:
+    def model_file(self, *, name: str, length: int) -> ModelFile:
         """The manifest entry of this engine; `length` is T of its graph."""
-        return Artifact(
+        return ModelFile(
             name=name,
-            flavour=self.flavour,
+            format=self.format,
             files=(self.path.name,),
             precision=self.precision,
             length=length,
@@ -81,7 +81,7 @@ def build_engine(
     onnx_path: str | Path,
     out_path: str | Path,
     *,
-    flavour: TensorRTFlavour,
+    format: TensorRTFormat,
     precision: EnginePrecision,
     profile: tuple[int, int, int],
     compute_capabilities: tuple[str, ...] = (),
@@ -95,7 +95,7 @@ def build_engine(
 ) -> EngineInfo:
     """Build the engine of an ONNX file and write it to `out_path`, whole or not at all.
 
-    precision             must be that of the graph's own types; `tf32` is an fp32 graph with TF32 products allowed
+    precision             must be that of the graph's own types; `tf32` is an fp32 graph with TF32 matmuls allowed
     profile               batch sizes (min, opt, max) for the dynamic first axis of the inputs
     compute_capabilities  RTX only: for example ("8.9", "12.0"), or ("current",); () builds a portable engine
     workspace_bytes       limit of scratch memory; None leaves the library's default, the whole device
@@ -109,7 +109,7 @@ def build_engine(
     the GPU that it needs is missing.
     """
     request = EngineRequest(
-        flavour=flavour,
+        format=format,
         precision=precision,
         profile=profile,
         compute_capabilities=compute_capabilities,
@@ -122,7 +122,7 @@ def build_engine(
     )
     onnx_path, out_path = Path(onnx_path), Path(out_path)
     opset = read_opset(onnx_path)
-    trt = load_library(flavour)
+    trt = load_library(format)
     request.check_supported(trt, opset)
     # before anything of TensorRT is made: without a driver some versions end the process
     device = cuda.probe() if request.needs_gpu else None
@@ -160,12 +160,12 @@ def build_engine(
             stream.write(memoryview(config.get_timing_cache().serialize()))
     return EngineInfo(
         path=out_path,
-        flavour=flavour,
+        format=format,
         precision=precision,
         library=str(trt.__name__),
         library_version=str(trt.__version__),
-        gpu_name=device.name if device and flavour == "tensorrt" else None,
-        compute_capabilities=(device.compute_capability,) if device and flavour == "tensorrt" else targets,
+        gpu_name=device.name if device and format == "tensorrt" else None,
+        compute_capabilities=(device.compute_capability,) if device and format == "tensorrt" else targets,
         profile=profile,
         opset=opset,
         onnx_sha256=sha256_file(onnx_path),
@@ -232,7 +232,7 @@ def _configure(trt: Any, builder: Any, network: Any, log: LibraryLog, request: E
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if request.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if request.flavour == "tensorrt-rtx":
+    if request.format == "tensorrt-rtx":
         # no allocation while running: the runtime records the engine in CUDA graphs
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         _set_targets(trt, config, request.compute_capabilities)
@@ -338,7 +338,7 @@ def _progress_monitor(trt: Any, progress: Progress | None, start: float) -> Any:
 
 def _delivered(trt: Any, logger: Any, log: LibraryLog, blob: Any, request: EngineRequest) -> dict[str, Any]:
     """Facts read back from the built engine. Raises ExportError when it is not of the precision asked for."""
-    if request.flavour == "tensorrt-rtx":
+    if request.format == "tensorrt-rtx":
         plan = read_plan(memoryview(blob), library_version(trt))
         check_plan(plan, request.precision)
         return dataclasses.asdict(plan) | {"delivered_precisions": plan.matrix_kernels}

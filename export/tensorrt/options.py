@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from runtime.backends.tensorrt.library import TensorRTFlavour, library_version
+from runtime.backends.tensorrt.library import TensorRTFormat, library_version
 from runtime.errors import ExportError
 
 EnginePrecision = Literal["fp32", "tf32", "fp16", "bf16"]
@@ -18,7 +18,7 @@ MAX_OPSET_TENSORRT_8 = 17
 class EngineRequest:
     """Arguments of `export.tensorrt.build.build_engine`, which documents them."""
 
-    flavour: TensorRTFlavour
+    format: TensorRTFormat
     precision: EnginePrecision
     profile: tuple[int, int, int]
     compute_capabilities: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class EngineRequest:
     def __post_init__(self) -> None:
         low, best, high = self.profile
         checks = (
-            ("flavour", self.flavour in get_args(TensorRTFlavour), f"one of {get_args(TensorRTFlavour)}"),
+            ("format", self.format in get_args(TensorRTFormat), f"one of {get_args(TensorRTFormat)}"),
             ("precision", self.precision in get_args(EnginePrecision), f"one of {get_args(EnginePrecision)}"),
             ("profile", 1 <= low <= best <= high, "batch sizes 1 <= min <= opt <= max"),
             ("workspace_bytes", self.workspace_bytes is None or self.workspace_bytes > 0, "a number of bytes above 0"),
@@ -46,12 +46,12 @@ class EngineRequest:
     @property
     def needs_gpu(self) -> bool:
         """Full TensorRT times kernels on the GPU it builds for; RTX asks for one only to learn what `current` is."""
-        return self.flavour == "tensorrt" or CURRENT in self.compute_capabilities
+        return self.format == "tensorrt" or CURRENT in self.compute_capabilities
 
     def check_supported(self, trt: Any, opset: int) -> None:
         """Raises ExportError for what this library version does not support, or would accept and ignore."""
         library = f"{trt.__name__} {trt.__version__}"
-        unsupported = _unsupported_by_rtx(self) if self.flavour == "tensorrt-rtx" else _unsupported_by_full(self, trt)
+        unsupported = _unsupported_by_rtx(self) if self.format == "tensorrt-rtx" else _unsupported_by_full(self, trt)
         for what, instead in unsupported:
             raise ExportError(f"{library} does not support {what}; {instead}")
         if library_version(trt)[0] == 8 and opset > MAX_OPSET_TENSORRT_8:

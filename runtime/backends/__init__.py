@@ -4,6 +4,6 @@ only when it is used."""
 from __future__ import annotations
 
 from runtime.backends.base import Backend
-from runtime.backends.select import BACKENDS, OnMismatch, Opened, open_backend, open_rung
+from runtime.backends.select import BACKENDS, OnMismatch, OpenedEngine, open_backend, open_engine
 
-__all__ = ["BACKENDS", "Backend", "OnMismatch", "Opened", "open_backend", "open_rung"]
+__all__ = ["BACKENDS", "Backend", "OnMismatch", "OpenedEngine", "open_backend", "open_engine"]

@@ -57,7 +57,7 @@ class OnnxRuntimeBackend:
     ) -> OnnxRuntimeBackend:
         """Load an ONNX file. `threads`: CPU threads of one operator; None leaves it to ONNX Runtime.
 
-        `precision` is what the graph was typed with; for `cuda`, `tf32` runs an fp32 graph with TF32 products and
+        `precision` is what the graph was typed with; for `cuda`, `tf32` runs an fp32 graph with TF32 matmuls and
         `fp32` without. Raises MissingDependency; BackendUnavailable when the CUDA provider is asked for and not
         taken (never a silent run on the CPU); EngineError when the file can't be loaded; BundleError when its
         inputs and outputs are not those of `spec`.

@@ -22,7 +22,7 @@ from runtime.spec import AUDIO, INPUT_NAMES, LOGITS, MASK, OFFSETS, VISUAL, Mode
 # quantization; what is not quantized in it runs in fp32.
 PRECISIONS = {"fp32": ("f32", "FP32"), "bf16": ("bf16", "BF16"), "fp16": ("f16", "FP16"), "int8": ("f32", "INT8")}
 # Layers of a compiled model whose precision decides what it costs and delivers.
-_PRODUCTS = {"FullyConnected", "MatMul", "Convolution", "Deconvolution", "GroupConvolution"}
+_MATMULS = {"FullyConnected", "MatMul", "Convolution", "Deconvolution", "GroupConvolution"}
 
 # Entries of a row that share a scale when the left side of an int8 product is quantized on the fly. Rows are quantized
 # each by itself, so no video sees another one. Without this OpenVINO computes in fp32 from the int8 weights.
@@ -106,14 +106,14 @@ class OpenVinoBackend:
         except RuntimeError as error:
             raise EngineError(f"{path}: OpenVINO can't compile it: {error}") from error
 
-        products = _product_precisions(compiled)
-        _check_delivered(precision, compiled.get_property("INFERENCE_PRECISION_HINT").to_string(), products)
+        matmuls = _matmul_precisions(compiled)
+        _check_delivered(precision, compiled.get_property("INFERENCE_PRECISION_HINT").to_string(), matmuls)
         facts = {
             "library": "openvino",
             "version": str(core.get_versions("CPU")["CPU"].build_number).split("-")[0],
             "device": core.get_property("CPU", "FULL_DEVICE_NAME"),
             "threads": compiled.get_property("INFERENCE_NUM_THREADS"),
-            "product_precisions": products,
+            "matmul_precisions": matmuls,
         }
         request = compiled.create_infer_request()
         return cls(request, spec, precision=precision, compiled_for=compiled_for, max_batch=max_batch, facts=facts)
@@ -191,17 +191,15 @@ def _core(make: Callable[[], Any]) -> Any:
     return make()
 
 
-def _check_delivered(precision: str, hint: str, products: dict[str, int]) -> None:
+def _check_delivered(precision: str, hint: str, matmuls: dict[str, int]) -> None:
     """Raises BackendUnavailable unless the compiled model really computes in `precision`."""
     arithmetic = PRECISIONS[precision][0]
     if hint != arithmetic:
         raise BackendUnavailable(f"openvino: asked for {precision}, OpenVINO delivers {hint} on this processor")
-    if precision in _EVIDENCE and not _EVIDENCE[precision] & products.keys():
-        raise BackendUnavailable(
-            f"openvino: asked for {precision}, but no product of this graph runs in it: {products}"
-        )
-    if precision == "fp32" and products.keys() - {"f32"}:
-        raise BackendUnavailable(f"openvino: asked for fp32, but this graph is typed in another precision: {products}")
+    if precision in _EVIDENCE and not _EVIDENCE[precision] & matmuls.keys():
+        raise BackendUnavailable(f"openvino: asked for {precision}, but no product of this graph runs in it: {matmuls}")
+    if precision == "fp32" and matmuls.keys() - {"f32"}:
+        raise BackendUnavailable(f"openvino: asked for fp32, but this graph is typed in another precision: {matmuls}")
 
 
 def _dimensions(ports: Any) -> dict[str, list[Any]]:
@@ -210,11 +208,11 @@ def _dimensions(ports: Any) -> dict[str, list[Any]]:
     }
 
 
-def _product_precisions(compiled: Any) -> dict[str, int]:
-    """How many matrix products and convolutions of the compiled model run in which precision."""
+def _matmul_precisions(compiled: Any) -> dict[str, int]:
+    """How many matrix matmuls and convolutions of the compiled model run in which precision."""
     counted: Counter[str] = Counter()
     for node in compiled.get_runtime_model().get_ops():
         facts = node.get_rt_info()
-        if "layerType" in facts and facts["layerType"].astype(str) in _PRODUCTS:
+        if "layerType" in facts and facts["layerType"].astype(str) in _MATMULS:
             counted[facts["runtimePrecision"].astype(str)] += 1
     return dict(sorted(counted.items()))

@@ -1,7 +1,7 @@
 """Compiled boundary voting of `runtime.suppression`. Imported when class-agnostic suppression first votes.
 
 A vote is a weighted mean, so its float32 result depends on the order of the additions. The order here is that of the
-released program's tensor library (its row sum and its matrix product), so that results agree to the last bit.
+released program's tensor library (its row sum and its matmul), so that results agree to the last bit.
 
 Shapes:  N candidates   K segments kept
 """
@@ -15,7 +15,7 @@ import numpy as np
 from runtime.kernels.compile import compiled
 
 BLOCK = 384
-"""Terms the matrix product adds up before it starts a new partial sum; up to twice as many are halved."""
+"""Terms the matmul adds up before it starts a new partial sum; up to twice as many are halved."""
 
 
 @compiled("float32(float32[::1])")

@@ -1,8 +1,9 @@
-"""Speed of every proven way to run a bundle on this machine, each with its accuracy beside it.
+"""Speed of every verified way to run a bundle on this machine, each with its accuracy beside it.
 
 Engine only (packed inputs -> logits and offsets) and end to end (host features -> events) are measured separately, for
 several batch sizes, by the rules of `timing`; all candidates run interleaved in the same rounds. Throughput is counted
-on `Localizer.stream`. Cold start and memory come from fresh processes (`cold_start`). A candidate that did not pass the parity gate is listed without any speed.
+on `Localizer.stream`. Cold start and memory come from fresh processes (`cold_start`). An engine that did not pass the
+parity check is listed without any speed.
 
 Shapes:  B batch   T steps   Cv, Ca visual / audio feature width
 """
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.backends.base import Backend, Bool, Float32
-from runtime.bundle import Bundle, Rung
+from runtime.bundle import Bundle, Engine
 from runtime.errors import CCNetError
 from runtime.features import VideoFeatures, pack
 from runtime.machine import machine_facts
@@ -35,24 +36,24 @@ if TYPE_CHECKING:
     from runtime.pipeline import Localized
 
 SCHEMA = 1
-PROVEN = ("passed", "reference")
-"""Gate verdicts whose speed may be shown; `reference` is the model that the others are compared with."""
+VERIFIED = ("verified", "reference")
+"""Parity check verdicts whose speed may be shown; `reference` is the model that the others are compared with."""
 _COLD_STARTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to run the network. It is measured only if its accuracy is proven."""
+    """One way to run the network. It is measured only if its accuracy is verified."""
 
     name: str
     open: Callable[[], Backend]
     length: int
     """T of this candidate; only candidates of one length are measured against each other."""
-    gate: str
-    """`passed`, `not-run`, `failed`, or `reference`; `to-prove` when `prove` says it."""
+    status: str
+    """`passed`, `not-run`, `failed`, or `reference`; `to-verify` when `verify` says it."""
     accuracy: dict[str, Any] = field(default_factory=dict)
-    prove: Callable[[Backend], tuple[str, dict[str, Any]]] | None = None
-    """Runs the gate on the opened backend and returns its verdict and accuracy; for what no bundle vouches for."""
+    verify: Callable[[Backend], tuple[str, dict[str, Any]]] | None = None
+    """Checks the opened backend and returns its status and accuracy; for what no bundle vouches for."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each file that it runs."""
     weight_bytes: int | None = None
@@ -75,31 +76,31 @@ class Plan:
         return replace(self.rules, calls=calls, warmup_calls=max(1, math.ceil(self.rules.warmup_calls / batch)))
 
 
-def rung_candidates(bundle: Bundle, backends: Sequence[str] = ()) -> list[Candidate]:
-    """One candidate for each rung of the manifest, the rejected ones too, or for those of the named backends."""
-    rungs = bundle.manifest.rungs + bundle.manifest.rejected
-    return [_rung_candidate(bundle, rung) for rung in rungs if not backends or rung.backend in backends]
+def engine_candidates(bundle: Bundle, backends: Sequence[str] = ()) -> list[Candidate]:
+    """One candidate for each engine of the manifest, the rejected ones too, or for those of the named backends."""
+    engines = bundle.manifest.engines + bundle.manifest.rejected
+    return [_engine_candidate(bundle, engine) for engine in engines if not backends or engine.backend in backends]
 
 
-def _rung_candidate(bundle: Bundle, rung: Rung) -> Candidate:
-    artifact = bundle.artifact(rung.artifact)
-    records = {record.name: record for record in bundle.manifest.files if record.name in artifact.files}
+def _engine_candidate(bundle: Bundle, engine: Engine) -> Candidate:
+    model_file = bundle.model_file(engine.model_file)
+    records = {record.name: record for record in bundle.manifest.files if record.name in model_file.files}
 
     def open_it() -> Backend:
         from runtime.backends import open_backend
 
-        return open_backend(bundle, rung.backend, precision=rung.precision, length=artifact.length)
+        return open_backend(bundle, engine.backend, precision=engine.precision, length=model_file.length)
 
-    arguments = [str(bundle.folder), "--backend", rung.backend, "--precision", rung.precision]
+    arguments = [str(bundle.folder), "--backend", engine.backend, "--precision", engine.precision]
     return Candidate(
-        name=rung.name,
+        name=engine.name,
         open=open_it,
-        length=artifact.length,
-        gate=rung.gate,
-        accuracy=rung.accuracy,
+        length=model_file.length,
+        status=engine.status,
+        accuracy=engine.accuracy,
         files={name: record.sha256 for name, record in records.items()},
         weight_bytes=sum(record.size for record in records.values()),
-        cold_start=(*arguments, "--length", str(artifact.length)),
+        cold_start=(*arguments, "--length", str(model_file.length)),
     )
 
 
@@ -113,7 +114,7 @@ def bench(
     """Measure all candidates and return the report, as JSON.
 
     Candidates of one length are open at the same time, so memory must hold them all. One that can't be opened here is
-    listed with the reason. Ratios are those of a candidate's engine to the first proven candidate of its length.
+    listed with the reason. Ratios are those of a candidate's engine to the first verified candidate of its length.
     """
     plan = plan or Plan()
     report: dict[str, Any] = {
@@ -127,7 +128,7 @@ def bench(
     }
     cold, unable = {}, {}
     for candidate in candidates:
-        if candidate.gate in PROVEN and candidate.cold_start is not None:
+        if candidate.status in VERIFIED and candidate.cold_start is not None:
             progress(f"cold start of {candidate.name}")
             try:
                 cold[candidate.name] = measure_cold_start(candidate.cold_start, repeats=plan.cold_starts)
@@ -155,21 +156,21 @@ def bench(
 def _open(
     candidate: Candidate, entry: dict[str, Any], stack: contextlib.ExitStack, progress: Callable[[str], None]
 ) -> Backend | None:
-    """The backend, if it can be opened and is proven; else None, and `entry["not_measured"]` says why."""
-    if candidate.gate in PROVEN or candidate.prove is not None:
+    """The backend, if it can be opened and is verified; else None, and `entry["not_measured"]` says why."""
+    if candidate.status in VERIFIED or candidate.verify is not None:
         progress(f"loading {candidate.name}")
         try:
             backend = stack.enter_context(candidate.open())
             entry["engine"] = backend.describe()
-            if candidate.prove is not None:
+            if candidate.verify is not None:
                 progress(f"comparing {candidate.name}")
-                entry["gate"], entry["accuracy"] = candidate.prove(backend)
+                entry["status"], entry["accuracy"] = candidate.verify(backend)
         except CCNetError as error:
             entry["not_measured"] = str(error)
             return None
-        if entry["gate"] in PROVEN:
+        if entry["status"] in VERIFIED:
             return backend
-    entry["not_measured"] = f"parity gate: {entry['gate']}; no speed without proof of accuracy"
+    entry["not_measured"] = f"parity check: {entry['status']}; no speed without proof of accuracy"
     return None
 
 
@@ -177,7 +178,7 @@ def _entry(candidate: Candidate, cold: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "name": candidate.name,
         "length": candidate.length,
-        "gate": candidate.gate,
+        "status": candidate.status,
         "accuracy": candidate.accuracy,
         "files": candidate.files,
         "weight_bytes": candidate.weight_bytes,

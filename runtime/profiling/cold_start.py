@@ -1,7 +1,7 @@
 """From nothing to the first events: import, load and first result of a bundle, and the memory that takes.
 
-Run as `python -m runtime.profiling.cold_start BUNDLE --backend B [--precision P] [--length T]` in a fresh process; prints
-one JSON object with seconds and bytes. The first events are those of one video of full length.
+Run as `python -m runtime.profiling.cold_start BUNDLE --backend B [--precision P]` in a fresh process; prints one JSON
+object with seconds and bytes. The first events are those of one video of full length.
 """
 
 from __future__ import annotations

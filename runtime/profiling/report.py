@@ -45,7 +45,7 @@ def _accuracy(candidates: Sequence[Mapping[str, Any]]) -> str:
         facts = ", ".join(
             f"{k} {_value(v)}" for k, v in candidate["accuracy"].items() if not isinstance(v, dict | list)
         )
-        line = f"{candidate['name']} (T = {candidate['length']}): gate {candidate['gate']}"
+        line = f"{candidate['name']} (T = {candidate['length']}): parity check {candidate['status']}"
         lines.append(line + (f"; {facts}" if facts else ""))
         if candidate["not_measured"]:
             lines.append(f"    not measured: {candidate['not_measured']}")

@@ -20,7 +20,7 @@ from runtime.backends.checks import check_graph, check_inputs
 from runtime.backends.tensorrt import cuda
 from runtime.backends.tensorrt.context import Lane
 from runtime.backends.tensorrt.engine import LoadedEngine, check_engine
-from runtime.bundle import Artifact
+from runtime.bundle import ModelFile
 from runtime.errors import BundleError, EngineError
 from runtime.spec import AUDIO, LOGITS, MASK, OFFSETS, VISUAL, ModelSpec
 
@@ -41,14 +41,14 @@ class Ticket:
 class TensorRTBackend:
     """A TensorRT engine. One thread at a time; `fork` gives each further thread a backend on the same engine."""
 
-    def __init__(self, engine: LoadedEngine, artifact: Artifact, spec: ModelSpec, *, cuda_graph: bool) -> None:
+    def __init__(self, engine: LoadedEngine, model_file: ModelFile, spec: ModelSpec, *, cuda_graph: bool) -> None:
         """Use `open`. Takes over one use of `engine`."""
-        self.name: str = artifact.flavour
-        self.precision = artifact.precision
+        self.name: str = model_file.format
+        self.precision = model_file.precision
         self.spec = spec
-        self.max_batch = artifact.max_batch
-        self._min_batch = artifact.profile[0] if artifact.profile else 1
-        self._artifact = artifact
+        self.max_batch = model_file.max_batch
+        self._min_batch = model_file.profile[0] if model_file.profile else 1
+        self._model_file = model_file
         self._engine = engine
         self._cuda_graph = cuda_graph
         self._lanes: list[Lane] = []
@@ -60,7 +60,7 @@ class TensorRTBackend:
     def open(
         cls,
         path: str | Path,
-        artifact: Artifact,
+        model_file: ModelFile,
         spec: ModelSpec,
         *,
         device: int = 0,
@@ -69,22 +69,22 @@ class TensorRTBackend:
     ) -> TensorRTBackend:
         """Load an engine and run it once, so that the first request is as quick as the others.
 
-        `artifact`: the engine's entry in the manifest; it is compared with this machine before the file is read.
+        `model_file`: the engine's entry in the manifest; it is compared with this machine before the file is read.
         `spec`: shapes of this engine. `cuda_graph`: record each batch size and replay it. `cache_folder`: where RTX
         keeps compiled kernels; None puts them in a folder beside the bundle.
 
-        Raises what `check_engine` raises; BundleError for a file that is missing, cut short, of the other flavour, or
+        Raises what `check_engine` raises; BundleError for a file that is missing, cut short, of the other format, or
         whose tensors are not those of `spec`; EngineError when the library can't load or run it.
         """
         path = Path(path)
         folder = Path(cache_folder) if cache_folder else path.parent.with_name(path.parent.name + ".cache")
-        engine = LoadedEngine(path, artifact, device, folder)
-        backend = cls(engine, artifact, spec, cuda_graph=cuda_graph)
+        engine = LoadedEngine(path, model_file, device, folder)
+        backend = cls(engine, model_file, spec, cuda_graph=cuda_graph)
         try:
             fixed = check_graph(_shapes(engine.inputs), _shapes(engine.outputs), spec, str(path))
             if fixed not in (None, backend.max_batch):
                 raise BundleError(f"{path}: its batch is fixed at {fixed}, the manifest says {backend.max_batch}")
-            backend._warm_up(artifact.profile[1] if artifact.profile else 1)
+            backend._warm_up(model_file.profile[1] if model_file.profile else 1)
         except BaseException:
             backend.close()
             raise
@@ -94,7 +94,7 @@ class TensorRTBackend:
         """A backend for another thread: its own stream, buffers and contexts on the same loaded engine."""
         if self._closed:
             raise EngineError(f"{self.name}: the backend is closed")
-        return TensorRTBackend(self._engine.retain(), self._artifact, self.spec, cuda_graph=self._cuda_graph)
+        return TensorRTBackend(self._engine.retain(), self._model_file, self.spec, cuda_graph=self._cuda_graph)
 
     def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
         """See `Backend.infer`."""
@@ -155,7 +155,7 @@ class TensorRTBackend:
 
     def describe(self) -> dict[str, Any]:
         """See `Backend.describe`."""
-        engine, artifact = self._engine, self._artifact
+        engine, model_file = self._engine, self._model_file
         return {
             "backend": self.name,
             "precision": self.precision,
@@ -166,7 +166,7 @@ class TensorRTBackend:
             "device": engine.device.name,
             "compute_capability": engine.device.compute_capability,
             "driver_cuda": engine.device.driver,
-            "profile": artifact.profile,
+            "profile": model_file.profile,
             "scratch_bytes": engine.scratch_bytes,
             "cuda_graphs": {batch: state for lane in self._lanes for batch, state in lane.graphs.items()},
         }

@@ -16,39 +16,39 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.backends.tensorrt import cuda
-from runtime.backends.tensorrt.library import TensorRTFlavour, library_logger, load_library, numpy_type
-from runtime.bundle import Artifact
+from runtime.backends.tensorrt.library import TensorRTFormat, library_logger, load_library, numpy_type
+from runtime.bundle import ModelFile
 from runtime.errors import BundleError, EngineError, EngineMismatch
 from runtime.files import atomic_file
 
 RTX_MAGIC = b"vtrt"
 
 
-def check_engine(artifact: Artifact, device: int = 0) -> cuda.Device:
+def check_engine(model_file: ModelFile, device: int = 0) -> cuda.Device:
     """Compare an engine's manifest entry with this machine, before the library sees a byte of the engine.
 
-    Raises BundleError for an artifact that is no engine; BackendUnavailable when the library, the driver or a GPU is
+    Raises BundleError for a model file that is no engine; BackendUnavailable when the library, the driver or a GPU is
     missing; EngineMismatch, saying what to do, when the library's version or the GPU is another one.
     """
-    if artifact.flavour == "onnx":
-        raise BundleError(f"artifact '{artifact.name}' is an ONNX graph, no TensorRT engine")
-    trt = load_library(artifact.flavour)
-    built = (artifact.library_version or "unknown", str(trt.__version__))
-    if not _version_fits(artifact, *built):
+    if model_file.format == "onnx":
+        raise BundleError(f"model file '{model_file.name}' is an ONNX graph, no TensorRT engine")
+    trt = load_library(model_file.format)
+    built = (model_file.library_version or "unknown", str(trt.__version__))
+    if not _version_fits(model_file, *built):
         package = str(trt.__name__).replace("_", "-")
         raise EngineMismatch(
-            f"engine '{artifact.name}' was built with {trt.__name__} {built[0]}, here is {built[1]}: "
-            f"{_way_out(artifact)}, or pip install '{package}=={built[0]}'"
+            f"engine '{model_file.name}' was built with {trt.__name__} {built[0]}, here is {built[1]}: "
+            f"{_way_out(model_file)}, or pip install '{package}=={built[0]}'"
         )
     found = cuda.probe(device)
-    wanted = f"built for {_target(artifact)}, here is {found.name} (compute capability {found.compute_capability})"
-    if not _gpu_fits(artifact, found):
-        raise EngineMismatch(f"engine '{artifact.name}' was {wanted}: {_way_out(artifact)}")
+    wanted = f"built for {_target(model_file)}, here is {found.name} (compute capability {found.compute_capability})"
+    if not _gpu_fits(model_file, found):
+        raise EngineMismatch(f"engine '{model_file.name}' was {wanted}: {_way_out(model_file)}")
     return found
 
 
-def _version_fits(artifact: Artifact, built: str, here: str) -> bool:
-    if artifact.flavour == "tensorrt" and artifact.build.get("version_compatible"):
+def _version_fits(model_file: ModelFile, built: str, here: str) -> bool:
+    if model_file.format == "tensorrt" and model_file.build.get("version_compatible"):
         # same major version or the next one, never an older release than the builder's
         old, new = (tuple(int(p) for p in v.split(".") if p.isdigit()) for v in (built, here))
         allowed = {8: (8, 10), 10: (10, 11)}.get(old[0], (old[0],)) if old else ()
@@ -56,42 +56,42 @@ def _version_fits(artifact: Artifact, built: str, here: str) -> bool:
     return built == here
 
 
-def _gpu_fits(artifact: Artifact, found: cuda.Device) -> bool:
-    if artifact.flavour == "tensorrt-rtx":
+def _gpu_fits(model_file: ModelFile, found: cuda.Device) -> bool:
+    if model_file.format == "tensorrt-rtx":
         # an empty list is a portable engine: the library itself knows whether it runs here
-        return not artifact.compute_capabilities or found.compute_capability in artifact.compute_capabilities
-    if artifact.build.get("hardware_compatible"):
+        return not model_file.compute_capabilities or found.compute_capability in model_file.compute_capabilities
+    if model_file.build.get("hardware_compatible"):
         return int(found.compute_capability.split(".")[0]) >= 8
-    same_capability = found.compute_capability in artifact.compute_capabilities
-    return same_capability and artifact.gpu_name in (None, found.name)
+    same_capability = found.compute_capability in model_file.compute_capabilities
+    return same_capability and model_file.gpu_name in (None, found.name)
 
 
-def _target(artifact: Artifact) -> str:
-    capabilities = "compute capability " + ", ".join(artifact.compute_capabilities or ("unknown",))
-    if artifact.build.get("hardware_compatible"):
+def _target(model_file: ModelFile) -> str:
+    capabilities = "compute capability " + ", ".join(model_file.compute_capabilities or ("unknown",))
+    if model_file.build.get("hardware_compatible"):
         return "Ampere or newer GPUs"
-    return f"{artifact.gpu_name} ({capabilities})" if artifact.gpu_name else capabilities
+    return f"{model_file.gpu_name} ({capabilities})" if model_file.gpu_name else capabilities
 
 
-def _way_out(artifact: Artifact) -> str:
+def _way_out(model_file: ModelFile) -> str:
     return (
-        f"build it here ('ccnet export CHECKPOINT --out BUNDLE --format {artifact.flavour} --precision "
-        f"{artifact.precision}') or run the ONNX graph instead (on_mismatch='onnx')"
+        f"build it here ('ccnet export CHECKPOINT --out BUNDLE --format {model_file.format} --precision "
+        f"{model_file.precision}') or run the ONNX graph instead (on_mismatch='onnx')"
     )
 
 
-def check_file(path: Path, artifact: Artifact) -> None:
-    """Raises BundleError for an engine file that is missing, cut short, or of the other flavour."""
+def check_file(path: Path, model_file: ModelFile) -> None:
+    """Raises BundleError for an engine file that is missing, cut short, or of the other format."""
     if not path.is_file():
         raise BundleError(f"{path}: missing; copy the bundle again")
-    size, expected = path.stat().st_size, artifact.build.get("engine_bytes")
+    size, expected = path.stat().st_size, model_file.build.get("engine_bytes")
     if size == 0 or (expected is not None and size != expected):
         raise BundleError(f"{path}: {size} bytes, the engine had {expected} when it was built; copy the bundle again")
     with path.open("rb") as stream:
         start = stream.read(len(RTX_MAGIC))
-    if (start == RTX_MAGIC) != (artifact.flavour == "tensorrt-rtx"):
+    if (start == RTX_MAGIC) != (model_file.format == "tensorrt-rtx"):
         kind = "a TensorRT-RTX engine" if start == RTX_MAGIC else f"no TensorRT-RTX engine (it starts with {start!r})"
-        raise BundleError(f"{path}: is {kind}, the manifest says {artifact.flavour}; export the bundle again")
+        raise BundleError(f"{path}: is {kind}, the manifest says {model_file.format}; export the bundle again")
 
 
 class LoadedEngine:
@@ -100,46 +100,46 @@ class LoadedEngine:
     Contexts are made one at a time here; each is then used by one thread only.
     """
 
-    def __init__(self, path: Path, artifact: Artifact, device: int, cache_folder: Path | None) -> None:
-        check_file(path, artifact)
-        self.device = check_engine(artifact, device)
-        self.flavour: TensorRTFlavour = "tensorrt-rtx" if artifact.flavour == "tensorrt-rtx" else "tensorrt"
-        self.trt = load_library(self.flavour)
+    def __init__(self, path: Path, model_file: ModelFile, device: int, cache_folder: Path | None) -> None:
+        check_file(path, model_file)
+        self.device = check_engine(model_file, device)
+        self.format: TensorRTFormat = "tensorrt-rtx" if model_file.format == "tensorrt-rtx" else "tensorrt"
+        self.trt = load_library(self.format)
         self.path = path
         cuda.call("cudaSetDevice", device)
         logger, self.log = library_logger(self.trt)
         self._lock = threading.Lock()
         self._users = 1
         self._runtime: Any = self.trt.Runtime(logger)
-        if artifact.build.get("version_compatible"):
+        if model_file.build.get("version_compatible"):
             # such an engine carries library code; its hash is in the manifest, and only our own builds are loaded
             self._runtime.engine_host_code_allowed = True
-        self._engine: Any = self._deserialize(artifact)
+        self._engine: Any = self._deserialize(model_file)
         self.inputs, self.outputs = self._bindings()
         self.scratch_bytes = int(
             self._engine.device_memory_size_v2
             if hasattr(self._engine, "device_memory_size_v2")
             else self._engine.device_memory_size
         )
-        self._cache = _RuntimeCache(self, artifact, cache_folder) if self.flavour == "tensorrt-rtx" else None
+        self._cache = _RuntimeCache(self, model_file, cache_folder) if self.format == "tensorrt-rtx" else None
 
-    def _deserialize(self, artifact: Artifact) -> Any:
+    def _deserialize(self, model_file: ModelFile) -> Any:
         with (
             self.path.open("rb") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content,
             self.log.collect() as messages,
         ):
-            if self.flavour == "tensorrt-rtx":
+            if self.format == "tensorrt-rtx":
                 validity, diagnostics = self._runtime.get_engine_validity(content[: self._runtime.engine_header_size])
                 if validity == self.trt.EngineValidity.INVALID and self._foreign(diagnostics):
                     raise EngineMismatch(
                         f"{self.path}: TensorRT-RTX {self.trt.__version__} can't run this engine on {self.device.name} "
-                        f"(compute capability {self.device.compute_capability}): {_way_out(artifact)}"
+                        f"(compute capability {self.device.compute_capability}): {_way_out(model_file)}"
                     )
             engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise EngineError(f"{self.path}: the library can't load this engine:\n{messages.errors()}\n"
-                              f"The file is damaged or of another release or GPU: {_way_out(artifact)}")  # fmt: skip
+                              f"The file is damaged or of another release or GPU: {_way_out(model_file)}")  # fmt: skip
         return engine
 
     def _foreign(self, diagnostics: Any) -> bool:
@@ -223,9 +223,9 @@ class _RuntimeCache:
     A hint, never needed: a file that can't be read or written costs time and nothing else.
     """
 
-    def __init__(self, engine: LoadedEngine, artifact: Artifact, folder: Path | None) -> None:
+    def __init__(self, engine: LoadedEngine, model_file: ModelFile, folder: Path | None) -> None:
         self._folder = folder
-        identity = (artifact.onnx_sha256 or "")[:16], engine.device.name, str(engine.trt.__version__)
+        identity = (model_file.onnx_sha256 or "")[:16], engine.device.name, str(engine.trt.__version__)
         name = "-".join((engine.path.stem, *identity)).replace(" ", "_").replace("/", "_")
         self._path = folder / f"{name}.cache" if folder else None
         self._loaded: bytes = b""

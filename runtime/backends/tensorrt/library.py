@@ -1,4 +1,4 @@
-"""The TensorRT library behind both flavours: import, its one logger per process, and its data types.
+"""The TensorRT library behind both formats: import, its one logger per process, and its data types.
 
 `tensorrt` is full TensorRT (8.6, 10, 11), `tensorrt-rtx` is TensorRT for RTX. The two are separate libraries with
 almost the same Python API, so everything above this file takes the module as a value, `trt`.
@@ -18,7 +18,7 @@ import numpy as np
 
 from runtime.errors import BackendUnavailable, EngineError, MissingDependency
 
-TensorRTFlavour = Literal["tensorrt", "tensorrt-rtx"]
+TensorRTFormat = Literal["tensorrt", "tensorrt-rtx"]
 
 _MODULES = {"tensorrt": ("tensorrt", "gpu"), "tensorrt-rtx": ("tensorrt_rtx", "rtx")}
 _NUMPY_TYPES = {
@@ -36,21 +36,21 @@ _loggers: dict[Any, tuple[Any, LibraryLog]] = {}
 _loggers_lock = threading.Lock()
 
 
-def load_library(flavour: TensorRTFlavour) -> Any:
+def load_library(format: TensorRTFormat) -> Any:
     """Import `tensorrt` or `tensorrt_rtx`.
 
     Raises MissingDependency when the package is not installed, BackendUnavailable when it is there but its shared
     libraries do not load, which is the usual state of a half-finished installation.
     """
-    if flavour not in get_args(TensorRTFlavour):
-        raise BackendUnavailable(f"no TensorRT flavour {flavour!r}; expected one of {', '.join(_MODULES)}")
-    module, extra = _MODULES[flavour]
+    if format not in get_args(TensorRTFormat):
+        raise BackendUnavailable(f"no TensorRT format {format!r}; expected one of {', '.join(_MODULES)}")
+    module, extra = _MODULES[format]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != module:
             raise BackendUnavailable(f"{module} is installed but incomplete: {error}") from error
-        raise MissingDependency(module.replace("_", "-"), extra, f"The {flavour} engine") from error
+        raise MissingDependency(module.replace("_", "-"), extra, f"The {format} engine") from error
     except (ImportError, OSError, RuntimeError) as error:
         raise BackendUnavailable(
             f"{module} is installed but does not load: {error}. The CUDA libraries that it names must be on the "
