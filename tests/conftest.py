@@ -5,16 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-SHARED = Path(__file__).resolve().parents[1].parent / "shared"
-
-
-def shared_path(relative: str) -> Path:
-    """A reference file beside the checkout; skips the test, saying why, where it is absent."""
-    path = SHARED / relative
-    if not path.exists():
-        pytest.skip(f"reference data not available: {relative}")
-    return path
+from builders import SHARED, shared_path
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,14 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from runtime.bundle import ModelFile
+from runtime.spec import ModelSpec
 
 Operation = Callable[[], None]
 
@@ -371,3 +375,21 @@ def install(monkeypatch: pytest.MonkeyPatch, sim: Simulation) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", bindings.runtime)
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_module(sim))
     monkeypatch.setattr(cuda, "bindings", lambda: bindings.runtime)
+
+
+ENGINE_SPEC = ModelSpec(length=16, levels=3, visual_dim=6, audio_dim=4, labels=("a", "b", "c"))
+ENGINE_FILE = ModelFile(
+    name="tensorrt-fp16", format="tensorrt", files=("e.engine",), precision="fp16", length=16, max_batch=4,
+    library="tensorrt", library_version="10.9.0", gpu_name="Simulated GPU", compute_capabilities=("9.0",),
+    profile=(1, 2, 4), onnx_sha256="0" * 64,
+)  # fmt: skip
+"""Of an engine that `write_engine` writes."""
+
+
+def write_engine(path: Path, spec: ModelSpec = ENGINE_SPEC, magic: bytes = b"ftrt") -> Path:
+    types = {"visual": "FLOAT", "audio": "FLOAT", "mask": "BOOL"}
+    inputs = {n: ([-1, *s[1:]], types[n]) for n, s in spec.input_shapes(1).items()}
+    outputs = {n: ([-1, *s[1:]], "FLOAT") for n, s in spec.output_shapes(1).items()}
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(plan_bytes(inputs, outputs, magic))
+    return path

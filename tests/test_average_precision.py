@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import shared_path
+from builders import shared_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import SPEC, engine, make_bundle, onnx_model_file
+from builders import SPEC, engine, make_bundle, onnx_model_file
 
 from runtime.backends import open_backend
 from runtime.bundle import MANIFEST, Bundle, read_bundle

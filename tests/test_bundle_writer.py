@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import SPEC, engine, onnx_model_file, write_onnx
+from builders import SPEC, engine, fill_draft, onnx_model_file, tensorrt_model_file
 
 from export.bundle_writer import Draft, changed_bundle, new_bundle
 from runtime.bundle import PARITY, Bundle, ModelFile, read_bundle
@@ -26,25 +26,18 @@ FACTS: dict[str, Any] = {
     "checkpoint_sha256": "ab" * 32,
     "versions": {"ccnet": "0"},
 }
-REPORT = {"passed": True, "checks": []}
-
-
-def fill(draft: Draft) -> None:
-    write_onnx(draft.folder / "model-t32.onnx")
-    draft.add_model_file(onnx_model_file())
-    draft.set_engine(engine("onnxruntime"), REPORT)
 
 
 def make(path: Path) -> Bundle:
     with new_bundle(path, **FACTS) as draft:
-        fill(draft)
+        fill_draft(draft)
     return read_bundle(path)
 
 
 def fail_in(context: AbstractContextManager[Draft]) -> None:
     """A parity check that fails when everything has been written."""
     with context as draft:
-        fill(draft)
+        fill_draft(draft)
         draft.bundle()
         raise RuntimeError("status")
 
@@ -52,23 +45,11 @@ def fail_in(context: AbstractContextManager[Draft]) -> None:
 def fill_until(context: AbstractContextManager[Draft], last: ModelFile | Callable[[], None]) -> None:
     """Fill the draft, then add one more model file, or let something happen."""
     with context as draft:
-        fill(draft)
+        fill_draft(draft)
         if isinstance(last, ModelFile):
             draft.add_model_file(last)
         else:
             last()
-
-
-def engine_file(name: str = "tensorrt-fp16") -> ModelFile:
-    return ModelFile(
-        name=name,
-        format="tensorrt",
-        files=(f"{name}.engine",),
-        precision="fp16",
-        length=32,
-        max_batch=4,
-        profile=(1, 1, 4),
-    )
 
 
 def test_a_new_bundle_is_what_the_runtime_reads(tmp_path: Path) -> None:
@@ -117,11 +98,12 @@ def test_a_kill_leaves_the_old_bundle(tmp_path: Path) -> None:
     code = f"""
 import sys, time
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
-from test_bundle_writer import changed_bundle, engine, fill
+from builders import fill_draft, tensorrt_model_file
+from export.bundle_writer import changed_bundle
 with changed_bundle({str(path)!r}) as draft:
-    fill(draft)
+    fill_draft(draft)
     (draft.folder / "tensorrt-fp16.engine").write_bytes(b"half an engine")
-    draft.add_model_file(engine_file())
+    draft.add_model_file(tensorrt_model_file())
     draft.bundle()
     print("ready", flush=True)
     time.sleep(60)
@@ -142,13 +124,13 @@ def test_an_engine_is_added_and_the_rest_stays(tmp_path: Path) -> None:
     graph = (path / "model-t32.onnx").stat().st_ino
     with changed_bundle(path) as draft:
         (draft.folder / "tensorrt-fp16.engine").write_bytes(b"an engine")
-        draft.add_model_file(engine_file())
+        draft.add_model_file(tensorrt_model_file())
         draft.set_engine(engine("tensorrt", "fp16", model_file="tensorrt-fp16", status="unverified"))
         assert [a.name for a in read_bundle(path).manifest.model_files] == ["onnx-fp32-t32"]
     bundle = read_bundle(path)
     bundle.verify()
     assert [a.name for a in bundle.manifest.model_files] == ["onnx-fp32-t32", "tensorrt-fp16"]
-    assert [r.status for r in bundle.manifest.engines] == ["passed", "unverified"]
+    assert [r.status for r in bundle.manifest.engines] == ["verified", "unverified"]
     assert bundle.manifest.created == old.manifest.created
     assert (path / "model-t32.onnx").stat().st_ino == graph  # linked, not copied
     assert (path / "notes.txt").read_text() == "mine"
@@ -161,7 +143,7 @@ def test_replacing_an_model_file_leaves_no_record_of_the_old_file(tmp_path: Path
         with changed_bundle(path) as draft:
             (draft.folder / "tensorrt-fp16.engine").unlink(missing_ok=True)
             (draft.folder / "tensorrt-fp16.engine").write_bytes(content)
-            draft.add_model_file(engine_file())
+            draft.add_model_file(tensorrt_model_file())
     bundle = read_bundle(path)
     bundle.verify()
     assert [r.size for r in bundle.manifest.files if r.name.endswith(".engine")] == [14]
@@ -177,14 +159,14 @@ def test_a_engine_that_fails_is_rejected_and_can_recover(tmp_path: Path) -> None
     assert bundle.manifest.engines == ()
     assert [r.status for r in bundle.manifest.rejected] == ["failed"]
     with changed_bundle(path) as draft:
-        draft.set_engine(engine("onnxruntime"), REPORT)
+        draft.set_engine(engine("onnxruntime"), {"passed": True, "checks": []})
     bundle = read_bundle(path)
     assert (len(bundle.manifest.engines), bundle.manifest.rejected) == (1, ())
 
 
 def test_the_fastest_measured_engine_comes_first(tmp_path: Path) -> None:
     with new_bundle(tmp_path / "bundle", **FACTS) as draft:
-        fill(draft)
+        fill_draft(draft)
         draft.set_engine(engine("openvino", speed={"ms_per_video": 2.0, "machine": "x"}))
         draft.set_engine(engine("openvino", "bf16", speed={"ms_per_video": 1.0, "machine": "x"}))
     names = [r.name for r in read_bundle(tmp_path / "bundle").manifest.engines]
@@ -198,7 +180,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("photos", "file"):
         with pytest.raises(BundleError, match="no bundle"), new_bundle(tmp_path / name, **FACTS) as draft:
-            fill(draft)
+            fill_draft(draft)
         with pytest.raises(BundleError), changed_bundle(tmp_path / name):
             pass
     assert (tmp_path / "photos" / "one.jpg").read_bytes() == b"x"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import SPEC, make_bundle, synthesize, write_features
+from builders import SPEC, features_with, make_bundle, write_features
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -68,7 +68,7 @@ def test_import_runtime_alone_does_not_even_load_numpy(site: Path) -> None:
 
 def test_a_bundle_runs_without_torch(site: Path, tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle")
-    features = synthesize(20, [(3, 8, 1, 3.0)])
+    features = features_with(20, [(3, 8, 1, 3.0)])
     write_features(tmp_path, "v", features)
     code = f"""
 import numpy as np
@@ -88,7 +88,7 @@ result = found.to_json()
 def test_the_commands_of_the_runtime_work_and_the_others_name_their_extra(site: Path, tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle")
     (tmp_path / "features").mkdir()
-    write_features(tmp_path / "features", "v", synthesize(20, [(3, 8, 1, 3.0)]))
+    write_features(tmp_path / "features", "v", features_with(20, [(3, 8, 1, 3.0)]))
     bundle, out = str(tmp_path / "bundle"), str(tmp_path / "events.jsonl")
     code = f"""
 import contextlib, io

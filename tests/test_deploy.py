@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_model import SWITCHES, TINY, inputs, randomized
+from builders import SWITCHES, TINY, random_batch, random_network
 from torch import Tensor
 
 from ccnet.config import Config, ModelConfig
@@ -46,26 +46,26 @@ def largest_difference(
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_equals_the_eager_network(switch: str) -> None:
     config = dataclasses.replace(TINY, **SWITCHES[switch])
-    eager = randomized(config)
+    eager = random_network(config)
     # Measured: 1.3e-6 with values around 1.
-    assert largest_difference(eager, fused_network(eager), inputs(config, LENGTHS)) < 5e-6
+    assert largest_difference(eager, fused_network(eager), random_batch(config, LENGTHS)) < 5e-6
 
 
 @pytest.mark.parametrize("length", [8, 16, 24])
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_a_shorter_network_is_exact_for_every_video_that_fits(switch: str, length: int) -> None:
     config = dataclasses.replace(TINY, **SWITCHES[switch])
-    eager = randomized(config)
+    eager = random_network(config)
     fitting = [i for i, n in enumerate(LENGTHS) if n <= length]
     deployed = fused_network(eager, length=length)
     assert deployed.config.length == length
-    assert largest_difference(eager, deployed, inputs(config, LENGTHS), videos=fitting) < 5e-6
+    assert largest_difference(eager, deployed, random_batch(config, LENGTHS), videos=fitting) < 5e-6
 
 
 def test_the_comparison_would_see_a_missing_halo(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cutting without a point that stands for the rest is wrong by far more than rounding."""
-    eager = randomized(TINY)
-    batch = inputs(TINY, [16])
+    eager = random_network(TINY)
+    batch = random_batch(TINY, [16])
     monkeypatch.setattr(Layout, "cut", property(lambda self: False))
     careless = fused_network(eager, length=16)
     assert largest_difference(eager, careless, batch) > 1e-3
@@ -93,8 +93,8 @@ def test_golden_weights_with_values_of_hundreds(shared: Path) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.2)])
 def test_half_types_stay_near_and_finite(switch: str, dtype: torch.dtype, tolerance: float) -> None:
     config = dataclasses.replace(TINY, **SWITCHES[switch])
-    eager = randomized(config)
-    visual, audio, mask = inputs(config, LENGTHS)
+    eager = random_network(config)
+    visual, audio, mask = random_batch(config, LENGTHS)
     for deployed in (fused_network(eager, dtype=dtype), fused_network(eager, dtype=dtype, length=16)):
         steps = deployed.config.length
         fitting = [i for i, n in enumerate(LENGTHS) if n <= steps]
@@ -106,15 +106,15 @@ def test_half_types_stay_near_and_finite(switch: str, dtype: torch.dtype, tolera
 
 
 def test_no_valid_step_at_all_gives_finite_numbers() -> None:
-    eager = randomized(TINY)
+    eager = random_network(TINY)
     for dtype in (torch.float32, torch.float16):
-        outputs = fused_network(eager, dtype=dtype)(*inputs(TINY, [0, 3]))
+        outputs = fused_network(eager, dtype=dtype)(*random_batch(TINY, [0, 3]))
         assert all(out.isfinite().all() for out in outputs)
 
 
 def test_a_video_gets_the_same_alone_and_in_a_batch() -> None:
-    deployed = fused_network(randomized(TINY))
-    visual, audio, mask = inputs(TINY, [32, 17, 1])
+    deployed = fused_network(random_network(TINY))
+    visual, audio, mask = random_batch(TINY, [32, 17, 1])
     with torch.inference_mode():
         together = deployed(visual, audio, mask)
         for i in range(3):
@@ -155,7 +155,7 @@ def test_exports_to_onnx_within_the_node_budget(tmp_path: Path, opset: int, batc
     onnxruntime = pytest.importorskip("onnxruntime")
     from export.graph.to_onnx import export_onnx
 
-    eager = randomized(SIX_LEVELS)
+    eager = random_network(SIX_LEVELS)
     spec = Config(model=SIX_LEVELS).spec(("a", "b", "c")).with_length(length)
     path = tmp_path / "model.onnx"
     info = export_onnx(fused_network(eager, length=length), spec, path, opset=opset, batch=batch)
@@ -164,7 +164,7 @@ def test_exports_to_onnx_within_the_node_budget(tmp_path: Path, opset: int, batc
     assert "Slice" not in info.operators
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for size in (1, 3) if batch is None else (batch,):
-        visual, audio, mask = inputs(SIX_LEVELS, [20, 32, 1][:size])
+        visual, audio, mask = random_batch(SIX_LEVELS, [20, 32, 1][:size])
         feeds = {"visual": visual.numpy(), "audio": audio.numpy(), "mask": mask.numpy()}
         got = session.run(None, feeds)
         with torch.inference_mode():
@@ -182,4 +182,4 @@ def test_a_small_largest_batch_leaves_the_batch_axis_free(tmp_path: Path, max_ba
     from export.graph.to_onnx import export_onnx
 
     spec = Config(model=SIX_LEVELS).spec(("a", "b", "c"))
-    export_onnx(fused_network(randomized(SIX_LEVELS)), spec, tmp_path / "model.onnx", max_batch=max_batch)
+    export_onnx(fused_network(random_network(SIX_LEVELS)), spec, tmp_path / "model.onnx", max_batch=max_batch)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import engine
+from builders import engine
 
 from runtime.backends import open_backend
 from runtime.bundle import ModelFile

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import LABELS, make_bundle, synthesize, write_features
+from builders import LABELS, features_with, make_bundle, write_features
 
 from ccnet.cli.main import main
 from runtime.annotations import Annotations, VideoAnnotation, read_annotations
@@ -177,7 +177,7 @@ def test_command_on_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for i in range(4):  # one event a video, at grid steps 2 to 8, that is 2.5 to 8.5 s
         event = {"segment": [2.5, 8.5], "label": LABELS[i], "label_id": i}
         database[f"v{i}"] = {"duration": 12.0, "subset": "test", "annotations": [event]}
-        write_features(features, f"v{i}", synthesize(12, [(2, 8, i, 3.0)]))
+        write_features(features, f"v{i}", features_with(12, [(2, 8, i, 3.0)]))
     (tmp_path / "a.json").write_text(json.dumps({"database": database}))
     command = ["evaluate", str(bundle), "--annotations", str(tmp_path / "a.json"), "--features", str(features)]
     assert main([*command, "--json", str(tmp_path / "result.json")]) == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import edit_manifest
+from builders import edit_manifest
 
 import export.bundle
 import export.graph.to_onnx

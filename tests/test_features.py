@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import shared_path
+from builders import shared_path
 
 from runtime.errors import FeatureError
 from runtime.features import VideoFeatures, check_features, find_videos, pack, read_video

@@ -1,10 +1,10 @@
 """On an NVIDIA GPU: engines against their reference, graphs against plain runs, threads, leaks, foreign engines.
 
-The small network of `small_network.py` is built here for every precision that the installed libraries have. The real
+The attention network of `builders.py` is built here for every precision that the installed libraries have. The real
 one comes from outside, made where torch is: CCNET_GPU_BUNDLE names a bundle with ONNX graphs (opset 17 for TensorRT
 8.6), CCNET_GPU_REFERENCE the file that `ccnet reference` recorded for the same checkpoint. Runs on Python 3.10 with
 numpy and TensorRT, without torch; without onnx too, if CCNET_GPU_GRAPHS names a folder that
-`python tests/small_network.py FOLDER` has filled. Skips, saying why, where there is no GPU.
+`python tests/builders.py FOLDER` has filled. Skips, saying why, where there is no GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_network import SPEC, reference, write_onnx
+from builders import ATTENTION_SPEC, attention_outputs, write_attention_onnx
 
 from benchmarks.gpu.stages import build_here, check_engine_file
 from export.tensorrt.build import EngineInfo
@@ -59,7 +59,7 @@ def built(request: pytest.FixtureRequest, format: str, tmp_path_factory: pytest.
     graph = small_graph("fp32" if precision == "tf32" else precision, folder)
     info = build_for_this_gpu(graph, folder / "small.engine", format, precision)
     try:
-        TensorRTBackend.open(info.path, model_file_of(info, SPEC.length), SPEC).close()
+        TensorRTBackend.open(info.path, model_file_of(info, ATTENTION_SPEC.length), ATTENTION_SPEC).close()
     except EngineMismatch as error:  # a portable RTX engine on a GPU that RTX does not know
         pytest.skip(str(error))
     return info
@@ -70,7 +70,7 @@ def small_graph(precision: str, folder: Path) -> Path:
     if prepared := os.environ.get("CCNET_GPU_GRAPHS"):
         return Path(prepared) / f"{precision}.onnx"
     pytest.importorskip("onnx", reason="onnx is not installed, and CCNET_GPU_GRAPHS names no folder with the graphs")
-    return write_onnx(folder / "model.onnx", precision)
+    return write_attention_onnx(folder / "model.onnx", precision)
 
 
 def build_for_this_gpu(graph: Path, out: Path, format: str, precision: str) -> EngineInfo:
@@ -89,32 +89,32 @@ def model_file_of(info: EngineInfo, length: int) -> ModelFile:
 
 @pytest.fixture
 def small(built: EngineInfo) -> Iterator[TensorRTBackend]:
-    with TensorRTBackend.open(built.path, model_file_of(built, SPEC.length), SPEC) as backend:
+    with TensorRTBackend.open(built.path, model_file_of(built, ATTENTION_SPEC.length), ATTENTION_SPEC) as backend:
         yield backend
 
 
 def stress(batch: int, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Inputs of the small network that are hard: lengths from none to all, silence, large and tiny values."""
     draw = np.random.default_rng(seed)
-    shapes = SPEC.input_shapes(batch)
+    shapes = ATTENTION_SPEC.input_shapes(batch)
     visual, audio = (draw.standard_normal(shapes[name], dtype=np.float32) for name in ("visual", "audio"))
-    steps = np.arange(SPEC.length)[None, None]
+    steps = np.arange(ATTENTION_SPEC.length)[None, None]
 
     def mask(*lengths: int) -> np.ndarray:
         return steps < np.resize(lengths, batch)[:, None, None]
 
     return {
-        "full": (visual, audio, mask(SPEC.length)),
-        "mixed lengths": (visual, audio, mask(SPEC.length, 17, 2)),
+        "full": (visual, audio, mask(ATTENTION_SPEC.length)),
+        "mixed lengths": (visual, audio, mask(ATTENTION_SPEC.length, 17, 2)),
         "one step": (visual, audio, mask(1)),
         "silence": (visual, np.zeros_like(audio), mask(20)),
-        "large": (visual * 100, audio * 100, mask(SPEC.length, 9)),
+        "large": (visual * 100, audio * 100, mask(ATTENTION_SPEC.length, 9)),
         "tiny": (visual * 1e-3, audio * 1e-3, mask(30)),
     }
 
 
 def assert_close(backend: TensorRTBackend, arrays: tuple[np.ndarray, ...], name: str = "") -> None:
-    for got, want in zip(backend.infer(*arrays), reference(*arrays), strict=True):
+    for got, want in zip(backend.infer(*arrays), attention_outputs(*arrays), strict=True):
         assert np.isfinite(got).all(), name
         np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE[backend.precision], err_msg=name)
 
@@ -126,10 +126,10 @@ def test_engine_against_reference(small: TensorRTBackend, batch: int) -> None:
 
 
 def test_recorded_graph_against_plain_run(built: EngineInfo) -> None:
-    model_file = model_file_of(built, SPEC.length)
+    model_file = model_file_of(built, ATTENTION_SPEC.length)
     with (
-        TensorRTBackend.open(built.path, model_file, SPEC) as recorded,
-        TensorRTBackend.open(built.path, model_file, SPEC, cuda_graph=False) as plain,
+        TensorRTBackend.open(built.path, model_file, ATTENTION_SPEC) as recorded,
+        TensorRTBackend.open(built.path, model_file, ATTENTION_SPEC, cuda_graph=False) as plain,
     ):
         for batch in (1, 4, MAX_BATCH):
             for name, arrays in stress(batch, seed=batch).items():
@@ -145,7 +145,7 @@ def test_two_batches_in_flight(small: TensorRTBackend) -> None:
     for index, arrays in enumerate(cases):
         if index + 1 < len(cases):
             pending.append(small.submit(*cases[index + 1]))
-        for got, want in zip(small.collect(pending.pop(0)), reference(*arrays), strict=True):
+        for got, want in zip(small.collect(pending.pop(0)), attention_outputs(*arrays), strict=True):
             np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE[small.precision])
 
 
@@ -169,10 +169,10 @@ def test_two_threads(small: TensorRTBackend) -> None:
 
 
 def test_load_and_free_again_without_leaking(built: EngineInfo) -> None:
-    model_file = model_file_of(built, SPEC.length)
+    model_file = model_file_of(built, ATTENTION_SPEC.length)
 
     def cycle() -> int:
-        with TensorRTBackend.open(built.path, model_file, SPEC) as backend:
+        with TensorRTBackend.open(built.path, model_file, ATTENTION_SPEC) as backend:
             backend.infer(*stress(3)["full"])
         return cuda.memory_info()[0]
 
@@ -194,10 +194,10 @@ def test_engine_times_are_positive_and_graphs_do_not_change_them_much(small: Ten
 
 
 def test_an_engine_of_another_gpu_or_version(built: EngineInfo) -> None:
-    model_file = model_file_of(built, SPEC.length)
+    model_file = model_file_of(built, ATTENTION_SPEC.length)
     for changes in ({"library_version": "8.5.1"}, {"compute_capabilities": ("5.0",), "gpu_name": "Other GPU"}):
         with pytest.raises(EngineMismatch, match="ccnet export"):
-            TensorRTBackend.open(built.path, dataclasses.replace(model_file, **changes), SPEC)
+            TensorRTBackend.open(built.path, dataclasses.replace(model_file, **changes), ATTENTION_SPEC)
 
 
 @pytest.mark.parametrize("damage", ["short", "header"])
@@ -210,9 +210,9 @@ def test_a_damaged_plan(built: EngineInfo, tmp_path: Path, damage: str) -> None:
         content[4:64] = bytes(60)
     path = tmp_path / "damaged.engine"
     path.write_bytes(content)
-    model_file = dataclasses.replace(model_file_of(built, SPEC.length), build={})
+    model_file = dataclasses.replace(model_file_of(built, ATTENTION_SPEC.length), build={})
     with pytest.raises((EngineError, BundleError, EngineMismatch)):
-        TensorRTBackend.open(path, model_file, SPEC)
+        TensorRTBackend.open(path, model_file, ATTENTION_SPEC)
 
 
 @pytest.mark.parametrize("precision", list(TOLERANCE))

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fakes
+import builders
 import pytest
-from tensorrt_simulation import Simulation, install
-from test_tensorrt_backend import ARTIFACT, SPEC, write_engine
+from tensorrt_simulation import ENGINE_FILE, ENGINE_SPEC, Simulation, install, write_engine
 
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import stages as gpu_stages
@@ -29,10 +28,10 @@ SETTINGS: dict[str, Any] = {"device": "cpu", "batches": [1, 2], "seconds": 0.0}
 @pytest.fixture
 def arguments(tmp_path: Path) -> list[str]:
     """Of a run on the CPU over the stand-in network, one precision, no GPU tests but one that skips."""
-    fakes.make_bundle(tmp_path / "bundle")
-    videos = [*stress_inputs(fakes.SPEC), *synthetic_inputs(fakes.SPEC)]
-    with fakes.OracleBackend() as oracle:
-        save_reference(tmp_path / "reference.npz", Reference(fakes.SPEC, "0" * 64, videos, record(oracle, videos)))
+    builders.make_bundle(tmp_path / "bundle")
+    videos = [*stress_inputs(builders.SPEC), *synthetic_inputs(builders.SPEC)]
+    with builders.OracleBackend() as oracle:
+        save_reference(tmp_path / "reference.npz", Reference(builders.SPEC, "0" * 64, videos, record(oracle, videos)))
     (tmp_path / "test_nothing.py").write_text(
         "import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    pytest.skip('no GPU')\n"
     )
@@ -166,8 +165,8 @@ def test_a_failed_parity_check_fails_its_stage(
 
 
 def test_rows_of_any_backend() -> None:
-    with fakes.OracleBackend(max_batch=2) as backend:
-        rows = gpu_stages.time_backend(backend, fakes.SPEC, SETTINGS | {"batches": [1, 2, 4]})
+    with builders.OracleBackend(max_batch=2) as backend:
+        rows = gpu_stages.time_backend(backend, builders.SPEC, SETTINGS | {"batches": [1, 2, 4]})
     assert [row["batch"] for row in rows] == [1, 2]  # 4 is above what the backend takes
     for row in rows:
         assert row["infer_ms"]["n"] >= 10
@@ -182,8 +181,8 @@ def test_rows_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     install(monkeypatch, sim)
     path = write_engine(tmp_path / "b" / "e.engine")
     monkeypatch.setattr(gpu_stages, "_end_to_end", lambda *_: {})  # the stand-ins know one thread
-    with TensorRTBackend.open(path, ARTIFACT, SPEC) as backend:
-        (row,) = gpu_stages.time_backend(backend, SPEC, SETTINGS | {"batches": [2]})
+    with TensorRTBackend.open(path, ENGINE_FILE, ENGINE_SPEC) as backend:
+        (row,) = gpu_stages.time_backend(backend, ENGINE_SPEC, SETTINGS | {"batches": [2]})
     assert row["engine_ms"]["p50"] == pytest.approx(0.5)
     assert row["videos_per_second"] > 0
 
@@ -192,8 +191,8 @@ def test_speed_and_layers_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path
     sim = Simulation()
     install(monkeypatch, sim)
     monkeypatch.setattr(gpu_stages, "_end_to_end", lambda *_: {})
-    bundle = fakes.make_bundle(tmp_path / "bundle", spec=SPEC, lengths=(16,))
-    model_file = dataclasses.replace(ARTIFACT, files=("tensorrt-fp16.engine",))
+    bundle = builders.make_bundle(tmp_path / "bundle", spec=ENGINE_SPEC, lengths=(16,))
+    model_file = dataclasses.replace(ENGINE_FILE, files=("tensorrt-fp16.engine",))
     path = write_engine(tmp_path / "work" / "tensorrt-fp16.engine")
     path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(model_file)))
     settings = SETTINGS | {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import engine, make_bundle
+from builders import engine, make_bundle
 
 from ccnet.cli.doctor import examine
 from ccnet.cli.main import main

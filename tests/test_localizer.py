@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import LABELS, SPEC, OracleBackend, engine, make_bundle, synthesize
+from builders import LABELS, SPEC, OracleBackend, engine, features_with, make_bundle
 
 from runtime import Localizer
 from runtime.backends.base import Bool, Float32
@@ -23,7 +23,7 @@ def events(detections: Detections) -> list[tuple[float, float, int]]:
 
 
 def test_one_video_from_features_to_seconds() -> None:
-    features = synthesize(20, [(3, 8, 1, 3.0), (10, 19, 2, 1.0)])
+    features = features_with(20, [(3, 8, 1, 3.0), (10, 19, 2, 1.0)])
     found = Localizer([OracleBackend()], SPEC)(features.visual, features.audio, duration=20.0)
     assert events(found) == [(3.5, 8.5, 1), (10.5, 19.5, 2)]
     assert found.scores == pytest.approx([1 / (1 + np.exp(-3)), 1 / (1 + np.exp(-1))], rel=1e-5)
@@ -32,7 +32,7 @@ def test_one_video_from_features_to_seconds() -> None:
 
 def test_without_a_duration_events_are_clamped_to_what_the_features_cover() -> None:
     spec = dataclasses.replace(SPEC, time_base=TimeBase(fps=25, stride_frames=8, window_frames=24))
-    features = synthesize(20, [(10, 25, 0, 3.0)])
+    features = features_with(20, [(10, 25, 0, 3.0)])
     localizer = Localizer([OracleBackend(spec)], spec)
     covered = (19 * 8 + 24) / 25
     assert localizer(features.visual, features.audio).segments[0, 1] == pytest.approx(covered)
@@ -44,7 +44,7 @@ def test_without_a_duration_events_are_clamped_to_what_the_features_cover() -> N
 
 
 def test_a_batch_gives_each_video_what_it_gets_alone_and_respects_the_largest_batch() -> None:
-    videos = [synthesize(8 + 2 * i, [(1, 6, i % 4, 2.0 + 0.1 * i)]) for i in range(9)]
+    videos = [features_with(8 + 2 * i, [(1, 6, i % 4, 2.0 + 0.1 * i)]) for i in range(9)]
     backend = OracleBackend(max_batch=4)
     localizer = Localizer([backend], SPEC)
     together = localizer.batch(videos)
@@ -57,7 +57,7 @@ def test_a_batch_gives_each_video_what_it_gets_alone_and_respects_the_largest_ba
 
 
 def test_a_batch_takes_checked_features_and_arrays_with_or_without_duration() -> None:
-    video = synthesize(20, [(3, 30, 1, 3.0)])
+    video = features_with(20, [(3, 30, 1, 3.0)])
     localizer = Localizer([OracleBackend()], SPEC)
     found = localizer.batch([video, (video.visual, video.audio), (video.visual, video.audio, 7.25)])
     assert [detections.segments[0, 1] for detections in found] == [20.0, 20.0, 7.25]
@@ -66,20 +66,20 @@ def test_a_batch_takes_checked_features_and_arrays_with_or_without_duration() ->
 def test_each_video_runs_on_the_shortest_engine_that_holds_it() -> None:
     engines = {length: OracleBackend(SPEC.with_length(length)) for length in (32, 8, 16)}
     localizer = Localizer(list(engines.values()), SPEC)
-    videos = [synthesize(n, [(0, 6, 2, 3.0)]) for n in (7, 8, 9, 16, 17, 32, 50)]
+    videos = [features_with(n, [(0, 6, 2, 3.0)]) for n in (7, 8, 9, 16, 17, 32, 50)]
     found = localizer.batch(videos)
     assert {length: sum(engine.batches) for length, engine in engines.items()} == {8: 2, 16: 2, 32: 3}
     assert [events(detections) for detections in found] == [[(0.5, 6.5, 2)]] * 7
 
 
 def test_long_videos_are_cropped_or_seen_through_windows() -> None:
-    video = synthesize(100, [(3, 8, 1, 3.0), (40, 60, 2, 2.0), (90, 99, 3, 1.0)])
+    video = features_with(100, [(3, 8, 1, 3.0), (40, 60, 2, 2.0), (90, 99, 3, 1.0)])
     cropped = Localizer([OracleBackend()], SPEC)(video.visual, video.audio)
     assert events(cropped) == [(3.5, 8.5, 1)]
     windowed = Localizer([OracleBackend()], SPEC, long_videos="windows")
     expected = [(3.5, 8.5, 1), (40.5, 60.5, 2), (90.5, 99.5, 3)]
     assert events(windowed(video.visual, video.audio)) == expected
-    short = synthesize(20, [(3, 8, 1, 3.0)])
+    short = features_with(20, [(3, 8, 1, 3.0)])
     assert [events(d) for d in windowed.batch([short, video, short])] == [[expected[0]], expected, [expected[0]]]
 
 
@@ -98,7 +98,7 @@ def test_settings_and_engines_that_do_not_fit_are_refused() -> None:
 
 def test_bad_features_are_named() -> None:
     localizer = Localizer([OracleBackend()], SPEC)
-    good = synthesize(20)
+    good = features_with(20)
     with pytest.raises(FeatureError, match=r"video 0: visual: got shape \(20, 5\)"):
         localizer(good.visual[:, :5], good.audio)
     with pytest.raises(FeatureError, match=r"video 1: features are \(5, 3\) wide"):
@@ -116,7 +116,7 @@ class Overflowing(OracleBackend):
 
 def test_output_that_is_not_finite_is_an_error_and_not_an_empty_result() -> None:
     with pytest.raises(EngineError, match="not finite"):
-        Localizer([Overflowing()], SPEC)(*synthesize(20))
+        Localizer([Overflowing()], SPEC)(*features_with(20))
 
 
 def test_close_closes_every_engine() -> None:
@@ -131,7 +131,7 @@ def test_load_opens_every_length_of_the_chosen_engine(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     folder = tmp_path / "bundle"
     make_bundle(folder, lengths=(32, 16))
-    video = synthesize(12, [(3, 8, 1, 3.0)])
+    video = features_with(12, [(3, 8, 1, 3.0)])
     with Localizer.load(folder) as localizer:
         assert [backend.spec.length for backend in localizer.backends] == [16, 32]
         assert events(localizer(video.visual, video.audio)) == [(3.5, 8.5, 1)]
@@ -164,7 +164,7 @@ def test_load_closes_what_it_opened_when_a_later_engine_fails(tmp_path: Path, mo
 
 
 def test_an_empty_duration_of_the_arrays_leaves_the_given_one() -> None:
-    features = synthesize(20)
+    features = features_with(20)
     localizer = Localizer([OracleBackend()], SPEC)
     job = localizer.prepare((features.visual, features.audio, None), name="v", duration=3.5)
     assert job.duration == 3.5

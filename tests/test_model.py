@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import SWITCHES, TINY, random_batch, random_network
 
 from ccnet.config import ModelConfig
 from ccnet.network.layers import Block, sinusoidal_positions
@@ -16,40 +17,6 @@ from ccnet.network.model import CCNet
 from ccnet.network.released import load_released
 from runtime.errors import FeatureError
 from runtime.spec import point_grid
-
-TINY = ModelConfig(
-    length=32, levels=4, visual_dim=12, audio_dim=6, dim=16, heads=4, num_classes=3, head_dim=10, tdm_dim=8
-)
-SWITCHES: dict[str, dict[str, Any]] = {
-    "all": {},
-    "no_cmi": {"cmi": False},
-    "no_tcg": {"tcg": False},
-    "no_c2f": {"c2f": False},
-    "no_f2c": {"f2c": False},
-    "f2c_first": {"mtgc_order": "f2c_c2f"},
-    "no_channel_branch": {"tdm_channel_branch": False},
-    "no_self_attention": {"self_layers": 0},
-    "one_level": {"levels": 1},
-}
-
-
-def randomized(config: ModelConfig, seed: int = 0) -> CCNet:
-    """A network whose every parameter is random and not small, so that no branch hides behind its initial value."""
-    torch.manual_seed(seed)
-    model = CCNet(config).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim <= 1:
-            base = 1.0 if name.endswith(("weight", "scale")) or ".scales." in name else 0.0
-            torch.nn.init.normal_(parameter, base, 0.3)
-    return model
-
-
-def inputs(config: ModelConfig, lengths: list[int], seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.arange(config.length) < torch.tensor(lengths)[:, None, None]
-    visual = torch.randn(len(lengths), config.visual_dim, config.length, generator=generator) * mask
-    audio = torch.randn(len(lengths), config.audio_dim, config.length, generator=generator) * mask
-    return visual, audio, mask
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +79,8 @@ def test_full_size_has_the_published_number_of_parameters() -> None:
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_a_video_gets_the_same_alone_and_in_a_batch(switch: str) -> None:
     config = dataclasses.replace(TINY, **SWITCHES[switch])
-    model = randomized(config)
-    visual, audio, mask = inputs(config, [32, 17, 1, 8])
+    model = random_network(config)
+    visual, audio, mask = random_batch(config, [32, 17, 1, 8])
     with torch.inference_mode():
         together = model(visual, audio, mask)
         for i in range(4):
@@ -126,8 +93,8 @@ def test_a_video_gets_the_same_alone_and_in_a_batch(switch: str) -> None:
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_every_parameter_is_used_and_learns(switch: str) -> None:
     config = dataclasses.replace(TINY, **SWITCHES[switch])
-    model = randomized(config).train()
-    logits, offsets = model(*inputs(config, [32, 19]))
+    model = random_network(config).train()
+    logits, offsets = model(*random_batch(config, [32, 19]))
     (logits.square().mean() + offsets.mean()).backward()
     # A key bias adds the same to all scores of a query and so has no gradient, but where constant keys stand beside.
     unused = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
@@ -136,7 +103,7 @@ def test_every_parameter_is_used_and_learns(switch: str) -> None:
 
 def test_outputs_have_the_shapes_of_the_contract() -> None:
     model = CCNet(TINY).eval()
-    logits, offsets = model(*inputs(TINY, [32, 5]))
+    logits, offsets = model(*random_batch(TINY, [32, 5]))
     points = point_grid(TINY.length, TINY.levels).num_points
     assert logits.shape == (2, points, 3)
     assert offsets.shape == (2, points, 3, 2)
@@ -144,17 +111,17 @@ def test_outputs_have_the_shapes_of_the_contract() -> None:
 
 
 def test_a_video_without_any_valid_step_gives_finite_numbers() -> None:
-    model = randomized(TINY)
+    model = random_network(TINY)
     with torch.inference_mode():
-        logits, offsets = model(*inputs(TINY, [0, 1]))
+        logits, offsets = model(*random_batch(TINY, [0, 1]))
     assert logits.isfinite().all()
     assert offsets.isfinite().all()
 
 
 def test_padding_content_is_not_seen_outside_the_first_convolution() -> None:
     """Garbage well behind the end does not reach valid points: masks act in every layer."""
-    model = randomized(TINY)
-    visual, audio, mask = inputs(TINY, [9])
+    model = random_network(TINY)
+    visual, audio, mask = random_batch(TINY, [9])
     dirty = visual.clone()
     dirty[:, :, 12:] = 7.0
     with torch.inference_mode():
@@ -166,7 +133,7 @@ def test_padding_content_is_not_seen_outside_the_first_convolution() -> None:
 
 def test_a_wrong_shape_names_the_tensor() -> None:
     model = CCNet(TINY)
-    visual, audio, mask = inputs(TINY, [32])
+    visual, audio, mask = random_batch(TINY, [32])
     with pytest.raises(FeatureError, match=r"audio: got shape \[1, 6, 31\], expected \[batch, 6, 32\]"):
         model(visual, audio[..., :-1], mask)
     with pytest.raises(FeatureError, match=r"mask: got torch\.float32, expected torch\.bool"):
@@ -177,7 +144,7 @@ def test_initial_scores_are_the_prior() -> None:
     torch.manual_seed(0)
     model = CCNet(TINY).eval()
     with torch.inference_mode():
-        logits, _ = model(*inputs(TINY, [32]))
+        logits, _ = model(*random_batch(TINY, [32]))
     assert 0.002 < logits.sigmoid().median() < 0.05
 
 

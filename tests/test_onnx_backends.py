@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import SPEC, oracle, write_onnx
+from builders import SPEC, oracle, write_oracle_onnx
 
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
 from runtime.backends.openvino import OpenVinoBackend, check_available
@@ -29,7 +29,7 @@ def open_it(request: pytest.FixtureRequest) -> Open:
 
 @pytest.fixture
 def graph(tmp_path: Path) -> Path:
-    write_onnx(tmp_path / "model.onnx")
+    write_oracle_onnx(tmp_path / "model.onnx")
     return tmp_path / "model.onnx"
 
 
@@ -279,7 +279,7 @@ def test_signals_arrive_after_openvino_was_let_go_in_another_thread(graph: Path)
     code = (
         "import gc, os, signal, sys, threading\n"
         "from runtime.backends.openvino import OpenVinoBackend\n"
-        "from fakes import SPEC\n"
+        "from builders import SPEC\n"
         "held = [OpenVinoBackend.open(sys.argv[1], SPEC, threads=1)]\n"
         "def drop():\n"
         "    held.pop().close()\n"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import SPEC, OracleBackend, oracle
+from builders import SPEC, OracleBackend, oracle
 
 from export.parity.compare import TITLES, compare
 from export.parity.events import FEWEST_EVENTS, match_events

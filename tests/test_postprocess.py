@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import shared_path
+from builders import shared_path
 
 from runtime.errors import ConfigError
 from runtime.postprocess import detect

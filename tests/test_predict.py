@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import LABELS, SPEC, OracleBackend, engine, make_bundle, synthesize, write_features
+from builders import LABELS, SPEC, OracleBackend, engine, features_with, make_bundle, write_features
 
 from ccnet.cli.main import main
 from runtime.backends.base import Bool, Float32
@@ -34,7 +34,7 @@ def features(tmp_path: Path) -> Path:
     folder = tmp_path / "features"
     folder.mkdir()
     for i in range(6):
-        write_features(folder, f"v{i}", synthesize(12 + i, [(2, 8, i % 4, 3.0)]))
+        write_features(folder, f"v{i}", features_with(12 + i, [(2, 8, i % 4, 3.0)]))
     return folder
 
 
@@ -124,7 +124,7 @@ def test_remarkable_features_are_used_and_reported(bundle: Path, features: Path,
 def test_long_videos(bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "long"
     folder.mkdir()
-    write_features(folder, "long", synthesize(100, [(3, 8, 1, 3.0), (70, 90, 2, 2.0)]))
+    write_features(folder, "long", features_with(100, [(3, 8, 1, 3.0), (70, 90, 2, 2.0)]))
     out = tmp_path / "events.jsonl"
     assert predict(bundle, folder, out) == 0
     assert [event["segment"] for event in lines(out)[0]["events"]] == [[3.5, 8.5]]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import OracleBackend, edit_manifest, engine, make_bundle, onnx_model_file
+from builders import OracleBackend, edit_manifest, engine, make_bundle, onnx_model_file
 
 from export.parity.verify import engines_to_verify
 from runtime.backends import open_backend, open_engine

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import SPEC, OracleBackend, synthesize
+from builders import SPEC, OracleBackend, features_with
 
 from runtime.backends.base import Bool, Float32
 from runtime.errors import ConfigError, EngineError, FeatureError
@@ -21,7 +21,7 @@ from runtime.pipeline import Localized
 
 def video(i: int) -> VideoFeatures:
     steps = 10 + (7 * i) % 60
-    return synthesize(steps, [(1, 6, i % 4, 1.0 + 0.05 * i)])
+    return features_with(steps, [(1, 6, i % 4, 1.0 + 0.05 * i)])
 
 
 def check(results: list[Localized], count: int) -> None:
@@ -133,7 +133,7 @@ def test_a_rare_length_is_not_held_up_for_ever() -> None:
     """One short video whose engine never fills a batch must come out while the endless rest goes on."""
     engines = [OracleBackend(SPEC.with_length(8)), OracleBackend(SPEC)]
     items = itertools.chain(
-        [("short", synthesize(5, [(0, 4, 1, 3.0)]))], ((f"v{i}", synthesize(30)) for i in itertools.count())
+        [("short", features_with(5, [(0, 4, 1, 3.0)]))], ((f"v{i}", features_with(30)) for i in itertools.count())
     )
     stream = Localizer(engines, SPEC).stream(items, batch_size=4)
     assert next(stream).video_id == "short"

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorrt_simulation import Simulation, expected_outputs, install, plan_bytes
+from tensorrt_simulation import ENGINE_FILE, ENGINE_SPEC, Simulation, expected_outputs, install, write_engine
 
 from runtime.backends.tensorrt.backend import TensorRTBackend, check_engine, cuda
 from runtime.backends.tensorrt.context import MAX_RECORDED
-from runtime.bundle import ModelFile
 from runtime.errors import (
     BackendUnavailable,
     BundleError,
@@ -24,14 +23,7 @@ from runtime.errors import (
     FeatureError,
     MissingDependency,
 )
-from runtime.spec import ModelSpec
 
-SPEC = ModelSpec(length=16, levels=3, visual_dim=6, audio_dim=4, labels=("a", "b", "c"))
-ARTIFACT = ModelFile(
-    name="tensorrt-fp16", format="tensorrt", files=("e.engine",), precision="fp16", length=16, max_batch=4,
-    library="tensorrt", library_version="10.9.0", gpu_name="Simulated GPU", compute_capabilities=("9.0",),
-    profile=(1, 2, 4), onnx_sha256="0" * 64,
-)  # fmt: skip
 NOTHING_HELD = {"device_memory": 0, "pinned": 0, "streams": 0, "graphs": 0, "events": 0, "contexts": 0, "engines": 0}
 
 
@@ -47,25 +39,16 @@ def engine_path(tmp_path: Path) -> Path:
     return write_engine(tmp_path / "bundle" / "e.engine")
 
 
-def write_engine(path: Path, spec: ModelSpec = SPEC, magic: bytes = b"ftrt") -> Path:
-    types = {"visual": "FLOAT", "audio": "FLOAT", "mask": "BOOL"}
-    inputs = {n: ([-1, *s[1:]], types[n]) for n, s in spec.input_shapes(1).items()}
-    outputs = {n: ([-1, *s[1:]], "FLOAT") for n, s in spec.output_shapes(1).items()}
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(plan_bytes(inputs, outputs, magic))
-    return path
-
-
 def inputs(batch: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     draw = np.random.default_rng(seed)
-    shapes = SPEC.input_shapes(batch)
+    shapes = ENGINE_SPEC.input_shapes(batch)
     visual, audio = (draw.standard_normal(shapes[name], dtype=np.float32) for name in ("visual", "audio"))
     return visual, audio, draw.random(shapes["mask"]) < 0.7
 
 
 def expected(arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
     named = dict(zip(("visual", "audio", "mask"), arrays, strict=True))
-    found = expected_outputs(named, SPEC.output_shapes(len(arrays[0])))
+    found = expected_outputs(named, ENGINE_SPEC.output_shapes(len(arrays[0])))
     return found["logits"], found["offsets"]
 
 
@@ -77,7 +60,7 @@ def assert_right(outputs: tuple[np.ndarray, np.ndarray], arrays: tuple[np.ndarra
 
 @pytest.mark.parametrize("cuda_graph", [True, False])
 def test_every_batch_size_gives_its_own_outputs(sim: Simulation, engine_path: Path, cuda_graph: bool) -> None:
-    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC, cuda_graph=cuda_graph) as backend:
+    with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC, cuda_graph=cuda_graph) as backend:
         for seed, batch in enumerate((1, 3, 4, 1, 2, 3)):
             arrays = inputs(batch, seed)
             assert_right(backend.infer(*arrays), arrays)
@@ -85,7 +68,7 @@ def test_every_batch_size_gives_its_own_outputs(sim: Simulation, engine_path: Pa
 
 
 def test_a_graph_is_recorded_once_per_batch_size_after_one_plain_run(sim: Simulation, engine_path: Path) -> None:
-    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC) as backend:
+    with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as backend:
         assert (sim.plain_runs, sim.launches) == (1, 2)  # plain at load, replay compared with it, first request
         for _ in range(5):
             backend.infer(*inputs(2))
@@ -96,14 +79,14 @@ def test_a_graph_is_recorded_once_per_batch_size_after_one_plain_run(sim: Simula
 
 
 def test_plain_runs_without_graphs(sim: Simulation, engine_path: Path) -> None:
-    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC, cuda_graph=False) as backend:
+    with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC, cuda_graph=False) as backend:
         backend.infer(*inputs(2))
         assert sim.launches == 0
         assert backend.describe()["cuda_graphs"] == {2: "off"}
 
 
 def test_outputs_belong_to_the_caller(sim: Simulation, engine_path: Path) -> None:
-    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC) as backend:
+    with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as backend:
         first_inputs = inputs(2, 1)
         first = backend.infer(*first_inputs)
         backend.infer(*inputs(2, 2))
@@ -111,7 +94,7 @@ def test_outputs_belong_to_the_caller(sim: Simulation, engine_path: Path) -> Non
 
 
 def test_two_batches_overlap_and_a_third_is_refused(sim: Simulation, engine_path: Path) -> None:
-    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC) as backend:
+    with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as backend:
         a, b = inputs(2, 1), inputs(3, 2)
         tickets = backend.submit(*a), backend.submit(*b)
         with pytest.raises(EngineError, match="in flight"):
@@ -127,7 +110,7 @@ def test_two_batches_overlap_and_a_third_is_refused(sim: Simulation, engine_path
 
 
 def test_submitted_inputs_may_be_overwritten_at_once(sim: Simulation, engine_path: Path) -> None:
-    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC) as backend:
+    with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as backend:
         arrays = inputs(2, 1)
         kept = tuple(array.copy() for array in arrays)
         ticket = backend.submit(*arrays)
@@ -137,7 +120,7 @@ def test_submitted_inputs_may_be_overwritten_at_once(sim: Simulation, engine_pat
 
 
 def test_forks_share_the_engine_and_outlive_the_first(sim: Simulation, engine_path: Path) -> None:
-    first = TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+    first = TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
     forks = [first.fork() for _ in range(3)]
     assert sim.engines == 1
     first.close()
@@ -158,16 +141,16 @@ def test_forks_share_the_engine_and_outlive_the_first(sim: Simulation, engine_pa
 
 
 def test_batches_below_the_profile_are_filled_up(sim: Simulation, engine_path: Path) -> None:
-    model_file = dataclasses.replace(ARTIFACT, profile=(4, 4, 4))
-    with TensorRTBackend.open(engine_path, model_file, SPEC) as backend:
+    model_file = dataclasses.replace(ENGINE_FILE, profile=(4, 4, 4))
+    with TensorRTBackend.open(engine_path, model_file, ENGINE_SPEC) as backend:
         backend.infer(*inputs(4, 9))
         arrays = inputs(2, 3)
         assert_right(backend.infer(*arrays), arrays)
 
 
 def test_recorded_batch_sizes_are_bounded(sim: Simulation, engine_path: Path) -> None:
-    model_file = dataclasses.replace(ARTIFACT, max_batch=20, profile=(1, 1, 20))
-    with TensorRTBackend.open(engine_path, model_file, SPEC) as backend:
+    model_file = dataclasses.replace(ENGINE_FILE, max_batch=20, profile=(1, 1, 20))
+    with TensorRTBackend.open(engine_path, model_file, ENGINE_SPEC) as backend:
         for batch in range(1, 21):
             arrays = inputs(batch, batch)
             assert_right(backend.infer(*arrays), arrays)
@@ -175,7 +158,7 @@ def test_recorded_batch_sizes_are_bounded(sim: Simulation, engine_path: Path) ->
 
 
 def test_close_twice_and_use_after_close(sim: Simulation, engine_path: Path) -> None:
-    backend = TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+    backend = TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
     ticket = backend.submit(*inputs(2))
     backend.close()
     backend.close()
@@ -186,7 +169,7 @@ def test_close_twice_and_use_after_close(sim: Simulation, engine_path: Path) -> 
 
 
 def test_engine_and_layer_times(sim: Simulation, engine_path: Path) -> None:
-    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC) as backend:
+    with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as backend:
         graphs = len(sim.graphs)
         times = backend.engine_milliseconds(2, repeats=5)
         np.testing.assert_allclose(times, 0.5)  # the simulated clock advances half a millisecond between two events
@@ -199,7 +182,7 @@ def test_engine_and_layer_times(sim: Simulation, engine_path: Path) -> None:
 
 
 def test_a_refused_run_is_an_error_with_the_library_text(sim: Simulation, engine_path: Path) -> None:
-    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC, cuda_graph=False) as backend:
+    with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC, cuda_graph=False) as backend:
         sim.refuse_runs = True
         with pytest.raises(EngineError, match=r"(?s)refused to run a batch of 2.*simulated refusal"):
             backend.infer(*inputs(2))
@@ -211,14 +194,14 @@ def test_a_refused_run_is_an_error_with_the_library_text(sim: Simulation, engine
 def test_a_refused_first_run_frees_everything(sim: Simulation, engine_path: Path) -> None:
     sim.refuse_runs = True
     with pytest.raises(EngineError, match="refused to run"):
-        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+        TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
     assert sim.held == NOTHING_HELD
 
 
 def test_stale_replay_is_found_at_load(sim: Simulation, engine_path: Path) -> None:
     sim.record_nothing = True
     with pytest.raises(EngineError, match="replayed CUDA graph gives other"):
-        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+        TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
     assert sim.held == NOTHING_HELD
 
 
@@ -228,7 +211,7 @@ def test_an_engine_that_cannot_be_recorded_runs_plainly_and_says_so(
 ) -> None:
     sim.faults[fault] = 900
     with pytest.warns(UserWarning, match=f"without a CUDA graph.*{fault}"):
-        backend = TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+        backend = TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
     with backend, warnings.catch_warnings():
         warnings.simplefilter("error")  # said once per batch size, not per request
         arrays = inputs(2, 1)
@@ -241,18 +224,18 @@ def test_an_engine_that_cannot_be_recorded_runs_plainly_and_says_so(
 def test_a_failing_cuda_call_is_named(sim: Simulation, engine_path: Path, fault: str) -> None:
     sim.faults[fault] = 2
     with pytest.raises(EngineError, match=rf"{fault} failed: .*\(2\): simulated fault 2"):
-        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+        TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
 
 
 def test_a_failed_allocation_frees_what_was_there(sim: Simulation, engine_path: Path) -> None:
     sim.faults["cudaMalloc"] = 2
     with pytest.raises(EngineError, match="cudaMalloc"):
-        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+        TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
     assert sim.held == NOTHING_HELD
 
 
 def test_wrong_inputs_are_named(sim: Simulation, engine_path: Path) -> None:
-    with TensorRTBackend.open(engine_path, ARTIFACT, SPEC) as backend:
+    with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as backend:
         visual, audio, mask = inputs(2)
         with pytest.raises(FeatureError, match="takes 1 to 4"):
             backend.infer(*inputs(5))
@@ -265,13 +248,13 @@ def test_wrong_inputs_are_named(sim: Simulation, engine_path: Path) -> None:
 def test_refused_input_shape(sim: Simulation, engine_path: Path) -> None:
     sim.refuse_inputs = True
     with pytest.raises(EngineError, match="refuses shape"):
-        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+        TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
     assert sim.held == NOTHING_HELD
 
 
 def test_engine_of_another_network(sim: Simulation, engine_path: Path) -> None:
     with pytest.raises(BundleError, match="visual"):
-        TensorRTBackend.open(engine_path, ARTIFACT, dataclasses.replace(SPEC, visual_dim=7))
+        TensorRTBackend.open(engine_path, ENGINE_FILE, dataclasses.replace(ENGINE_SPEC, visual_dim=7))
     assert sim.held == NOTHING_HELD
 
 
@@ -279,26 +262,26 @@ def test_an_output_type_that_numpy_lacks(sim: Simulation, tmp_path: Path) -> Non
     path = write_engine(tmp_path / "b" / "e.engine")
     path.write_bytes(path.read_bytes().replace(b'"FLOAT"]}}', b'"BF16"]}}'))
     with pytest.raises(EngineError, match="BF16"):
-        TensorRTBackend.open(path, ARTIFACT, SPEC)
+        TensorRTBackend.open(path, ENGINE_FILE, ENGINE_SPEC)
 
 
 def test_missing_cut_short_and_foreign_files(sim: Simulation, engine_path: Path) -> None:
     content = engine_path.read_bytes()
-    known = dataclasses.replace(ARTIFACT, build={"engine_bytes": len(content)})
+    known = dataclasses.replace(ENGINE_FILE, build={"engine_bytes": len(content)})
     engine_path.write_bytes(content[:-5])
     with pytest.raises(BundleError, match=rf"{len(content) - 5} bytes, the engine had {len(content)}"):
-        TensorRTBackend.open(engine_path, known, SPEC)
+        TensorRTBackend.open(engine_path, known, ENGINE_SPEC)
     with pytest.raises(EngineError, match="blobSize failed"):  # no size on record: the library finds it
-        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+        TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
     engine_path.write_bytes(b"vtrt" + content[4:])
     with pytest.raises(BundleError, match="is a TensorRT-RTX engine, the manifest says tensorrt"):
-        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+        TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
     engine_path.write_bytes(b"")
     with pytest.raises(BundleError, match="0 bytes"):
-        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+        TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
     engine_path.unlink()
     with pytest.raises(BundleError, match="missing"):
-        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+        TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +297,7 @@ def test_an_engine_for_another_machine_is_refused_before_it_is_read(
     sim: Simulation, engine_path: Path, changes: dict[str, object], text: str
 ) -> None:
     with pytest.raises(EngineMismatch, match=text) as caught:
-        TensorRTBackend.open(engine_path, dataclasses.replace(ARTIFACT, **changes), SPEC)  # type: ignore[arg-type]
+        TensorRTBackend.open(engine_path, dataclasses.replace(ENGINE_FILE, **changes), ENGINE_SPEC)  # type: ignore[arg-type]
     assert "ccnet export CHECKPOINT --out BUNDLE --format tensorrt --precision fp16" in str(caught.value)
     assert "on_mismatch='onnx'" in str(caught.value)
     assert sim.engines == 0
@@ -330,39 +313,39 @@ def test_an_engine_for_another_machine_is_refused_before_it_is_read(
     ],
 )
 def test_engines_that_fit(sim: Simulation, changes: dict[str, object]) -> None:
-    assert check_engine(dataclasses.replace(ARTIFACT, **changes)).name == "Simulated GPU"  # type: ignore[arg-type]
+    assert check_engine(dataclasses.replace(ENGINE_FILE, **changes)).name == "Simulated GPU"  # type: ignore[arg-type]
 
 
 def test_hardware_compatible_needs_ampere(sim: Simulation) -> None:
     sim.capability = (7, 5)
     with pytest.raises(EngineMismatch, match="Ampere or newer"):
-        check_engine(dataclasses.replace(ARTIFACT, build={"hardware_compatible": True}))
+        check_engine(dataclasses.replace(ENGINE_FILE, build={"hardware_compatible": True}))
 
 
 @pytest.mark.parametrize(("status", "text"), [(35, "driver"), (100, "shows no GPU"), (3, "CUDA does not start")])
 def test_no_driver_no_gpu(sim: Simulation, engine_path: Path, status: int, text: str) -> None:
     sim.device_status = status
     with pytest.raises(BackendUnavailable, match=text):
-        TensorRTBackend.open(engine_path, ARTIFACT, SPEC)
+        TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
 
 
 def test_no_such_gpu(sim: Simulation) -> None:
     with pytest.raises(BackendUnavailable, match="no GPU 3: this machine shows 1"):
-        check_engine(ARTIFACT, 3)
+        check_engine(ENGINE_FILE, 3)
 
 
 def test_an_onnx_model_file_is_no_engine() -> None:
     with pytest.raises(BundleError, match="ONNX graph"):
-        check_engine(dataclasses.replace(ARTIFACT, format="onnx"))
+        check_engine(dataclasses.replace(ENGINE_FILE, format="onnx"))
 
 
 def test_the_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MissingDependency, match=r"pip install 'ccnet\[gpu\]'"):
-        check_engine(ARTIFACT)
+        check_engine(ENGINE_FILE)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(MissingDependency, match=r"pip install 'ccnet\[rtx\]'"):
-        check_engine(dataclasses.replace(ARTIFACT, format="tensorrt-rtx"))
+        check_engine(dataclasses.replace(ENGINE_FILE, format="tensorrt-rtx"))
 
 
 def test_the_library_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -370,7 +353,7 @@ def test_the_library_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     with pytest.raises(BackendUnavailable, match=r"does not load: libcublas\.so\.12"):
-        check_engine(ARTIFACT)
+        check_engine(ENGINE_FILE)
 
 
 def test_this_machine_is_probed_for_real() -> None:
@@ -388,9 +371,9 @@ def test_a_real_rtx_engine_is_refused_without_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
     path = tmp_path / "e.engine"
     path.write_bytes(b"vtrt" + bytes(100))
-    model_file = dataclasses.replace(ARTIFACT, format="tensorrt-rtx", library="tensorrt_rtx", gpu_name=None,
+    model_file = dataclasses.replace(ENGINE_FILE, format="tensorrt-rtx", library="tensorrt_rtx", gpu_name=None,
                                    library_version=str(rtx.__version__), compute_capabilities=())  # fmt: skip
     with pytest.raises((BackendUnavailable, EngineError, EngineMismatch)):
-        TensorRTBackend.open(path, model_file, SPEC)
+        TensorRTBackend.open(path, model_file, ENGINE_SPEC)
     with pytest.raises(EngineMismatch, match=r"built with tensorrt_rtx 1\.6\.0"):
-        TensorRTBackend.open(path, dataclasses.replace(model_file, library_version="1.6.0"), SPEC)
+        TensorRTBackend.open(path, dataclasses.replace(model_file, library_version="1.6.0"), ENGINE_SPEC)

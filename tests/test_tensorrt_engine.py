@@ -21,7 +21,7 @@ from runtime.errors import BackendUnavailable, ExportError, MissingDependency
 from runtime.schema import section_from_json
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-from small_network import OPSETS, SPEC, write_onnx  # noqa: E402
+from builders import ATTENTION_OPSETS, ATTENTION_SPEC, write_attention_onnx  # noqa: E402
 
 ADA = ("8.9",)
 
@@ -34,8 +34,8 @@ def rtx() -> Any:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for precision in OPSETS:
-        write_onnx(folder / f"{precision}.onnx", precision)
+    for precision in ATTENTION_OPSETS:
+        write_attention_onnx(folder / f"{precision}.onnx", precision)
     return folder
 
 
@@ -61,13 +61,13 @@ def test_an_engine_has_the_precision_that_was_asked_for(rtx: Any, models: Path, 
     assert 8 <= facts["kernels"] <= 18
     assert facts["scratch_bytes"] > 0
     assert facts["seconds"] > 0
-    assert (info.library, info.opset, info.profile) == ("tensorrt_rtx", OPSETS[graph], (1, 2, 4))
+    assert (info.library, info.opset, info.profile) == ("tensorrt_rtx", ATTENTION_OPSETS[graph], (1, 2, 4))
     assert info.library_version == rtx.__version__
     assert (info.gpu_name, info.compute_capabilities) == (None, ADA)
 
 
 def test_facts_fit_the_manifest(rtx: Any, models: Path, tmp_path: Path) -> None:
-    model_file = build(models, tmp_path).model_file(name="tensorrt-rtx-fp32", length=SPEC.length)
+    model_file = build(models, tmp_path).model_file(name="tensorrt-rtx-fp32", length=ATTENTION_SPEC.length)
     again = section_from_json(ModelFile, json.loads(json.dumps(dataclasses.asdict(model_file))), where="model_file")
     assert (again.files, again.max_batch, again.profile) == (("fp32.engine",), 4, (1, 2, 4))
 
@@ -93,7 +93,9 @@ def test_one_stream_needs_no_more_memory(rtx: Any, models: Path, tmp_path: Path)
 
 def test_a_dynamic_graph_with_a_fixed_profile_gives_the_static_plan(rtx: Any, models: Path, tmp_path: Path) -> None:
     dynamic = build(models, tmp_path, profile=(1, 1, 1))
-    static = build(models, tmp_path, graph=write_onnx(tmp_path / "static.onnx", "fp32", batch=1), profile=(1, 1, 1))
+    static = build(
+        models, tmp_path, graph=write_attention_onnx(tmp_path / "static.onnx", "fp32", batch=1), profile=(1, 1, 1)
+    )
     for fact in ("kernels", "kinds", "scratch_bytes"):
         assert dynamic.build[fact] == static.build[fact]
 
@@ -115,7 +117,7 @@ def test_progress_and_its_interruption(rtx: Any, models: Path, tmp_path: Path) -
 
 
 def test_external_weights(rtx: Any, models: Path, tmp_path: Path) -> None:
-    path = write_onnx(tmp_path / "split.onnx", "fp32", external=True)
+    path = write_attention_onnx(tmp_path / "split.onnx", "fp32", external=True)
     build(models, tmp_path, graph=path)
     (tmp_path / "fp32.engine").unlink()
     weights = tmp_path / "split.onnx.data"
@@ -129,7 +131,7 @@ def test_external_weights(rtx: Any, models: Path, tmp_path: Path) -> None:
 
 
 def test_an_unsupported_operator_is_named_with_its_node(rtx: Any, models: Path, tmp_path: Path) -> None:
-    path = write_onnx(tmp_path / "odd.onnx", "fp32", operator="Shrug")
+    path = write_attention_onnx(tmp_path / "odd.onnx", "fp32", operator="Shrug")
     with pytest.raises(ExportError, match=r"(?s)odd\.onnx: tensorrt_rtx .*Shrug 'Shrug/middle'"):
         build(models, tmp_path, graph=path)
 
@@ -179,7 +181,7 @@ def test_requests_that_cannot_be_met(
 
 
 def test_static_graph_and_another_profile(rtx: Any, models: Path, tmp_path: Path) -> None:
-    path = write_onnx(tmp_path / "static.onnx", "fp32", batch=2)
+    path = write_attention_onnx(tmp_path / "static.onnx", "fp32", batch=2)
     with pytest.raises(ExportError, match="fixed batch of 2, the profile asks for"):
         build(models, tmp_path, graph=path, profile=(1, 2, 4))
 
@@ -261,15 +263,15 @@ def test_what_tensorrt_8_does() -> None:
 
 
 def test_opset_is_read_like_onnx_reads_it(models: Path) -> None:
-    for precision, opset in OPSETS.items():
+    for precision, opset in ATTENTION_OPSETS.items():
         assert read_opset(models / f"{precision}.onnx") == opset
 
 
 def test_opset_of_the_default_domain_only(tmp_path: Path) -> None:
-    model = onnx.load(str(write_onnx(tmp_path / "m.onnx", "fp32")))
+    model = onnx.load(str(write_attention_onnx(tmp_path / "m.onnx", "fp32")))
     model.opset_import.insert(0, onnx.helper.make_opsetid("com.example", 99))
     onnx.save(model, str(tmp_path / "m.onnx"))
-    assert read_opset(tmp_path / "m.onnx") == OPSETS["fp32"]
+    assert read_opset(tmp_path / "m.onnx") == ATTENTION_OPSETS["fp32"]
 
 
 def plan_block(schedule: str, tf32: int = 0, target: str = "sm89 ") -> bytes:
@@ -381,15 +383,15 @@ def test_inspected_precision_is_enforced() -> None:
 
 def test_the_small_network_is_what_it_says(models: Path) -> None:
     ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    from small_network import reference
+    from builders import attention_outputs
 
     draw = np.random.default_rng(0)
-    shapes = SPEC.input_shapes(3)
+    shapes = ATTENTION_SPEC.input_shapes(3)
     visual, audio = (draw.standard_normal(shapes[name], dtype=np.float32) for name in ("visual", "audio"))
-    mask = np.arange(SPEC.length)[None, None] < np.array([SPEC.length, 20, 1])[:, None, None]
+    mask = np.arange(ATTENTION_SPEC.length)[None, None] < np.array([ATTENTION_SPEC.length, 20, 1])[:, None, None]
     session = ort.InferenceSession(str(models / "fp32.onnx"), providers=["CPUExecutionProvider"])
     found = session.run(["logits", "offsets"], {"visual": visual, "audio": audio, "mask": mask})
-    for got, want in zip(found, reference(visual, audio, mask), strict=True):
+    for got, want in zip(found, attention_outputs(visual, audio, mask), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 

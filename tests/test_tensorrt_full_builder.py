@@ -17,7 +17,7 @@ from runtime.errors import BackendUnavailable, ExportError
 from runtime.files import sha256_file
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-from small_network import write_onnx  # noqa: E402
+from builders import write_attention_onnx  # noqa: E402
 
 
 class Flag8(enum.IntEnum):
@@ -228,7 +228,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     def call(library: Library, precision: str = "fp32", **options: Any) -> EngineInfo:
         monkeypatch.setitem(sys.modules, "tensorrt", library.module())
-        graph = write_onnx(tmp_path / "m.onnx", "fp16" if precision == "fp16" else "fp32")
+        graph = write_attention_onnx(tmp_path / "m.onnx", "fp16" if precision == "fp16" else "fp32")
         settings = {"profile": (1, 2, 4), **options}
         return build_engine(graph, tmp_path / "e.engine", format="tensorrt", precision=precision, **settings)  # type: ignore[arg-type]
 

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from fakes import SPEC, oracle, synthesize
+from builders import SPEC, features_with, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,18 +64,18 @@ def test_events_come_out_once_at_their_place_wherever_the_seams_are(overlap: flo
     events = [(3, 8, 0, 9.0), (20, 41, 1, 8.0), (40, 60, 2, 7.0), (61, 64, 3, 6.0), (90, 99, 0, 5.0)]
     # An event is synthetic on one step, which may be a point of the finest level only in windows that start on an
     # even step; each of these overlaps gives even starts.
-    found = through_windows(synthesize(100, events), overlap)
+    found = through_windows(features_with(100, events), overlap)
     assert found == [(start, end, label) for start, end, label, _ in events]
 
 
 def test_an_event_in_the_overlap_of_two_windows_is_reported_once() -> None:
-    found = through_windows(synthesize(48, [(22, 29, 1, 5.0)]), 0.5)
+    found = through_windows(features_with(48, [(22, 29, 1, 5.0)]), 0.5)
     assert found == [(22, 29, 1)]
 
 
 def test_events_of_two_windows_compete() -> None:
     """Two overlapping segments of one class whose points lie in different windows: suppression sees both."""
-    features = synthesize(48, [(20, 26, 1, 5.0), (20, 28, 1, 4.0)])
+    features = features_with(48, [(20, 26, 1, 5.0), (20, 28, 1, 4.0)])
     (first, second) = through_windows(features, 0.5)
     assert first == (20, 26, 1)
     assert second == (20, 28, 1)
