@@ -11,6 +11,7 @@ import ctypes
 import enum
 import json
 import sys
+import threading
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,8 +46,11 @@ class Simulation:
     pinned: dict[int, np.ndarray] = field(default_factory=dict)
     streams: dict[int, list[Operation]] = field(default_factory=dict)
     recording: dict[int, list[Operation]] = field(default_factory=dict)
+    recording_threads: set[int] = field(default_factory=set)
     graphs: dict[int, list[Operation]] = field(default_factory=dict)
     events: dict[int, float] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """Held during each CUDA call: threads share the simulated device."""
     contexts: int = 0
     engines: int = 0
     launches: int = 0
@@ -94,7 +98,8 @@ def cuda_module(sim: Simulation) -> types.ModuleType:
             status = sim.faults.get(function.__name__, 0)
             if status:
                 return (status, *([0] if function.__name__ != "cudaMemGetInfo" else [0, 0]))
-            result = function(*arguments)
+            with sim.lock:
+                result = function(*arguments)
             return (0, *result) if isinstance(result, tuple) else (0,) if result is None else (0, result)
 
         setattr(module, function.__name__, call)
@@ -105,7 +110,7 @@ def cuda_module(sim: Simulation) -> types.ModuleType:
         return int(memory.ctypes.data)
 
     def cudaMalloc(nbytes: int) -> int:
-        assert not sim.recording, "allocation while recording"
+        assert threading.get_ident() not in sim.recording_threads, "allocation while recording"
         pointer = sim.handle() << 20
         sim.device_memory[pointer] = np.full(nbytes, 0xAA, np.uint8)
         return pointer
@@ -131,10 +136,12 @@ def cuda_module(sim: Simulation) -> types.ModuleType:
     def cudaStreamBeginCapture(stream: Stream, mode: str) -> None:
         assert mode == "thread-local"
         sim.recording[stream] = []
+        sim.recording_threads.add(threading.get_ident())
 
     def cudaStreamEndCapture(stream: Stream) -> int:
         graph = sim.handle()
         sim.graphs[graph] = sim.recording.pop(stream)
+        sim.recording_threads.discard(threading.get_ident())
         return graph
 
     def cudaGraphInstantiate(graph: int, flags: int) -> int:
@@ -160,7 +167,7 @@ def cuda_module(sim: Simulation) -> types.ModuleType:
         sim.put(stream, stamp)
 
     def cudaEventSynchronize(event: int) -> None:
-        for stream in sim.streams:
+        for stream in list(sim.streams):
             sim.run(stream)
 
     def cudaEventElapsedTime(begin: int, end: int) -> float:

@@ -14,7 +14,7 @@ import pytest
 from tensorrt_simulation import ENGINE_FILE, ENGINE_SPEC, Simulation, expected_outputs, install, write_engine
 
 from runtime.backends.tensorrt.backend import TensorRTBackend, check_engine, cuda
-from runtime.backends.tensorrt.context import MAX_RECORDED
+from runtime.backends.tensorrt.context import MAX_BATCH_SIZES
 from runtime.errors import (
     BackendUnavailable,
     BundleError,
@@ -67,7 +67,7 @@ def test_every_batch_size_gives_its_own_outputs(sim: Simulation, engine_path: Pa
     assert sim.held == NOTHING_HELD
 
 
-def test_a_graph_is_recorded_once_per_batch_size_after_one_plain_run(sim: Simulation, engine_path: Path) -> None:
+def test_a_graph_is_captured_once_per_batch_size_after_one_plain_run(sim: Simulation, engine_path: Path) -> None:
     with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as backend:
         assert (sim.plain_runs, sim.launches) == (1, 2)  # plain at load, replay compared with it, first request
         for _ in range(5):
@@ -93,32 +93,6 @@ def test_outputs_belong_to_the_caller(sim: Simulation, engine_path: Path) -> Non
         assert_right(first, first_inputs)
 
 
-def test_two_batches_overlap_and_a_third_is_refused(sim: Simulation, engine_path: Path) -> None:
-    with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as backend:
-        a, b = inputs(2, 1), inputs(3, 2)
-        tickets = backend.submit(*a), backend.submit(*b)
-        with pytest.raises(EngineError, match="in flight"):
-            backend.submit(*inputs(1))
-        assert_right(backend.collect(tickets[1]), b)
-        assert_right(backend.collect(tickets[0]), a)
-        with pytest.raises(EngineError, match="collected before"):
-            backend.collect(tickets[0])
-        for seed in range(4):  # lanes are used again
-            arrays = inputs(2, seed)
-            assert_right(backend.infer(*arrays), arrays)
-    assert sim.held == NOTHING_HELD
-
-
-def test_submitted_inputs_may_be_overwritten_at_once(sim: Simulation, engine_path: Path) -> None:
-    with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as backend:
-        arrays = inputs(2, 1)
-        kept = tuple(array.copy() for array in arrays)
-        ticket = backend.submit(*arrays)
-        for array in arrays:
-            array[...] = 0
-        assert_right(backend.collect(ticket), kept)
-
-
 def test_forks_share_the_engine_and_outlive_the_first(sim: Simulation, engine_path: Path) -> None:
     first = TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
     forks = [first.fork() for _ in range(3)]
@@ -135,7 +109,8 @@ def test_forks_share_the_engine_and_outlive_the_first(sim: Simulation, engine_pa
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
     for thread in threads:
         thread.start()
-        thread.join()  # the stand-ins are not thread-safe; what is tested is that nothing is tied to the first thread
+    for thread in threads:
+        thread.join()
     assert results == {0: True, 1: True, 2: True}
     assert sim.held == NOTHING_HELD
 
@@ -148,22 +123,22 @@ def test_batches_below_the_profile_are_filled_up(sim: Simulation, engine_path: P
         assert_right(backend.infer(*arrays), arrays)
 
 
-def test_recorded_batch_sizes_are_bounded(sim: Simulation, engine_path: Path) -> None:
+def test_batch_sizes_kept_ready_are_bounded(sim: Simulation, engine_path: Path) -> None:
     model_file = dataclasses.replace(ENGINE_FILE, max_batch=20, profile=(1, 1, 20))
     with TensorRTBackend.open(engine_path, model_file, ENGINE_SPEC) as backend:
         for batch in range(1, 21):
             arrays = inputs(batch, batch)
             assert_right(backend.infer(*arrays), arrays)
-        assert sim.contexts == MAX_RECORDED == len(sim.graphs)
+        assert sim.contexts == MAX_BATCH_SIZES == len(sim.graphs)
 
 
 def test_close_twice_and_use_after_close(sim: Simulation, engine_path: Path) -> None:
     backend = TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
-    ticket = backend.submit(*inputs(2))
+    backend.infer(*inputs(2))
     backend.close()
     backend.close()
     assert sim.held == NOTHING_HELD
-    for use in (lambda: backend.infer(*inputs(1)), lambda: backend.collect(ticket), backend.fork):
+    for use in (lambda: backend.infer(*inputs(1)), backend.fork):
         with pytest.raises(EngineError, match="closed"):
             use()
 
@@ -200,13 +175,13 @@ def test_a_refused_first_run_frees_everything(sim: Simulation, engine_path: Path
 
 def test_stale_replay_is_found_at_load(sim: Simulation, engine_path: Path) -> None:
     sim.record_nothing = True
-    with pytest.raises(EngineError, match="replayed CUDA graph gives other"):
+    with pytest.raises(EngineError, match="replayed CUDA graph gives another"):
         TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
     assert sim.held == NOTHING_HELD
 
 
 @pytest.mark.parametrize("fault", ["cudaGraphInstantiate", "cudaStreamBeginCapture"])
-def test_an_engine_that_cannot_be_recorded_runs_plainly_and_says_so(
+def test_an_engine_that_cannot_be_captured_runs_plainly_and_says_so(
     sim: Simulation, engine_path: Path, fault: str
 ) -> None:
     sim.faults[fault] = 900

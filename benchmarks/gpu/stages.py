@@ -14,7 +14,9 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +137,7 @@ def check_backend(backend: Backend, reference: Path) -> dict[str, Any]:
 
 
 def speed(settings: Settings) -> dict[str, Any]:
-    """Times of a built engine for every batch size, with recorded graphs and, engine only, without."""
+    """Times of a built engine for every batch size, with CUDA graphs and, engine only, without."""
     path, model_file, spec = _engine(settings)
     begin = time.perf_counter()
     with TensorRTBackend.open(path, model_file, spec) as backend:
@@ -194,7 +196,7 @@ def _row(backend: Backend, spec: ModelSpec, batch: int, seconds: float) -> dict[
     row: dict[str, Any] = {"batch": batch, "infer_ms": measure(lambda: backend.infer(*inputs), rules).summary()}
     if isinstance(backend, TensorRTBackend):
         row["engine_ms"] = _summary(backend.engine_milliseconds(batch))
-        with contextlib.closing(_overlapped(backend, inputs)) as batches:
+        with backend.fork() as fork, contextlib.closing(_side_by_side((backend, fork), inputs)) as batches:
             row["videos_per_second"] = steady_rate(batches, rules).per_second * batch
     else:
         row["videos_per_second"] = steady_rate(iter(lambda: backend.infer(*inputs), None), rules).per_second * batch
@@ -202,17 +204,15 @@ def _row(backend: Backend, spec: ModelSpec, batch: int, seconds: float) -> dict[
     return row
 
 
-def _overlapped(backend: TensorRTBackend, inputs: tuple[Any, Any, Any]) -> Generator[None, None, None]:
-    """Endless batches, the copies of one under the inference of its neighbour."""
-    pending = backend.submit(*inputs)
-    try:
+def _side_by_side(backends: Sequence[Backend], inputs: tuple[Any, Any, Any]) -> Generator[None, None, None]:
+    """Yield once for each of endless batches, taken in turn by `backends`, so that copies overlap inference."""
+    turns = itertools.cycle(backends)
+    with ThreadPoolExecutor(len(backends)) as pool:
+        pending = deque(pool.submit(next(turns).infer, *inputs) for _ in backends)
         while True:
-            following = backend.submit(*inputs)
-            backend.collect(pending)
-            pending = following
+            pending.popleft().result()
+            pending.append(pool.submit(next(turns).infer, *inputs))
             yield
-    finally:
-        backend.collect(pending)
 
 
 def _end_to_end(backend: Backend, spec: ModelSpec, videos: list[Any], batch: int, rules: Rules) -> dict[str, Any]:

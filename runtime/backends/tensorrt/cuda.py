@@ -186,7 +186,7 @@ def _event() -> Iterator[Any]:
 
 
 class Graph:
-    """What `work` puts on a stream, recorded once and launched as one operation.
+    """What `work` puts on a stream, captured once and launched as one operation.
 
     `work` must have run once outside a capture. It must not synchronize, allocate or touch pageable memory.
     Raises EngineError when the work can't be captured; nothing of it has run then.

@@ -157,8 +157,8 @@ class LoadedEngine:
             (inputs if is_input else outputs)[name] = Binding(shape, numpy_type(self._engine.get_tensor_dtype(name)))
         return inputs, outputs
 
-    def context(self, scratch: cuda.DeviceBuffer) -> Any:
-        """A new execution context that works in `scratch`, which contexts of one stream may share."""
+    def create_execution_context(self, scratch: cuda.DeviceBuffer) -> Any:
+        """Create an execution context of TensorRT that works in `scratch`, which contexts of one stream may share."""
         with self._lock, self.log.collect() as messages:
             if self._engine is None:
                 raise EngineError(f"{self.path}: the engine was closed")
@@ -181,7 +181,7 @@ class LoadedEngine:
             return self._engine.create_execution_context(strategy)
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        # kernels of a new shape are compiled before its first run, and graphs are recorded by the backend itself
+        # kernels of a new shape are compiled before its first run, and graphs are captured by the backend itself
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
         self._cache.attach(config)
