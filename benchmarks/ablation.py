@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.results import RESULTS, Measurement, markdown_table, write_result
 from ccnet.config import Config, LossConfig, ModelConfig, TrainConfig, with_overrides
-from ccnet.synthetic.features import SyntheticSettings
+from ccnet.synthetic.features import SynthesisSettings
 from runtime.files import write_json
 from runtime.machine import machine_facts
 from runtime.spec import TimeBase
@@ -61,7 +61,7 @@ CONFIG = Config(
     time_base=TimeBase(fps=25.0, stride_frames=24.0, window_frames=24.0),
 )
 """Videos of 10 to 60 s in steps of 0.96 s."""
-PLANTING = SyntheticSettings(seed=1, signal=10.0, distractors=2.0, distractor_strength=1.75, tails=0.5)
+PLANTING = SynthesisSettings(seed=1, signal=10.0, distractors=2.0, distractor_strength=1.75, tails=0.5)
 """Of what one modality shows, two thirds is no event, and it shows more strongly than the events do: the sum of both
 modalities does not tell them apart."""
 VIDEOS = {"train": 240, "validation": 16, "test": 160}

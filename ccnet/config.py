@@ -47,7 +47,7 @@ class ModelConfig:
     cmi: bool = True
     """Cross-modal interaction (Table 3). Off: each modality's Block attends to itself."""
     tcg: bool = True
-    """Temporal consistency parity check (Table 3). Off: no gating."""
+    """Temporal consistency gates (Table 3). Off: no gating."""
     c2f: bool = True
     """Coarse-to-fine collaboration (Table 2)."""
     f2c: bool = True

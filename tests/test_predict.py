@@ -58,7 +58,7 @@ def test_all_videos_of_a_folder(bundle: Path, features: Path, tmp_path: Path, ca
         assert (event["label"], event["label_id"]) == (LABELS[i % 4], i % 4)
         assert event["score"] == pytest.approx(1 / (1 + np.exp(-3)), rel=1e-5)
     assert set(read_events(out)) == {f"v{i}" for i in range(6)}
-    assert "6 video(s), 6 event(s), by onnxruntime-fp32-t32 (parity check: passed)" in capsys.readouterr().out
+    assert "6 video(s), 6 event(s), by onnxruntime-fp32-t32 (parity check: verified)" in capsys.readouterr().out
 
 
 def annotate(path: Path, videos: dict[str, tuple[float, str]]) -> Path:

@@ -26,7 +26,7 @@ from ccnet.checkpoint import load_tensors, read_checkpoint
 from ccnet.config import Config, LossConfig, ModelConfig, TrainConfig
 from ccnet.network.model import CCNet
 from ccnet.synthetic.annotations import demo_annotations
-from ccnet.synthetic.features import SyntheticSettings
+from ccnet.synthetic.features import SynthesisSettings
 from ccnet.synthetic.folder import synthesize_folder
 from ccnet.training.journal import EPOCH_COLUMNS, LOSS_COLUMNS, STEP_COLUMNS
 from ccnet.training.learner import Learner, choose_device
@@ -77,7 +77,7 @@ class Data:
         self.features = folder / "features"
         self.annotations.write_text(json.dumps(demo_annotations({"train": 11, "validation": 5}, 2, seed=1)))
         annotations = read_annotations(self.annotations)
-        settings = SyntheticSettings.of_difficulty(0.0)
+        settings = SynthesisSettings.of_difficulty(0.0)
         synthesize_folder(
             annotations, list(annotations.videos.values()), self.features, CONFIG, settings, progress=False
         )

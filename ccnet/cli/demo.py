@@ -133,7 +133,7 @@ class _Demo:
         """The test video whose gates move most, among those with the most classes: the one with the most to tell."""
         from ccnet.checkpoint import read_checkpoint
         from ccnet.plots import Shown, draw_timeline, read_gates
-        from ccnet.synthetic.features import FeatureSynthesizer, SyntheticSettings
+        from ccnet.synthetic.features import FeatureSynthesizer, SynthesisSettings
         from runtime.annotations import read_annotations
         from runtime.detections import read_events
         from runtime.features import read_video
@@ -154,7 +154,7 @@ class _Demo:
             visual_dim=spec.visual_dim,
             audio_dim=spec.audio_dim,
             time_base=spec.time_base,
-            settings=SyntheticSettings.of_difficulty(DIFFICULTY, SEED),
+            settings=SynthesisSettings.of_difficulty(DIFFICULTY, SEED),
         )
         draw_timeline(
             self.picture,

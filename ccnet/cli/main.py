@@ -24,6 +24,9 @@ COMMANDS = (
 )
 """One module each in `ccnet.cli`: `register(subparsers)` declares it, `run(arguments, overrides)` does it."""
 
+RENAMED = {"plant": "synthesize"}
+"""Former names of subcommands, which this release still understands."""
+
 # Packages that only some subcommands need, and the extra that brings each.
 _EXTRAS = {
     "torch": "train",
@@ -45,6 +48,11 @@ _EXTRAS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand. Returns 0, a `CCNetError.exit_code`, or 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in RENAMED:
+        name = RENAMED[argv[0]]
+        print(f"warning: 'ccnet {argv[0]}' is called 'ccnet {name}' now; the old name will go", file=sys.stderr)
+        argv[0] = name
     parser = argparse.ArgumentParser(
         prog="ccnet", description="Train, export, verify and run CCNet, the dense audio-visual event localizer."
     )

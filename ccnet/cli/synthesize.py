@@ -1,4 +1,4 @@
-"""`ccnet synthesize`: features synthetic from an annotation file, where the real ones can't be had."""
+"""`ccnet synthesize`: write synthetic features for the videos of an annotation file, where real ones can't be had."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TAKES_OVERRIDES = True
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "synthesize",
-        help="features synthetic from an annotation file",
-        description="Write synthetic features for the videos of an annotation file, in the published file layout. Each "
-        "class gets a visual and an audio signature; stretches where a class is only seen or only heard are no events. "
-        "The same command continues an interrupted folder.",
+        help="write synthetic features for the videos of an annotation file",
+        description="Write synthetic features for the videos of an annotation file, in the published file layout. "
+        "Each class gets a visual and an audio signature; stretches of a class that is only seen or only heard are not "
+        "events. The same command continues an interrupted folder.",
         epilog="Feature widths, file suffixes and time base come from the preset; change them with e.g. "
         "--model.visual_dim 64. All 10,790 videos of UnAV-100 take 12 GB as float32 and 6 GB as float16.",
     )
@@ -43,7 +43,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from ccnet.synthetic.features import SyntheticSettings
+    from ccnet.synthetic.features import SynthesisSettings
     from ccnet.synthetic.folder import synthesize_folder
     from runtime.annotations import read_annotations
     from runtime.errors import ConfigError
@@ -60,18 +60,18 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     videos = videos[: arguments.limit]
 
     begun = time.perf_counter()
-    synthetic = synthesize_folder(
+    result = synthesize_folder(
         annotations,
         videos,
         arguments.out,
         config,
-        SyntheticSettings.of_difficulty(arguments.difficulty, arguments.seed),
+        SynthesisSettings.of_difficulty(arguments.difficulty, arguments.seed),
         dtype=arguments.dtype,
         workers=arguments.workers,
     )
     seconds = time.perf_counter() - begun
     print(
-        f"{arguments.out}: {synthetic.written} videos written in {seconds:.1f} s, {synthetic.kept} were there already; "
-        f"{synthetic.size / 1e9:.2f} GB in all"
+        f"{arguments.out}: {result.written} videos written in {seconds:.1f} s, {result.kept} were there already; "
+        f"{result.size / 1e9:.2f} GB in all"
     )
     return 0

@@ -1,1 +1,1 @@
-"""Synthetic videos: annotations and features with known events."""
+"""Synthetic videos: annotations drawn from the statistics of UnAV-100, and features with known events."""

@@ -1,7 +1,7 @@
-"""Small annotation sets with the durations, event lengths and overlaps of UnAV-100, made from its statistics.
+"""Small annotation sets with the durations, event lengths and overlaps of UnAV-100, drawn from its statistics.
 
-The tables below were measured on the published annotations (10,790 videos, 30,059 events). A set drawn from them
-serves demo, tests and load generation where the real annotation file is not at hand.
+The tables below were measured on the published annotations (10,790 videos, 30,059 events). Sets drawn from them serve
+the demo and the tests where the published file is not at hand.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _PLACEMENT_TRIALS = 20
 
 
 def draw_duration(rng: np.random.Generator) -> float:
-    """Seconds of one video."""
+    """Draw the duration of a video, in seconds."""
     return round(float(np.interp(rng.random(), _QUANTILES, _DURATIONS)), 2)
 
 
 def draw_event_length(rng: np.random.Generator, duration: float, events: int) -> float:
-    """Seconds of one event in a video of `duration` seconds that holds `events` events."""
+    """Draw the length in seconds of one event, in a video of `duration` seconds that holds `events` events."""
     group = next(group for group in _EVENT_GROUPS if events <= group[1][1] or group is _EVENT_GROUPS[-1])
     share = float(np.interp(rng.random(), _QUANTILES, group[2]))
     return min(duration, max(_SHORTEST_EVENT, share * duration))
 
 
 def draw_events(rng: np.random.Generator, duration: float, num_classes: int) -> list[tuple[float, float, int]]:
-    """(start s, end s, class) of one video's events: at least one; those of one class do not overlap."""
+    """Draw the events of one video as (start s, end s, class): at least one; those of one class do not overlap."""
     shares = np.array([group[0] for group in _EVENT_GROUPS])
     _, (fewest, most), _, class_shares = _EVENT_GROUPS[rng.choice(len(shares), p=shares / shares.sum())]
     count = fewest + min(int(rng.exponential(3.0)), most - fewest)
@@ -60,13 +60,13 @@ def draw_events(rng: np.random.Generator, duration: float, num_classes: int) -> 
 
 
 def demo_annotations(videos: dict[str, int], num_classes: int, *, seed: int = 0) -> dict[str, Any]:
-    """A set in the published JSON layout.
+    """Return a set in the JSON layout of the published annotation file.
 
     Args:
         videos: number of videos per subset, e.g. `{"train": 200, "validation": 40, "test": 60}`.
         num_classes: classes are called `class 00`, `class 01`, ...; every one of them occurs in each subset that has
             at least twice as many videos as there are classes, with overwhelming probability.
-        seed: of everything drawn.
+        seed: the same seed gives the same set.
     """
     rng = np.random.default_rng(seed)
     names = [f"class {label:02d}" for label in range(num_classes)]

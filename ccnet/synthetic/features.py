@@ -1,10 +1,10 @@
-"""Synthetic features: what a feature extractor might have said about the videos of an annotation file.
+"""Synthetic features: what a feature extractor could return for the videos of an annotation file.
 
-Every class has a visual and an audio signature. During an event both are there; besides, the video holds *unimodal
-distractors* (a class seen but not heard, or heard but not seen) and events are drawn out in one modality beyond
-their boundaries, so that which stretches are events, and where they start and end, can only be told from both
-modalities together. The values look like those of I3D and VGGish: not negative, mean 0.1 to 0.2, smooth in time
-because neighbouring steps share frames.
+Every class has a visual and an audio signature. During an event both are present. The video also holds *unimodal
+distractors* (a class that is seen but not heard, or heard but not seen), and events extend beyond their boundaries in
+one modality. Which stretches are events, and where they start and end, can only be told from both modalities together.
+The values resemble those of I3D and VGGish: not negative, mean 0.1 to 0.2, smooth in time because neighbouring steps
+share frames.
 
 Shapes:  n steps of one video   F frames of one video   C classes   D channels of one modality
 """
@@ -28,13 +28,13 @@ Floats = npt.NDArray[np.float32]
 _SCENES = 12
 """Directions in which whole videos differ without any event being there (lighting, room, camera)."""
 _LONGEST_TAIL = 6.0
-"""Seconds by which an event may be drawn out in one modality."""
+"""Seconds by which an event may extend beyond a boundary in one modality."""
 _PLACEMENT_TRIALS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class SyntheticSettings:
-    """How the features are synthetic."""
+class SynthesisSettings:
+    """How clear the signatures are, and what else the features hold that is not an event."""
 
     seed: int = 0
     signal: float = 7.5
@@ -44,18 +44,18 @@ class SyntheticSettings:
     distractor_strength: float = 1.0
     """Strength of a distractor's signature relative to an event's."""
     tails: float = 0.5
-    """Share of event boundaries beyond which one of the modalities goes on for up to 6 s."""
+    """Share of event boundaries beyond which one modality continues for up to 6 s."""
 
     def __post_init__(self) -> None:
-        require(self.signal > 0, "synthesizing.signal", self.signal, "a number above 0")
-        require(self.distractors >= 0, "synthesizing.distractors", self.distractors, "a number >= 0")
-        require(0 <= self.tails <= 1, "synthesizing.tails", self.tails, "a number in [0, 1]")
+        require(self.signal > 0, "synthesis.signal", self.signal, "a number above 0")
+        require(self.distractors >= 0, "synthesis.distractors", self.distractors, "a number >= 0")
+        require(0 <= self.tails <= 1, "synthesis.tails", self.tails, "a number in [0, 1]")
         good = 0 <= self.distractor_strength <= 2
-        require(good, "synthesizing.distractor_strength", self.distractor_strength, "a number in [0, 2]")
+        require(good, "synthesis.distractor_strength", self.distractor_strength, "a number in [0, 2]")
 
     @classmethod
-    def of_difficulty(cls, difficulty: float, seed: int = 0) -> SyntheticSettings:
-        """One knob for all of it, 0 (clean, no distractors) to 1; 0.5 gives the defaults above.
+    def of_difficulty(cls, difficulty: float, seed: int = 0) -> SynthesisSettings:
+        """Return the settings of a difficulty from 0 (clean, no distractors) to 1; 0.5 gives the defaults above.
 
         | difficulty          | 0   | 0.25 | 0.5 | 0.75 | 1   |
         |---------------------|-----|------|-----|------|-----|
@@ -75,7 +75,7 @@ class SyntheticSettings:
 
 
 class Presence(NamedTuple):
-    """How strongly each class is seen and heard in each frame; 0: not at all.
+    """How strongly each class is seen and heard in each frame, 0 where it is not.
 
     Frames where a class is both seen and heard are exactly those of its events.
     """
@@ -87,37 +87,37 @@ class Presence(NamedTuple):
 
 
 class FeatureSynthesizer:
-    """Makes the features of any video; what a video gets depends on the settings and its own annotation alone."""
+    """Makes the features of a video, which depend on the settings and on its own annotation alone."""
 
     def __init__(
-        self, *, num_classes: int, visual_dim: int, audio_dim: int, time_base: TimeBase, settings: SyntheticSettings
+        self, *, num_classes: int, visual_dim: int, audio_dim: int, time_base: TimeBase, settings: SynthesisSettings
     ) -> None:
         self.num_classes = num_classes
         self.time_base = time_base
         self.settings = settings
         # Measured on real features: I3D has mean 0.14, is hardly ever zero and changes by 0.09 from step to step;
         # VGGish has mean 0.12, is zero half of the time and changes by 0.10.
-        self._visual = _Modality(visual_dim, num_classes, settings, level=0.15, noise=0.08, seed=1)
-        self._audio = _Modality(audio_dim, num_classes, settings, level=0.0, noise=0.2, seed=2)
+        self.visual = _Modality(visual_dim, num_classes, settings, level=0.15, noise=0.08, seed=1)
+        self.audio = _Modality(audio_dim, num_classes, settings, level=0.0, noise=0.2, seed=2)
 
     def steps(self, duration: float) -> int:
-        """Feature steps that fit into a video of `duration` seconds, at least 1."""
+        """Return the number of feature steps that fit into a video of `duration` seconds, at least 1."""
         frames = duration * self.time_base.fps
         return max(1, 1 + math.floor((frames - self.time_base.window_frames) / self.time_base.stride_frames + 1e-6))
 
     def features(self, video: VideoAnnotation) -> tuple[Floats, Floats]:
-        """Visual [n, Cv] and audio [n, Ca] features, float32, >= 0."""
+        """Return the visual [n, Cv] and audio [n, Ca] features of a video, float32, >= 0."""
         rng = self._generator(video)
         presence = self._presence(video, rng)
         taps = max(1, round(self.time_base.window_frames / self.time_base.stride_frames))
         steps = self.steps(video.duration)
         return (
-            self._visual.features(self._per_step(presence.seen, steps), taps, rng),
-            self._audio.features(self._per_step(presence.heard, steps), taps, rng),
+            self.visual.features(self._per_step(presence.seen, steps), taps, rng),
+            self.audio.features(self._per_step(presence.heard, steps), taps, rng),
         )
 
     def presence(self, video: VideoAnnotation) -> Presence:
-        """The plan behind `features(video)`."""
+        """Return what is seen and heard in each frame; `features(video)` is made from it."""
         return self._presence(video, self._generator(video))
 
     def _generator(self, video: VideoAnnotation) -> np.random.Generator:
@@ -128,14 +128,12 @@ class FeatureSynthesizer:
         fps, duration, events = self.time_base.fps, video.duration, len(video.labels)
         frames = max(1, math.ceil(duration * fps))
         seen, heard = np.zeros((2, self.num_classes, frames), np.float32)
-        event = np.zeros((self.num_classes, frames), bool)
 
         spans = []
         for (start, end), label in zip(video.segments, video.labels, strict=True):
             first = min(frames - 1, round(start * fps))
             span = slice(first, max(first + 1, round(end * fps)))
             spans.append((int(label), span))
-            event[label, span] = True
             seen[label, span], heard[label, span] = rng.uniform(0.75, 1.25, 2)
 
         for label, span in spans:
@@ -143,15 +141,15 @@ class FeatureSynthesizer:
                 tail, draw = round(rng.uniform(0.5, _LONGEST_TAIL) * fps), rng.random(2)
                 if draw[0] >= self.settings.tails:
                     continue
-                drawn_out, other = (seen, heard) if draw[1] < 0.5 else (heard, seen)
-                strength = drawn_out[label, span.start]
+                extended, other = (seen, heard) if draw[1] < 0.5 else (heard, seen)
+                strength = extended[label, span.start]
                 beyond = (
                     slice(max(0, span.start - tail), span.start)
                     if side == "before"
                     else slice(span.stop, span.stop + tail)
                 )
-                free = (other[label, beyond] == 0) & (drawn_out[label, beyond] == 0)
-                drawn_out[label, beyond][free] = strength
+                free = (other[label, beyond] == 0) & (extended[label, beyond] == 0)
+                extended[label, beyond][free] = strength
 
         for shown in (seen, heard):
             wanted = self.settings.distractors * events
@@ -162,9 +160,9 @@ class FeatureSynthesizer:
     def _place_distractor(
         self, shown: Floats, seen: Floats, heard: Floats, video: VideoAnnotation, rng: np.random.Generator
     ) -> None:
-        """One stretch of one class in one modality, where that class is neither seen nor heard yet.
+        """Add a stretch of one class to `shown`, the array of one modality, where that class is neither seen nor heard.
 
-        Half of the time a class that also has events in this video, so that a video's classes do not give it away.
+        Half of the time the class also has events in this video, so that a distractor can't be recognized by its class.
         """
         frames = seen.shape[1]
         strength = self.settings.distractor_strength * rng.uniform(0.75, 1.25)
@@ -178,7 +176,7 @@ class FeatureSynthesizer:
                 return
 
     def _per_step(self, presence: Floats, steps: int) -> Floats:
-        """Mean over the frames each step sees: [C, F] -> [n, C]."""
+        """Average over the frames that each step sees: [C, F] -> [n, C]."""
         sums = np.pad(np.cumsum(presence, axis=1, dtype=np.float64), ((0, 0), (1, 0)))
         first = np.round(np.arange(steps) * self.time_base.stride_frames).astype(int)
         last = first + max(1, round(self.time_base.window_frames))
@@ -188,10 +186,10 @@ class FeatureSynthesizer:
 
 
 class _Modality:
-    """Signatures and background of one modality, and how a step's features come of them."""
+    """Signatures and background of one modality, and the features made from them."""
 
     def __init__(
-        self, dim: int, num_classes: int, settings: SyntheticSettings, *, level: float, noise: float, seed: int
+        self, dim: int, num_classes: int, settings: SynthesisSettings, *, level: float, noise: float, seed: int
     ) -> None:
         rng = np.random.default_rng((settings.seed, seed))
         self.noise = noise
@@ -205,7 +203,10 @@ class _Modality:
             signature[chosen] = settings.signal * noise * weights / np.linalg.norm(weights)
 
     def features(self, presence: Floats, taps: int, rng: np.random.Generator) -> Floats:
-        """[n, C] -> [n, D]. Neighbouring steps share frames, so noise is a moving sum of independent blocks."""
+        """Return the features of a video, [n, C] -> [n, D].
+
+        Neighbouring steps share frames, so their noise is a moving sum of independent blocks.
+        """
         steps, dim = len(presence), len(self.level)
         blocks = rng.standard_normal((steps + taps - 1, dim), dtype=np.float32)
         features = blocks[:steps].copy()

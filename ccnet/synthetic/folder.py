@@ -1,7 +1,7 @@
 """A folder of synthetic features in the published layout, written video by video.
 
-Each video is made, written and forgotten: the memory in use does not grow with the set. Every file is whole or absent,
-and a folder that was interrupted is continued: videos whose files are all there and whole are not made again.
+Memory does not grow with the set. Every file is whole or absent, and an interrupted folder is continued: a video whose
+files are all there and whole is not made again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ccnet.config import Config
-from ccnet.synthetic.features import FeatureSynthesizer, SyntheticSettings
+from ccnet.synthetic.features import FeatureSynthesizer, SynthesisSettings
 from runtime.annotations import Annotations, VideoAnnotation
 from runtime.errors import ConfigError, FeatureError, MissingDependency
 from runtime.files import atomic_file, sha256_file, write_json
@@ -30,13 +30,13 @@ SETTINGS_FILE = "synthetic.json"
 _HEADER_BYTES = 128
 
 
-class Synthesized(NamedTuple):
-    """What `synthesize_folder` did."""
+class SynthesisResult(NamedTuple):
+    """What `synthesize_folder` left in the folder."""
 
     written: int
     """Videos made and written."""
     kept: int
-    """Videos that were whole already."""
+    """Videos whose files were there already."""
     size: int
     """Bytes of all their files."""
 
@@ -46,24 +46,24 @@ def synthesize_folder(
     videos: Sequence[VideoAnnotation],
     folder: str | os.PathLike[str],
     config: Config,
-    settings: SyntheticSettings,
+    settings: SynthesisSettings,
     *,
     dtype: Dtype = "float32",
     workers: int = 0,
     progress: bool = True,
-) -> Synthesized:
-    """Synthesize `videos` of `annotations` into `folder`.
+) -> SynthesisResult:
+    """Write synthetic features of `videos`, which belong to `annotations`, into `folder`.
 
-    What a video gets depends on the settings and its own annotation alone, not on `workers`, order or selection.
+    The features of a video depend on the settings and its own annotation alone, not on `workers`, order or selection.
 
     Args:
-        config: gives feature widths, file suffixes, time base and number of classes.
+        config: its feature widths, file suffixes, time base and number of classes are used.
         dtype: of the files; float16 halves them.
         workers: processes that make features; 0 makes them in this one.
         progress: a tqdm bar on standard error.
 
-    Raises ConfigError when a feature width can't be split over the modality's files or the classes do not fit,
-    and FeatureError when the folder holds features synthetic otherwise or the disk has no room for the set.
+    Raises ConfigError when a feature width can't be split over the modality's files or the number of classes differs,
+    FeatureError when the folder holds other features or the disk has no room for the set.
     """
     folder = Path(folder)
     if len(annotations.labels) != config.model.num_classes:
@@ -83,13 +83,13 @@ def synthesize_folder(
             "use --dtype float16, fewer videos (--subset, --limit) or another disk"
         )
     _run(job, todo, len(videos) - len(todo), workers, progress)
-    return Synthesized(len(todo), len(videos) - len(todo), size)
+    return SynthesisResult(len(todo), len(videos) - len(todo), size)
 
 
 class _Job:
-    """Makes and writes one video at a time; copied into every worker."""
+    """Writes one video at a time; copied into every worker."""
 
-    def __init__(self, folder: Path, config: Config, settings: SyntheticSettings, dtype: np.dtype[Any]) -> None:
+    def __init__(self, folder: Path, config: Config, settings: SynthesisSettings, dtype: np.dtype[Any]) -> None:
         self.folder, self.dtype = folder, dtype
         model, layout = config.model, config.layout
         self.files = [
@@ -109,12 +109,12 @@ class _Job:
         )
 
     def size(self, video: VideoAnnotation) -> int:
-        """Bytes of a video's files."""
+        """Return the bytes that a video's files take."""
         steps = self.synthesizer.steps(video.duration)
         return sum(_HEADER_BYTES + steps * width * self.dtype.itemsize for _, width in self.files)
 
     def is_whole(self, video: VideoAnnotation) -> bool:
-        """Whether all files of a video are there, with the size they must have."""
+        """Return whether all files of a video are there, with the shape and dtype they must have."""
         steps = self.synthesizer.steps(video.duration)
         for suffix, width in self.files:
             try:
@@ -141,8 +141,8 @@ def _split(modality: str, dim: int, files: int) -> list[int]:
     return [dim // files] * files
 
 
-def _claim(folder: Path, annotations: Annotations, config: Config, settings: SyntheticSettings, dtype: Dtype) -> None:
-    """Record the settings of the folder, or check that it is continued with the same ones."""
+def _claim(folder: Path, annotations: Annotations, config: Config, settings: SynthesisSettings, dtype: Dtype) -> None:
+    """Record the settings in the folder, or check that it is continued with the same ones."""
     recorded = {
         "annotations_sha256": sha256_file(annotations.path),
         "settings": dataclasses.asdict(settings),
@@ -155,17 +155,19 @@ def _claim(folder: Path, annotations: Annotations, config: Config, settings: Syn
     path = folder / SETTINGS_FILE
     if not path.exists():
         if folder.is_dir() and next(folder.glob("*.npy"), None):
-            raise FeatureError(f"{folder}: holds features that are not synthetic; choose another folder")
+            raise FeatureError(
+                f"{folder}: holds .npy files but no {SETTINGS_FILE}, so they are not replaced; choose another folder"
+            )
         write_json(path, recorded)
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FeatureError(f"{path}: not valid JSON ({error}); delete the folder and synthesize it again") from error
+        raise FeatureError(f"{path}: not valid JSON ({error}); delete the folder and start again") from error
     different = [key for key in recorded if not isinstance(found, dict) or found.get(key) != recorded[key]]
     if different:
         raise FeatureError(
-            f"{folder}: was synthesized with other settings ({', '.join(different)}); "
+            f"{folder}: its features were made with other settings ({', '.join(different)}); "
             "choose another folder, or delete this one first"
         )
 

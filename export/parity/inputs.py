@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ccnet.synthetic.annotations import draw_duration, draw_events
-from ccnet.synthetic.features import FeatureSynthesizer, SyntheticSettings
+from ccnet.synthetic.features import FeatureSynthesizer, SynthesisSettings
 from runtime.annotations import Annotations, VideoAnnotation
 from runtime.features import VideoFeatures, find_videos, read_video
 from runtime.spec import ModelSpec
@@ -87,10 +87,10 @@ def stress_lengths(spec: ModelSpec) -> list[int]:
 
 
 def synthetic_inputs(
-    spec: ModelSpec, *, count: int = NUM_VIDEOS, seed: int = 0, settings: SyntheticSettings | None = None
+    spec: ModelSpec, *, count: int = NUM_VIDEOS, seed: int = 0, settings: SynthesisSettings | None = None
 ) -> list[ParityVideo]:
     """Videos with synthetic events and distractors (see `ccnet.synthetic.features`), at most T steps long."""
-    settings = settings or SyntheticSettings(seed=seed)
+    settings = settings or SynthesisSettings(seed=seed)
     synthesizer = FeatureSynthesizer(
         num_classes=spec.num_classes,
         visual_dim=spec.visual_dim,

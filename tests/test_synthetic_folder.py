@@ -14,7 +14,7 @@ import pytest
 from ccnet.cli.main import main
 from ccnet.config import Config, ModelConfig
 from ccnet.synthetic.annotations import demo_annotations
-from ccnet.synthetic.features import SyntheticSettings
+from ccnet.synthetic.features import SynthesisSettings
 from ccnet.synthetic.folder import synthesize_folder
 from runtime.annotations import read_annotations
 from runtime.errors import ConfigError, FeatureError
@@ -32,7 +32,7 @@ def annotations(tmp_path_factory):
 
 
 def synthesize(annotations, folder, videos=None, **options):
-    options = {"config": CONFIG, "synthesizing": SyntheticSettings(), "progress": False} | options
+    options = {"config": CONFIG, "settings": SynthesisSettings(), "progress": False} | options
     return synthesize_folder(annotations, videos or list(annotations.videos.values()), folder, **options)
 
 
@@ -41,8 +41,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def test_files_are_in_the_published_layout(annotations, tmp_path):
-    synthetic = synthesize(annotations, tmp_path)
-    assert synthetic.written == 16
+    result = synthesize(annotations, tmp_path)
+    assert result.written == 16
     for video in annotations.videos.values():
         shapes = {
             suffix: np.load(tmp_path / f"{video.video_id}{suffix}.npy").shape for suffix in ("_rgb", "_flow", "_vggish")
@@ -52,7 +52,7 @@ def test_files_are_in_the_published_layout(annotations, tmp_path):
         visual, audio = read_video(tmp_path, video.video_id, CONFIG.layout, 12, 5)
         assert visual.shape == (steps, 12)
         assert audio.shape == (steps, 5)
-    assert synthetic.size == sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
+    assert result.size == sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
 
 
 def test_workers_order_and_selection_do_not_matter(annotations, tmp_path):
@@ -74,8 +74,8 @@ def test_an_interrupted_folder_is_continued(annotations, tmp_path, monkeypatch):
     damaged = tmp_path / "part" / f"{videos[2].video_id}_flow.npy"
     damaged.write_bytes(damaged.read_bytes()[:-4])
     (tmp_path / "part" / f"{videos[4].video_id}_vggish.npy").unlink()
-    synthetic = synthesize(annotations, tmp_path / "part")
-    assert (synthetic.written, synthetic.kept) == (9 + 2, 5)
+    result = synthesize(annotations, tmp_path / "part")
+    assert (result.written, result.kept) == (9 + 2, 5)
     assert contents(tmp_path / "part") == contents(tmp_path / "whole")
 
 
@@ -107,11 +107,11 @@ def test_too_little_room_is_said_before_the_first_file(annotations, tmp_path, mo
     assert not list(tmp_path.glob("*.npy"))
 
 
-def test_a_folder_synthetic_otherwise_is_not_mixed_into(annotations, tmp_path):
+def test_a_folder_of_other_settings_is_not_mixed_into(annotations, tmp_path):
     synthesize(annotations, tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(FeatureError, match=r"other settings \(synthesizing\)"):
-        synthesize(annotations, tmp_path, settings=SyntheticSettings(seed=5))
+    with pytest.raises(FeatureError, match=r"other settings \(settings\)"):
+        synthesize(annotations, tmp_path, settings=SynthesisSettings(seed=5))
     with pytest.raises(FeatureError, match=r"other settings \(dtype\)"):
         synthesize(annotations, tmp_path, dtype="float16")
     assert contents(tmp_path) == before
@@ -119,7 +119,7 @@ def test_a_folder_synthetic_otherwise_is_not_mixed_into(annotations, tmp_path):
 
 def test_a_folder_of_real_features_is_left_alone(annotations, tmp_path):
     np.save(tmp_path / "real_rgb.npy", np.zeros((3, 6), np.float32))
-    with pytest.raises(FeatureError, match="not synthetic"):
+    with pytest.raises(FeatureError, match=r"no synthetic\.json, so they are not replaced"):
         synthesize(annotations, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["real_rgb.npy"]
 
@@ -168,13 +168,23 @@ def test_the_command(annotations, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_the_published_annotations_can_be_synthetic(annotations_file, tmp_path):
+def test_the_former_name_of_the_command(annotations, tmp_path, capsys):
+    command = ["--annotations", str(annotations.path), "--out", str(tmp_path), "--limit", "1", "--workers", "1"]
+    assert (
+        main(["plant", *command, "--model.num_classes", "4", "--model.visual_dim", "8", "--model.audio_dim", "4"]) == 0
+    )
+    printed = capsys.readouterr()
+    assert "1 videos written" in printed.out
+    assert "'ccnet plant' is called 'ccnet synthesize' now" in printed.err
+
+
+def test_the_published_annotations_fit_the_preset(annotations_file, tmp_path):
     """A few videos at full width; the class count and the label ids of the real file fit the preset."""
     annotations = read_annotations(annotations_file)
-    synthetic = synthesize_folder(
-        annotations, annotations.subset("test")[:3], tmp_path, Config(), SyntheticSettings(), progress=False
+    result = synthesize_folder(
+        annotations, annotations.subset("test")[:3], tmp_path, Config(), SynthesisSettings(), progress=False
     )
-    assert synthetic.written == 3
+    assert result.written == 3
     video = annotations.subset("test")[0]
     visual, audio = read_video(tmp_path, video.video_id, Config().layout, 2048, 128)
     assert visual.shape[1] == 2048

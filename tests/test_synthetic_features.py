@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ccnet.synthetic.annotations import demo_annotations
-from ccnet.synthetic.features import FeatureSynthesizer, SyntheticSettings
+from ccnet.synthetic.features import FeatureSynthesizer, SynthesisSettings
 from runtime.annotations import VideoAnnotation, read_annotations
 from runtime.errors import ConfigError
 from runtime.spec import TimeBase
@@ -23,7 +23,7 @@ def synthesizer(settings=None, visual_dim=48, audio_dim=16, time_base=None) -> F
         visual_dim=visual_dim,
         audio_dim=audio_dim,
         time_base=time_base or TimeBase(),
-        settings=settings or SyntheticSettings(),
+        settings=settings or SynthesisSettings(),
     )
 
 
@@ -44,14 +44,14 @@ def event_frames(video):
 
 @pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
 def test_a_class_is_seen_and_heard_at_once_exactly_during_its_events(videos, difficulty):
-    maker = synthesizer(SyntheticSettings.of_difficulty(difficulty))
+    maker = synthesizer(SynthesisSettings.of_difficulty(difficulty))
     for video in videos[:60]:
         presence = maker.presence(video)
         assert np.array_equal((presence.seen > 0) & (presence.heard > 0), event_frames(video))
 
 
 def test_one_modality_alone_shows_about_as_much_that_is_no_event(videos):
-    """By default every event has a seen-only and a heard-only companion, and half of the boundaries are drawn out."""
+    """By default every event has a seen-only and a heard-only companion, and half of the boundaries are extended."""
     seen = heard = event = 0
     for video in videos:
         presence = synthesizer().presence(video)
@@ -64,7 +64,7 @@ def test_one_modality_alone_shows_about_as_much_that_is_no_event(videos):
 
 
 def test_at_difficulty_zero_nothing_but_events_is_shown(videos):
-    maker = synthesizer(SyntheticSettings.of_difficulty(0.0))
+    maker = synthesizer(SynthesisSettings.of_difficulty(0.0))
     for video in videos[:40]:
         presence = maker.presence(video)
         assert np.array_equal(presence.seen > 0, event_frames(video))
@@ -75,7 +75,7 @@ def test_the_classes_of_a_video_do_not_give_its_distractors_away(videos):
     """A good part of the distractors are of classes that do have events in the same video."""
     own = other = 0
     for video in videos:
-        presence = synthesizer(SyntheticSettings(tails=0.0)).presence(video)
+        presence = synthesizer(SynthesisSettings(tails=0.0)).presence(video)
         alone = ((presence.seen > 0) & (presence.heard == 0)).any(axis=1)
         mine = np.isin(np.arange(CLASSES), video.labels)
         own += int((alone & mine).sum())
@@ -108,16 +108,16 @@ def test_steps_follow_from_the_duration_through_the_time_base(videos):
 @pytest.mark.parametrize("dims", [(48, 16), (1024, 128)])
 def test_an_event_stands_out_by_the_signal_whatever_the_width(dims):
     """Projected on its signature, an event stands about `signal` noise deviations above the same video without it."""
-    maker = synthesizer(SyntheticSettings(signal=8.0, distractors=0.0, tails=0.0), *dims)
+    maker = synthesizer(SynthesisSettings(signal=8.0, distractors=0.0, tails=0.0), *dims)
     segments, labels = np.array([[10.0, 20.0]]), np.array([2])
     heights = []
     for i in range(20):
         video = VideoAnnotation(f"v{i}", 30.0, "train", segments, labels)
         visual, _ = maker.features(video)
-        signature = maker._visual.signatures[2]
-        projected = visual @ signature / np.linalg.norm(signature) / maker._visual.noise
+        signature = maker.visual.signatures[2]
+        projected = visual @ signature / np.linalg.norm(signature) / maker.visual.noise
         heights.append(projected[35:58].mean() - np.concatenate((projected[:25], projected[70:])).mean())
-    # The rectifier takes away some of the noise's lower half, so the step is a little smaller than synthetic.
+    # The rectifier takes away some of the noise's lower half, so the step is a little smaller than `signal`.
     assert 6.0 < np.mean(heights) < 8.5
 
 
@@ -127,7 +127,7 @@ def test_what_a_video_gets_depends_on_itself_and_the_seed_alone(videos):
     for a, b in zip(first.features(videos[0]), again.features(videos[0]), strict=True):
         assert np.array_equal(a, b)
     others = (
-        synthesizer(SyntheticSettings(seed=1)).features(videos[0]),
+        synthesizer(SynthesisSettings(seed=1)).features(videos[0]),
         synthesizer().features(dataclasses.replace(videos[0], video_id="another")),
     )
     for visual, audio in others:
@@ -136,12 +136,12 @@ def test_what_a_video_gets_depends_on_itself_and_the_seed_alone(videos):
 
 
 def test_difficulty_has_a_range():
-    assert SyntheticSettings.of_difficulty(0.5) == SyntheticSettings()
+    assert SynthesisSettings.of_difficulty(0.5) == SynthesisSettings()
     for bad in (-0.1, 1.5, float("nan")):
         with pytest.raises(ConfigError, match="difficulty"):
-            SyntheticSettings.of_difficulty(bad)
-    with pytest.raises(ConfigError, match=r"synthesizing\.signal"):
-        SyntheticSettings(signal=0.0)
+            SynthesisSettings.of_difficulty(bad)
+    with pytest.raises(ConfigError, match=r"synthesis\.signal"):
+        SynthesisSettings(signal=0.0)
 
 
 def test_synthetic_annotations_resemble_the_published_ones(tmp_path):
