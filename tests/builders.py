@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     from ccnet.network.model import CCNet
     from export.bundle_writer import Draft
 
+
+def golden(name: str) -> dict[str, Any]:
+    """Read a golden file of tests/data: array name -> array (tests/data/README.md says what each one holds)."""
+    with np.load(Path(__file__).parent / "data" / f"{name}.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 """Folder of the reference data beside a checkout."""
 

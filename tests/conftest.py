@@ -5,15 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from builders import SHARED, shared_path
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """Folder of the reference data; skips the test where it is absent."""
-    if not SHARED.is_dir():
-        pytest.skip("reference data folder not available beside the checkout")
-    return SHARED
+from builders import shared_path
 
 
 @pytest.fixture(scope="session")

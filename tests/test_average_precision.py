@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from builders import shared_path
+from builders import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.annotations import read_annotations
 from runtime.average_precision import average_precision
 from runtime.errors import AnnotationError, ConfigError, PredictionError
 
 THRESHOLDS = np.arange(1, 10) / 10
 
 
-def test_equals_the_released_evaluation(annotations_file: Path) -> None:
-    data = np.load(shared_path("reference/authors_map.npz"), allow_pickle=False)
-    annotations = read_annotations(annotations_file)
-    videos = [annotations.videos[str(video_id)] for video_id in data["video_ids"]]
+def test_equals_the_released_evaluation() -> None:
+    data = golden("average_precision")
     ap = average_precision(
         data["video"],
         np.stack([data["start"], data["end"]], axis=1),
         data["score"],
         data["label"],
-        np.repeat(np.arange(len(videos)), [len(video.labels) for video in videos]),
-        np.concatenate([video.segments for video in videos]),
-        np.concatenate([video.labels for video in videos]),
+        data["truth_video"],
+        np.stack([data["truth_start"], data["truth_end"]], axis=1),
+        data["truth_label"],
         100,
         data["tiou"],
     )

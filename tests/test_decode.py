@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import shared_path
+from builders import golden
 
 from runtime.decode import decode
 from runtime.errors import EngineError
@@ -54,7 +54,7 @@ def test_equals_a_plain_implementation(valid_steps: int, post: PostProcessing) -
 
 
 def test_finds_the_candidates_of_the_released_program() -> None:
-    data = np.load(shared_path("reference/authors_tiny.npz"), allow_pickle=False)
+    data = golden("network")
     for logits, offsets, valid in zip(data["cls_logits"], data["offsets"], data["point_mask"], strict=True):
         steps = int(valid[:64].sum())
         scores = decode(logits, offsets, steps, GRID, POST)[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import SWITCHES, TINY, random_batch, random_network
+from builders import SWITCHES, TINY, random_batch, random_network, shared_path
 from torch import Tensor
 
 from ccnet.config import Config, ModelConfig
@@ -71,11 +71,8 @@ def test_the_comparison_would_see_a_missing_halo(monkeypatch: pytest.MonkeyPatch
     assert largest_difference(eager, careless, batch) > 1e-3
 
 
-def test_golden_weights_with_values_of_hundreds(shared: Path) -> None:
-    path = shared / "reference" / "authors_tiny.npz"
-    if not path.exists():
-        pytest.skip("golden file of the released program not available")
-    with np.load(path, allow_pickle=False) as golden:
+def test_golden_weights_with_values_of_hundreds() -> None:
+    with np.load(shared_path("reference/authors_tiny.npz"), allow_pickle=False) as golden:
         parameters = {k[6:]: torch.from_numpy(golden[k]) for k in golden.files if k.startswith("param/")}
         visual, audio = torch.from_numpy(golden["visual"]), torch.from_numpy(golden["audio"])
         mask = torch.arange(64) < torch.from_numpy(golden["lengths"])[:, None, None]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import shared_path
+from builders import golden
 
 from runtime.errors import ConfigError
 from runtime.postprocess import detect
@@ -17,7 +17,7 @@ SPEC = ModelSpec(length=64, levels=6, visual_dim=48, audio_dim=16, labels=tuple(
 
 @pytest.mark.parametrize("video", range(3))
 def test_equals_the_released_program(video: int) -> None:
-    data = np.load(shared_path("reference/authors_tiny.npz"), allow_pickle=False)
+    data = golden("network")
     got = detect(
         data["cls_logits"][video],
         data["offsets"][video],

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import shared_path
+from builders import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ from runtime.suppression import suppress
 
 @pytest.mark.parametrize("case", range(10))
 def test_equals_the_released_program(case: int) -> None:
-    data = np.load(shared_path("reference/authors_nms.npz"), allow_pickle=False)
+    data = golden("suppression")
     parameters = json.loads(str(data["params"]))[case]
     got = suppress(*(data[f"{case}/in_{name}"] for name in ("segments", "scores", "labels")), **parameters)
     for name, array in zip(("segments", "scores", "labels"), got, strict=True):
