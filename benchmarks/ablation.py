@@ -130,9 +130,7 @@ def synthesize(work: Path) -> None:
     if not path.is_file():
         write_json(path, demo_annotations(VIDEOS, CONFIG.model.num_classes, seed=PLANTING.seed))
     annotations = read_annotations(path)
-    synthesize_folder(
-        annotations, list(annotations.videos.values()), work / "features", CONFIG, PLANTING, progress=False
-    )
+    synthesize_folder(annotations, list(annotations.videos.values()), work / "features", CONFIG, PLANTING, quiet=True)
 
 
 def run(job: Job) -> str:

@@ -1,4 +1,4 @@
-"""How far a long walk has come: a tqdm bar where tqdm is installed, else a plain line now and then, on stderr."""
+"""Progress: how far a long job has come, on standard error."""
 
 from __future__ import annotations
 
@@ -6,32 +6,49 @@ import sys
 import time
 from typing import Any
 
-_SECONDS = 5.0
+_SECONDS = 10.0
+"""Between two plain lines."""
 
 
 class Progress:
-    """Counts to `total`; silent when `quiet`."""
+    """Counts to `total`: a tqdm bar on a terminal where tqdm is installed, else a plain line now and then.
 
-    def __init__(self, text: str, total: int, *, quiet: bool = False) -> None:
-        self._text, self._total, self._quiet = text, total, quiet
-        self._count = 0
-        self._begin = self._shown = time.monotonic()
+    with Progress("predict", total=len(videos)) as progress:
+        for video in videos:
+            ...
+            progress.advance()
+    """
+
+    def __init__(self, text: str, *, total: int, initial: int = 0, unit: str = "video", quiet: bool = False) -> None:
+        """Show nothing when `quiet`. `initial`: what was done before, which does not count for the rate."""
+        self._text, self._total, self._unit, self._quiet = text, total, unit, quiet
+        self._count = self._initial = initial
+        self._numbers = ""
+        self._begun = self._shown = time.monotonic()
         self._bar: Any = None
         if not quiet and sys.stderr.isatty():
             try:
                 from tqdm import tqdm
             except ModuleNotFoundError:
                 return
-            self._bar = tqdm(total=total, desc=text, unit="video", leave=False)
+            self._bar = tqdm(total=total, initial=initial, desc=text, unit=unit, leave=False)
 
-    def advance(self) -> None:
-        self._count += 1
+    def advance(self, count: int = 1) -> None:
+        """Count `count` more."""
+        self._count += count
         if self._bar is not None:
-            self._bar.update()
+            self._bar.update(count)
         elif not self._quiet and time.monotonic() - self._shown >= _SECONDS:
             self._shown = time.monotonic()
-            rate = self._count / (self._shown - self._begin)
-            print(f"{self._text}: {self._count}/{self._total}, {rate:.1f} per second", file=sys.stderr, flush=True)
+            rate = (self._count - self._initial) / (self._shown - self._begun)
+            line = f"{self._text}: {self._count}/{self._total}, {rate:.1f} {self._unit}s/s"
+            print(line + self._numbers, file=sys.stderr, flush=True)
+
+    def show(self, **numbers: float) -> None:
+        """Show numbers behind the bar from the next update on, for example `show(loss=0.5)`."""
+        self._numbers = "".join(f", {name} {value:.4g}" for name, value in numbers.items())
+        if self._bar is not None:
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
 
     def __enter__(self) -> Progress:
         return self

@@ -32,7 +32,7 @@ def annotations(tmp_path_factory):
 
 
 def synthesize(annotations, folder, videos=None, **options):
-    options = {"config": CONFIG, "settings": SynthesisSettings(), "progress": False} | options
+    options = {"config": CONFIG, "settings": SynthesisSettings(), "quiet": True} | options
     return synthesize_folder(annotations, videos or list(annotations.videos.values()), folder, **options)
 
 
@@ -182,7 +182,7 @@ def test_the_published_annotations_fit_the_preset(annotations_file, tmp_path):
     """A few videos at full width; the class count and the label ids of the real file fit the preset."""
     annotations = read_annotations(annotations_file)
     result = synthesize_folder(
-        annotations, annotations.subset("test")[:3], tmp_path, Config(), SynthesisSettings(), progress=False
+        annotations, annotations.subset("test")[:3], tmp_path, Config(), SynthesisSettings(), quiet=True
     )
     assert result.written == 3
     video = annotations.subset("test")[0]

@@ -78,9 +78,7 @@ class Data:
         self.annotations.write_text(json.dumps(demo_annotations({"train": 11, "validation": 5}, 2, seed=1)))
         annotations = read_annotations(self.annotations)
         settings = SynthesisSettings.of_difficulty(0.0)
-        synthesize_folder(
-            annotations, list(annotations.videos.values()), self.features, CONFIG, settings, progress=False
-        )
+        synthesize_folder(annotations, list(annotations.videos.values()), self.features, CONFIG, settings, quiet=True)
 
     def train(self, out: Path, config: Config = CONFIG, *, resume: bool = False) -> TrainingResult:
         return train(config, self.annotations, self.features, out, resume=resume, quiet=True)

@@ -77,7 +77,7 @@ def _predict(
     predictions: dict[str, Detections] = {}
     with (
         open_localizer(arguments) as localizer,
-        Progress("evaluate", len(videos), quiet=arguments.quiet) as progress,
+        Progress("evaluate", total=len(videos), quiet=arguments.quiet) as progress,
     ):
         corpus = Corpus(localizer, arguments.features, videos, batch_size=arguments.batch, workers=arguments.workers)
         for video_id, _, detections in corpus.records():

@@ -32,7 +32,6 @@ _EXTRAS = {
     "torch": "train",
     "safetensors": "train",
     "tensorboard": "train",
-    "tqdm": "train",
     "matplotlib": "train",
     "onnx": "export",
     "onnxscript": "export",

@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             workers=arguments.workers,
             stop=lambda: bool(stop),
         )
-        records = _Records(corpus, Progress("predict", len(videos), quiet=arguments.quiet))
+        records = _Records(corpus, Progress("predict", total=len(videos), quiet=arguments.quiet))
         write(partial, records.walk())
         engine = localizer.describe()
     finished = corpus.complete and records.failure is None

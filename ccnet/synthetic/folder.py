@@ -22,8 +22,9 @@ import numpy.typing as npt
 from ccnet.config import Config
 from ccnet.synthetic.features import FeatureSynthesizer, SynthesisSettings
 from runtime.annotations import Annotations, VideoAnnotation
-from runtime.errors import ConfigError, FeatureError, MissingDependency
+from runtime.errors import ConfigError, FeatureError
 from runtime.files import atomic_file, sha256_file, write_json
+from runtime.progress import Progress
 
 Dtype = Literal["float32", "float16"]
 SETTINGS_FILE = "synthetic.json"
@@ -50,7 +51,7 @@ def synthesize_folder(
     *,
     dtype: Dtype = "float32",
     workers: int = 0,
-    progress: bool = True,
+    quiet: bool = False,
 ) -> SynthesisResult:
     """Write synthetic features of `videos`, which belong to `annotations`, into `folder`.
 
@@ -60,7 +61,7 @@ def synthesize_folder(
         config: its feature widths, file suffixes, time base and number of classes are used.
         dtype: of the files; float16 halves them.
         workers: processes that make features; 0 makes them in this one.
-        progress: a tqdm bar on standard error.
+        quiet: show no progress.
 
     Raises ConfigError when a feature width can't be split over the modality's files or the number of classes differs,
     FeatureError when the folder holds other features or the disk has no room for the set.
@@ -82,7 +83,7 @@ def synthesize_folder(
             f"{folder}: {len(todo)} videos need {missing / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left; "
             "use --dtype float16, fewer videos (--subset, --limit) or another disk"
         )
-    _run(job, todo, len(videos) - len(todo), workers, progress)
+    _run(job, todo, len(videos) - len(todo), workers, quiet)
     return SynthesisResult(len(todo), len(videos) - len(todo), size)
 
 
@@ -172,20 +173,16 @@ def _claim(folder: Path, annotations: Annotations, config: Config, settings: Syn
         )
 
 
-def _run(job: _Job, videos: Sequence[VideoAnnotation], kept: int, workers: int, progress: bool) -> None:
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError as error:
-        raise MissingDependency("tqdm", "train", "Planting features") from error
-    with tqdm(total=kept + len(videos), initial=kept, unit="video", desc="synthesize", disable=not progress) as bar:
+def _run(job: _Job, videos: Sequence[VideoAnnotation], kept: int, workers: int, quiet: bool) -> None:
+    with Progress("synthesize", total=kept + len(videos), initial=kept, quiet=quiet) as progress:
         if workers == 0 or len(videos) <= 1:
             for video in videos:
                 job(video)
-                bar.update()
+                progress.advance()
             return
         with multiprocessing.Pool(min(workers, len(videos)), _start_worker, (job,)) as pool:
             for _ in pool.imap_unordered(_work, videos, chunksize=4):
-                bar.update()
+                progress.advance()
 
 
 _worker_job: _Job | None = None

@@ -1,4 +1,4 @@
-"""What a training run shows and leaves behind: progress bar, metrics.csv, steps.csv, TensorBoard.
+"""What a training run leaves behind: metrics.csv, steps.csv, TensorBoard events.
 
 The tables live in memory (and in the training state) and are written whole, atomically. A resumed run therefore
 continues them from the rows it had when its state was saved: nothing is counted twice, nothing is missing.
@@ -11,7 +11,6 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from runtime.errors import MissingDependency
@@ -74,31 +73,6 @@ class Journal:
             value = row[column]
             if value is not None:
                 self._tensorboard.add_scalar(f"{group}/{column}", value, row["step"])
-
-
-class ProgressBar:
-    """A tqdm bar on standard error, with a few numbers behind it; invisible when `quiet`."""
-
-    def __init__(self, text: str, *, total: int, done: int = 0, quiet: bool = False) -> None:
-        try:
-            from tqdm import tqdm
-        except ModuleNotFoundError as error:
-            raise MissingDependency("tqdm", "train", "Training") from error
-        self._bar: Any = tqdm(desc=text, total=total, initial=done, disable=quiet, leave=False)
-
-    def advance(self, count: int = 1) -> None:
-        self._bar.update(count)
-
-    def show(self, **numbers: float) -> None:
-        self._bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()
 
 
 def _open_tensorboard(folder: Path, step: int) -> Any:

@@ -25,7 +25,7 @@ import torch
 from ccnet.checkpoint import save_checkpoint
 from ccnet.config import Config
 from ccnet.training.dataset import Batch, TrainingLoader, check_folder
-from ccnet.training.journal import LOSS_COLUMNS, Journal, ProgressBar, Row
+from ccnet.training.journal import LOSS_COLUMNS, Journal, Row
 from ccnet.training.learner import Learner, choose_device, describe_device
 from ccnet.training.optimizer import learning_rate
 from ccnet.training.state import Position, TrainingState, open_run, save_state
@@ -34,6 +34,7 @@ from runtime.annotations import Annotations, read_annotations
 from runtime.errors import AnnotationError, TrainingError, TrainingStopped
 from runtime.evaluation import Evaluation
 from runtime.files import sha256_file
+from runtime.progress import Progress
 from runtime.signals import StopRequest
 
 _STEPS_PER_ROW = 20
@@ -175,15 +176,15 @@ class _Run:
         position = self.position
         text = f"epoch {position.epoch + 1}/{self.total_epochs}"
         self._window_started = time.perf_counter()
-        with ProgressBar(text, total=len(self.loader), done=position.batch, quiet=self.quiet) as bar:
+        with Progress(text, total=len(self.loader), initial=position.batch, unit="step", quiet=self.quiet) as progress:
             for batch in self._timed(self.loader.epoch(position.epoch, position.batch)):
                 self.window += self.learner.step(batch.to(self.device), self._rate(self.steps_done))
                 self._window_samples += len(batch.mask)
                 position.batch += 1
                 position.window_steps += 1
                 if position.window_steps == _STEPS_PER_ROW:
-                    bar.show(**self._close_window())
-                bar.advance()
+                    progress.show(**self._close_window())
+                progress.advance()
                 if self.stop:
                     self._save_and_stop()
             fetching = time.perf_counter()

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from ccnet.torch_backend import TorchBackend, TorchPrecision
-from ccnet.training.journal import ProgressBar
 from runtime.annotations import Annotations
 from runtime.detections import Detections
 from runtime.errors import TrainingStopped
 from runtime.evaluation import Evaluation, evaluate
 from runtime.features import read_video
 from runtime.localizer import Localizer
+from runtime.progress import Progress
 from runtime.signals import StopRequest
 from runtime.spec import ModelSpec
 
@@ -50,13 +50,13 @@ def evaluate_network(
     with (
         Localizer([backend], spec) as localizer,
         contextlib.closing(cast(Any, localizer.stream(items, batch_size=_BATCH))) as stream,
-        ProgressBar(subset, total=len(videos), quiet=quiet) as bar,
+        Progress(subset, total=len(videos), quiet=quiet) as progress,
     ):
         for localized in stream:
             if localized.error is not None:
                 raise localized.error
             predictions[localized.video_id] = localized.detections
-            bar.advance()
+            progress.advance()
             if stop:
                 raise TrainingStopped("stopped", stop.number)
     return evaluate(predictions, annotations, subset)
