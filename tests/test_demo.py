@@ -10,7 +10,8 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("matplotlib")
 
-from ccnet.cli.main import demo, main
+from ccnet.cli import demo
+from ccnet.cli.main import main
 from ccnet.config import PRESETS, Config
 from runtime.annotations import read_annotations
 from runtime.bundle import read_bundle

@@ -89,7 +89,7 @@ def test_doctor_survives_a_broken_library(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_doctor_exit_status_says_whether_anything_can_run(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from ccnet.cli.main import doctor
+    from ccnet.cli import doctor
 
     def usable() -> str:
         return "fine"

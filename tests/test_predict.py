@@ -240,7 +240,9 @@ def test_corpus_refuses_ids_that_leave_the_folder_and_unknown_policies(features:
         Corpus(localizer, features, [], on_error="ignore")  # type: ignore[arg-type]
 
 
-def test_an_unverified_bundle_warns(tmp_path: Path, features: Path) -> None:
+@pytest.mark.filterwarnings("always:engine")
+def test_an_unverified_bundle_is_warned_about_in_one_line(tmp_path: Path, features: Path, capsys: Any) -> None:
     folder = make_bundle(tmp_path / "unverified", [engine("onnxruntime", status="unverified")]).folder
-    with pytest.warns(RuntimeWarning, match="never verified"):
-        assert predict(folder, features, tmp_path / "events.jsonl") == 0
+    assert predict(folder, features, tmp_path / "events.jsonl") == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: engine 'onnxruntime-fp32-t32' was never verified")

@@ -175,7 +175,7 @@ def test_the_former_name_of_the_command(annotations, tmp_path, capsys):
     )
     printed = capsys.readouterr()
     assert "1 videos written" in printed.out
-    assert "'ccnet plant' is called 'ccnet synthesize' now" in printed.err
+    assert "warning: 'ccnet plant' is now 'ccnet synthesize'" in printed.err
 
 
 def test_the_published_annotations_fit_the_preset(annotations_file, tmp_path):

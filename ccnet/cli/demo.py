@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from typing import Any
 
 from ccnet.config import PRESETS, Config
 from runtime.errors import CCNetError
+
+log = logging.getLogger(__name__)
 
 GOAL = 0.60
 """Test mAP (Avg over tIoU 0.1:0.1:0.9) that the trained network has to reach."""
@@ -82,7 +85,7 @@ class _Demo:
 
         trained = float(json.loads(self.scores.read_text(encoding="utf-8"))["average_map"])
         reached = trained >= GOAL and untrained < UNTRAINED_LIMIT
-        self._say(
+        print(
             f"test mAP (Avg.): untrained {untrained:.3f} (has to be below {UNTRAINED_LIMIT}), trained {trained:.3f} "
             f"(has to be {GOAL:.2f} at least): {'reached' if reached else 'NOT REACHED'}"
         )
@@ -94,7 +97,7 @@ class _Demo:
         from runtime.files import write_json
 
         counts = ", ".join(f"{count} {subset}" for subset, count in VIDEOS.items())
-        self._say(f"a set of {counts} videos with the durations and overlaps of UnAV-100: {self.annotations}")
+        self._log(f"a set of {counts} videos with the durations and overlaps of UnAV-100: {self.annotations}")
         write_json(self.annotations, demo_annotations(VIDEOS, self.config.model.num_classes, seed=SEED))
         where = ("--annotations", self.annotations, "--out", self.features)
         self._command("synthesize", "--preset", PRESET, *where, "--difficulty", DIFFICULTY, "--seed", SEED)
@@ -121,7 +124,7 @@ class _Demo:
         for _, error in corpus.failed:
             raise error
         average = evaluate(predictions, annotations, "test").average_map
-        self._say(f"the untrained network has a test mAP (Avg.) of {average:.3f}")
+        self._log(f"the untrained network has a test mAP (Avg.) of {average:.3f}")
         return average
 
     def _train(self) -> None:
@@ -172,7 +175,7 @@ class _Demo:
         from ccnet.cli.main import main
 
         argv = [str(word) for word in words]
-        self._say(f"ccnet {' '.join(argv)}" + ("" if torch else "      (PyTorch can't be imported here)"))
+        self._log(f"ccnet {' '.join(argv)}" + ("" if torch else "      (PyTorch can't be imported here)"))
         if torch:
             status = main(argv)
         else:
@@ -181,5 +184,6 @@ class _Demo:
         if status:
             raise CCNetError(f"ccnet {argv[0]} ended with exit status {status}, expected 0")
 
-    def _say(self, line: str) -> None:
-        print(f"\n[{time.perf_counter() - self._begun:5.1f} s] {line}", flush=True)
+    def _log(self, line: str) -> None:
+        sys.stdout.flush()  # in a file that both streams go to, the order stays
+        log.info("\n[%5.1f s] %s", time.perf_counter() - self._begun, line)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
+from typing import Any
 
+from ccnet.cli.logs import reporting
 from runtime.errors import CCNetError, MissingDependency
+
+log = logging.getLogger(__name__)
 
 COMMANDS = (
     "demo",
@@ -47,41 +52,46 @@ _EXTRAS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand. Returns 0, a `CCNetError.exit_code`, or 130 after Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in RENAMED:
-        name = RENAMED[argv[0]]
-        print(f"warning: 'ccnet {argv[0]}' is called 'ccnet {name}' now; the old name will go", file=sys.stderr)
-        argv[0] = name
     parser = argparse.ArgumentParser(
         prog="ccnet", description="Train, export, verify and run CCNet, the dense audio-visual event localizer."
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         importlib.import_module(f"ccnet.cli.{name}").register(subparsers)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    former = argv[0] if argv and argv[0] in RENAMED else None
+    if former is not None:
+        argv[0] = RENAMED[former]
     arguments, rest = parser.parse_known_args(argv)
     module = importlib.import_module(f"ccnet.cli.{arguments.command.replace('-', '_')}")
     if rest and not getattr(module, "TAKES_OVERRIDES", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    with reporting(quiet=getattr(arguments, "quiet", False)):
+        if former is not None:
+            log.warning("'ccnet %s' is now 'ccnet %s'; the next release drops the old name", former, argv[0])
+        return _run(module, arguments, rest)
+
+
+def _run(module: Any, arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Run a command; a user's mistake ends as one message and an exit status."""
     try:
-        return int(module.run(arguments, rest) or 0)
+        return int(module.run(arguments, overrides) or 0)
     except CCNetError as error:
-        print(f"ccnet {arguments.command}: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(arguments.command, error)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
             raise
-        missing = MissingDependency(package, _EXTRAS[package], f"ccnet {arguments.command}")
-        print(f"ccnet {arguments.command}: error: {missing}", file=sys.stderr)
-        return missing.exit_code
+        return _failed(arguments.command, MissingDependency(package, _EXTRAS[package], f"ccnet {arguments.command}"))
     except KeyboardInterrupt:
-        print(f"ccnet {arguments.command}: interrupted", file=sys.stderr)
+        log.error("ccnet %s: interrupted", arguments.command)
         return 130
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"ccnet {arguments.command}: error: {error.strerror or error}{where}", file=sys.stderr)
+        log.error("ccnet %s: error: %s%s", arguments.command, error.strerror or error, where)
         return 2
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _failed(command: str, error: CCNetError) -> int:
+    log.error("ccnet %s: error: %s", command, error)
+    return error.exit_code

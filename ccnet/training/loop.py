@@ -10,10 +10,10 @@ steps.csv and TensorBoard events. A run that was stopped and resumed ends with t
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -36,6 +36,8 @@ from runtime.evaluation import Evaluation
 from runtime.files import sha256_file
 from runtime.progress import Progress
 from runtime.signals import StopRequest
+
+log = logging.getLogger(__name__)
 
 _STEPS_PER_ROW = 20
 """The losses are fetched from the device once in so many steps: each fetch waits for the device."""
@@ -70,7 +72,7 @@ def train(
     """Train on the subset `train`, validate on `validation`, write into the folder `out`.
 
     Ctrl-C and SIGTERM save the state after the step under way and raise TrainingStopped; `resume=True` continues from
-    it (or from the last saved epoch after a kill). `quiet` turns the progress bar and all lines off.
+    it (or from the last saved epoch after a kill). `quiet` leaves out the progress bar.
 
     Raises CheckpointError when `out` holds another run or has none to resume, AnnotationError and FeatureError for bad
     data, ConfigError for settings that do not fit the data, BackendUnavailable for an absent device, TrainingError
@@ -308,26 +310,22 @@ class _Run:
     def _introduce(self) -> None:
         model, train_config = self.config.model, self.config.train
         parameters = sum(p.numel() for p in self.learner.model.parameters())
-        self._say(f"device: {describe_device(self.device)} (asked for: {train_config.device})")
-        self._say(
+        log.info(f"device: {describe_device(self.device)} (asked for: {train_config.device})")
+        log.info(
             f"network: {parameters / 1e6:.1f} M parameters, {train_config.precision}, T = {model.length}, "
             f"{model.num_classes} classes; {len(self.loader.videos)} training videos, {len(self.loader)} steps an epoch"
         )
         if self.steps_done:
             done = "nothing left to do" if self.position.epoch == self.total_epochs else "continuing"
-            self._say(f"{self.out}: {self.position.epoch} of {self.total_epochs} epochs done, {done}")
+            log.info(f"{self.out}: {self.position.epoch} of {self.total_epochs} epochs done, {done}")
 
     def _report(self, row: Row) -> None:
         score = row["validation_map"]
         validation = "" if score is None else f"  validation mAP {score:.4f}"
         star = "  (best)" if self.position.best_epoch == row["epoch"] else ""
-        self._say(
+        log.info(
             f"epoch {row['epoch']}/{self.total_epochs}  loss {row['loss']:.4f} (class "
             f"{row['classification_loss']:.4f}, offset {row['offset_loss']:.4f}){validation}{star}  "
             f"{row['samples_per_second']:.1f} videos/s, "
             f"{100 * (row['loading_share'] or 0):.0f}% of it waiting for data"
         )
-
-    def _say(self, line: str) -> None:
-        if not self.quiet:
-            print(line, file=sys.stderr, flush=True)

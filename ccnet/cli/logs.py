@@ -1,0 +1,60 @@
+"""What commands report on standard error: log records of this project, and Python warnings, as plain messages.
+
+Results that a user may pipe go to standard output instead, by `print` in the command itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+
+_LOGGERS = ("ccnet", "runtime", "export")
+_SHOWN = 20
+"""Videos that a list of many names."""
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def reporting(*, quiet: bool = False) -> Iterator[None]:
+    """Send log records and warnings to standard error inside the block; `quiet` leaves out what is not a warning."""
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        logger.addHandler(_HANDLER)  # does nothing the second time
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    with warnings.catch_warnings():
+        # Not logging.captureWarnings, which logs the file and the source line of each warning too.
+        warnings.showwarning = _log_warning
+        yield
+
+
+def video_list(videos: Mapping[str, object], *, limit: int = _SHOWN) -> str:
+    """Return one indented line for each of the first `limit` videos: its id and what there is to say about it."""
+    lines = [f"  {video_id}: {text}" for video_id, text in list(videos.items())[:limit]]
+    if len(videos) > limit:
+        lines.append(f"  ... and {len(videos) - limit} more")
+    return "\n".join(lines)
+
+
+class _Handler(logging.Handler):
+    """Writes messages to the `sys.stderr` of the moment, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = self.format(record)
+        if record.levelno == logging.WARNING:
+            message = f"warning: {message}"
+        tqdm = sys.modules.get("tqdm")
+        if tqdm is not None:
+            tqdm.tqdm.write(message, file=sys.stderr)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+
+_HANDLER = _Handler()
+
+
+def _log_warning(message: Warning | str, *_: object) -> None:
+    log.warning("%s", message)
