@@ -56,5 +56,5 @@ class _Handler(logging.Handler):
 _HANDLER = _Handler()
 
 
-def _log_warning(message: Warning | str, *_: object) -> None:
+def _log_warning(message: Warning | str, *_: object, **__: object) -> None:
     log.warning("%s", message)
