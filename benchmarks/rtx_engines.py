@@ -1,11 +1,13 @@
 """What TensorRT-RTX makes of the graphs, without a GPU: `python -m benchmarks.rtx_engines`.
 
 Builds the reference graph and the fused network for one video and counts what their plans hold: kernels, fused
-attentions, scratch memory, and how long building takes. No engine runs. Where the library is absent nothing is written.
+attentions, scratch memory, and how long building takes. No engine runs. Nothing is written where the library is absent
+or its plans are of another format.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import tempfile
 from pathlib import Path
@@ -13,18 +15,20 @@ from typing import Any, cast
 
 from benchmarks.arguments import Setting, parse
 from benchmarks.results import Measurement, markdown_table, write_result
+from benchmarks.rtx_plan import check_version, read_plan
 from export.tensorrt.build import build_engine
 from export.tensorrt.options import EnginePrecision
-from runtime.errors import MissingDependency
+from runtime.backends.tensorrt.library import load_library
+from runtime.errors import BackendUnavailable
 from runtime.machine import machine_facts
 
 TARGET = "8.9"
 """Compute capability to build for."""
 ENGINES = (
     ("reference", "reference", "fp32"),
-    ("deployment fp32", "fused", "fp32"),
-    ("deployment fp16", "fp16", "fp16"),
-    ("deployment bf16", "bf16", "bf16"),
+    ("fused fp32", "fused", "fp32"),
+    ("fused fp16", "fp16", "fp16"),
+    ("fused bf16", "bf16", "bf16"),
 )
 """Name in the results, graph, precision."""
 COLUMNS = {
@@ -38,7 +42,8 @@ COLUMNS = {
 
 
 def run(setting: Setting) -> Path:
-    """Build, write `rtx_engines.json` and `.md`; returns the JSON's path. Raises MissingDependency."""
+    """Build, write `rtx_engines.json` and `.md`, and return the JSON's path. Raises BackendUnavailable."""
+    check_version(load_library("tensorrt-rtx").__version__)
     machine = machine_facts()
     facts: dict[str, dict[str, Any]] = {}
     for name, graph, precision in ENGINES:
@@ -53,7 +58,8 @@ def run(setting: Setting) -> Path:
                 profile=(1, 1, 1),
                 compute_capabilities=(TARGET,),
             )
-        facts[name] = {"nodes": setting.networks.graph_facts(graph)["nodes"], **info.build}
+            plan = dataclasses.asdict(read_plan(info.path, info.library_version))
+        facts[name] = {"nodes": setting.networks.graph_facts(graph)["nodes"], **info.build, **plan}
     return write_result(
         setting.out,
         "rtx_engines",
@@ -103,7 +109,7 @@ def _better(key: str) -> Any:
 def main(argv: list[str] | None = None) -> int:
     try:
         print(run(parse(__doc__, argv)))
-    except MissingDependency as error:
+    except BackendUnavailable as error:
         print(f"left out: {error}")
     return 0
 

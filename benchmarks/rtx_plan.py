@@ -1,7 +1,7 @@
 """The kernel plan inside a TensorRT-RTX engine, as numbers: kernels, fused attentions, scratch memory, precisions.
 
 An RTX engine embeds the schedule that its compiler made as readable text. That makes lost fusions visible without a
-GPU. The format is not documented and was written down for RTX 1.7; `read_plan` refuses other versions.
+GPU. The format is undocumented: this parser was written for RTX 1.7 and refuses other versions. No build depends on it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
-from runtime.errors import ExportError
+from runtime.backends.tensorrt.engine import RTX_MAGIC
+from runtime.errors import BackendUnavailable, ExportError
 
-MAGIC = b"vtrt"
-KNOWN_VERSION = (1, 7)
+KNOWN_VERSION = ("1", "7")
 
 _BLOCK = re.compile(rb"NLYM.{12}header \{", re.S)
 _HEADER_BYTES = 16  # tag, checksum, length of the text as a 64-bit number
@@ -49,20 +50,27 @@ class RtxPlan:
     """Convolutions, matrix matmuls and fused attentions by the precision of what they write."""
 
 
-def read_plan(engine: bytes | memoryview, version: tuple[int, ...]) -> RtxPlan:
-    """Parse the plan of an engine of RTX `version`.
+def check_version(version: str) -> None:
+    """Raise BackendUnavailable for a version of TensorRT for RTX whose plan format is not the known one."""
+    if tuple(version.split(".")[:2]) != KNOWN_VERSION:
+        raise BackendUnavailable(
+            f"the kernel plan of TensorRT-RTX {version} is not known, only that of {'.'.join(KNOWN_VERSION)}"
+        )
 
-    Raises ExportError when the bytes are no RTX engine, or the version's plan format is not the known one.
+
+def read_plan(path: Path, version: str) -> RtxPlan:
+    """Parse the plan inside an engine file that RTX `version` built.
+
+    Raises BackendUnavailable as `check_version`, ExportError when the file is not an RTX engine or its plan has another
+    format.
     """
-    view = memoryview(engine).cast("B")  # the library says "4-byte floats" of its buffer
-    if view[: len(MAGIC)] != MAGIC:
-        raise ExportError(f"not a TensorRT-RTX engine: it starts with {bytes(view[:4])!r}, expected {MAGIC!r}")
-    if version[:2] != KNOWN_VERSION:
-        known, got = (".".join(map(str, v[:2])) for v in (KNOWN_VERSION, version))
-        raise ExportError(f"the kernel plan of TensorRT-RTX {got} is not known, only that of {known}")
+    check_version(version)
+    view = memoryview(path.read_bytes())
+    if view[: len(RTX_MAGIC)] != RTX_MAGIC:
+        raise ExportError(f"{path}: starts with {bytes(view[:4])!r}, expected a TensorRT-RTX engine, {RTX_MAGIC!r}")
     texts = [text for text in _blocks(view) if re.search(r"\n  accelerators=\{sm", text)]
     if not texts:
-        raise ExportError("the engine holds no kernel plan; build it again")
+        raise ExportError(f"{path}: holds no kernel plan; build it again")
     kinds: Counter[str] = Counter()
     tensors: Counter[str] = Counter()
     matrix: Counter[str] = Counter()

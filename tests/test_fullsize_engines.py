@@ -9,11 +9,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from export.tensorrt.build import EngineInfo, build_engine
+from benchmarks.rtx_plan import read_plan
+from export.tensorrt.build import build_engine
 from runtime.bundle import Bundle
 
 pytestmark = pytest.mark.slow
@@ -81,35 +83,29 @@ def bundle(rtx: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundl
 @pytest.mark.parametrize("precision", list(BOUNDS))
 def test_engine_of_the_full_network(bundle: Bundle, precision: str) -> None:
     bound, model_file = BOUNDS[precision], bundle.model_file(f"tensorrt-rtx-{precision}")
-    facts = model_file.build
-    assert facts["kernels"] <= bound.kernels
-    assert facts["fused_attentions"] >= bound.fused_attentions
-    assert facts["scratch_bytes"] <= bound.scratch_bytes
-    assert facts["capturable"]
-    assert facts["delivered_precisions"].get(precision, 0) >= 100  # of some 135 matmuls
-    assert facts["layers"] > facts["kernels"]
+    facts, plan = model_file.build, read_plan(bundle.path(model_file), str(model_file.library_version))
+    assert plan.kernels <= bound.kernels
+    assert plan.fused_attentions >= bound.fused_attentions
+    assert plan.scratch_bytes <= bound.scratch_bytes
+    assert plan.capturable
+    assert plan.matrix_kernels.get(precision, 0) >= 100  # of some 135 matmuls
+    assert facts["layers"] > plan.kernels
     assert facts["engine_bytes"] == bundle.path(model_file).stat().st_size
     assert facts["seconds"] > 0
 
 
 @pytest.mark.parametrize("precision", list(BOUNDS))
-def test_the_same_graph_builds_for_a_range_of_batches(bundle: Bundle, precision: str) -> None:
-    facts = build(bundle, precision, DYNAMIC).build
-    assert facts["capturable"]
-    assert facts["kernels"] >= bundle.model_file(f"tensorrt-rtx-{precision}").build["kernels"]
-
-
-def build(bundle: Bundle, precision: str, profile: tuple[int, int, int]) -> EngineInfo:
-    graph = bundle.path(bundle.model_file(f"onnx-{precision}"))
-    engine = bundle.folder.with_name("dynamic.engine")
-    try:
-        return build_engine(
-            graph,
-            engine,
-            format="tensorrt-rtx",
-            precision=precision,  # type: ignore[arg-type]
-            profile=profile,
-            compute_capabilities=(TARGET,),
-        )
-    finally:
-        engine.unlink(missing_ok=True)
+def test_the_same_graph_builds_for_a_range_of_batches(bundle: Bundle, precision: str, tmp_path: Path) -> None:
+    info = build_engine(
+        bundle.path(bundle.model_file(f"onnx-{precision}")),
+        tmp_path / "dynamic.engine",
+        format="tensorrt-rtx",
+        precision=precision,  # type: ignore[arg-type]
+        profile=DYNAMIC,
+        compute_capabilities=(TARGET,),
+    )
+    plan = read_plan(info.path, info.library_version)
+    info.path.unlink()  # hundreds of megabytes
+    static = bundle.path(bundle.model_file(f"tensorrt-rtx-{precision}"))
+    assert plan.capturable
+    assert plan.kernels >= read_plan(static, info.library_version).kernels

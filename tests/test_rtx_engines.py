@@ -22,6 +22,6 @@ def test_plans_of_every_form_are_counted(tmp_path: Path) -> None:
     setting = Setting(Networks(tmp_path / "work", benchmark_config("tiny")), tmp_path, Rules(seconds=0, calls=1))
     path = rtx_engines.run(setting)
     named = {m["name"]: m["value"] for m in json.loads(path.read_text())["measurements"]}
-    assert named["deployment fp32 / kernels"] < named["straightforward / kernels"]
-    assert named["deployment fp16 / engine MB"] > 0
-    assert "| deployment bf16 |" in path.with_suffix(".md").read_text()
+    assert named["fused fp32 / kernels"] < named["reference / kernels"]
+    assert named["fused fp16 / engine MB"] > 0
+    assert "| fused bf16 |" in path.with_suffix(".md").read_text()

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rtx_plan import read_plan
 from export.graph.onnx_file import read_opset
 from export.tensorrt.options import CURRENT, EnginePrecision, EngineRequest
 from export.tensorrt.precision import (
     check_inspected,
-    check_plan,
     check_requested,
     inspected_precisions,
+    logged_precisions,
     pin_float_islands,
     requested_precisions,
 )
@@ -151,8 +150,12 @@ def build_engine(
         **{name: value for name, value in dataclasses.asdict(request).items() if name in BUILD_SETTINGS},
         "warnings": messages.of("WARNING")[:50],
     }
-    # read back before anything is written: an engine that is not what was asked for is never left behind
-    facts |= _delivered(trt, logger, log, blob, request)
+    # checked before anything is written: an engine that is not what was asked for is never left behind
+    if format == "tensorrt-rtx":
+        facts["delivered_precisions"] = logged_precisions(messages.layers())
+    else:
+        facts |= _inspect(trt, logger, log, blob, request)
+    check_inspected(facts["delivered_precisions"], precision)
     with atomic_file(out_path) as stream:
         stream.write(memoryview(blob))
     if cache is not None and request.timing_cache is not None:
@@ -336,12 +339,8 @@ def _progress_monitor(trt: Any, progress: Progress | None, start: float) -> Any:
     return Monitor()
 
 
-def _delivered(trt: Any, logger: Any, log: LibraryLog, blob: Any, request: EngineRequest) -> dict[str, Any]:
-    """Facts read back from the built engine. Raises ExportError when it is not of the precision asked for."""
-    if request.format == "tensorrt-rtx":
-        plan = read_plan(memoryview(blob), library_version(trt))
-        check_plan(plan, request.precision)
-        return dataclasses.asdict(plan) | {"delivered_precisions": plan.matrix_kernels}
+def _inspect(trt: Any, logger: Any, log: LibraryLog, blob: Any, request: EngineRequest) -> dict[str, Any]:
+    """Return what the inspector of the library says of the built engine: layers, scratch memory, types."""
     with log.collect() as messages:
         engine_runtime = trt.Runtime(logger)
         if request.version_compatible:
@@ -351,6 +350,5 @@ def _delivered(trt: Any, logger: Any, log: LibraryLog, blob: Any, request: Engin
         raise ExportError(f"{trt.__name__} {trt.__version__} can't load the engine it built:\n{messages.errors()}")
     inspector = engine.create_engine_inspector()
     delivered = inspected_precisions(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-    check_inspected(delivered, request.precision)
     scratch = engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size
     return {"kernels": engine.num_layers, "scratch_bytes": int(scratch), "delivered_precisions": delivered}

@@ -7,10 +7,11 @@ fp32 islands of a half graph are pinned layer by layer.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.rtx_plan import RtxPlan
 from export.tensorrt.options import EnginePrecision
 from runtime.errors import ExportError
 
@@ -24,6 +25,7 @@ _BY_TEXT = (
     ("FLOAT", "fp32"),
 )
 _HALF = ("fp16", "bf16")
+_LOGGED_OUTPUT = re.compile(r"^Name: .* Outputs: \[ \{.*?Datatype: (\w+)", re.M)
 
 
 def requested_precisions(network: Any) -> dict[str, int]:
@@ -79,15 +81,28 @@ def inspected_precisions(engine_information: str) -> dict[str, int] | None:
     layers = json.loads(engine_information).get("Layers", [])
     if not layers or any(not isinstance(layer, dict) for layer in layers):
         return None
+    if any("ForeignNode" in str(layer.get("Name", "")) for layer in layers):
+        return None
+    outputs = [output for layer in layers for output in layer.get("Outputs", [])[:1]]
+    return _counted(str(output.get("Datatype") or output.get("Format/Datatype") or "") for output in outputs)
+
+
+def logged_precisions(layer_listing: str) -> dict[str, int] | None:
+    """Layers by output type, from the layers that the builder of TensorRT for RTX logs.
+
+    Only a GPU lets that library load, and so inspect, an engine; this listing is the inspector's text too. None where
+    there is no listing.
+    """
+    return _counted(_LOGGED_OUTPUT.findall(layer_listing))
+
+
+def _counted(type_names: Iterable[str]) -> dict[str, int] | None:
+    """Count floating point types by their names in any release; None where there are none."""
     found: Counter[str] = Counter()
-    for layer in layers:
-        if "ForeignNode" in str(layer.get("Name", "")):
-            return None
-        for output in layer.get("Outputs", [])[:1]:
-            text = str(output.get("Datatype") or output.get("Format/Datatype") or "").upper()
-            name = next((precision for key, precision in _BY_TEXT if key in text), None)
-            if name:
-                found[name] += 1
+    for text in type_names:
+        name = next((precision for key, precision in _BY_TEXT if key in text.upper()), None)
+        if name:
+            found[name] += 1
     return dict(sorted(found.items())) or None
 
 
@@ -98,18 +113,3 @@ def check_inspected(delivered: dict[str, int] | None, precision: EnginePrecision
     half = {name: delivered[name] for name in _HALF if name in delivered}
     if (precision in _HALF and precision not in delivered) or (precision not in _HALF and half):
         raise ExportError(f"asked for {precision}, but the built engine's layers are {delivered}; nothing was written")
-
-
-def check_plan(plan: RtxPlan, precision: EnginePrecision) -> None:
-    """Raises ExportError when an RTX engine's kernels do not have the precision that was asked for."""
-    where = f"matrix kernels {plan.matrix_kernels}, tensors {plan.tensors}, TF32 {'on' if plan.tf32 else 'off'}"
-    if precision in _HALF:
-        good = plan.matrix_kernels.get(precision, 0) > 0
-    else:
-        good = not any(plan.tensors.get(half) for half in _HALF)
-    if not good or plan.tf32 != (precision == "tf32"):
-        raise ExportError(f"asked for {precision}, but the built engine has {where}; nothing was written")
-    if not plan.capturable:
-        raise ExportError(
-            "the built engine can't be recorded in a CUDA graph; a data-dependent shape is in the network"
-        )

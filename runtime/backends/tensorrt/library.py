@@ -31,6 +31,9 @@ _NUMPY_TYPES = {
     "INT64": np.int64,
 }
 
+_LAYERS = "Layers:"
+"""Begins the message in which the builder of TensorRT for RTX lists the layers of a new engine, at VERBOSE."""
+
 _log = logging.getLogger("runtime.tensorrt")
 _loggers: dict[Any, tuple[Any, LibraryLog]] = {}
 _loggers_lock = threading.Lock()
@@ -109,6 +112,10 @@ class Messages(list[tuple[str, str]]):
         """Distinct texts of these severities, in order."""
         return list(dict.fromkeys(text.strip() for severity, text in self if severity in severities))
 
+    def layers(self) -> str:
+        """Return the builder's listing of the engine's layers, empty where it gave none."""
+        return next((text for _, text in self if text.startswith(_LAYERS)), "")
+
     def errors(self) -> str:
         """The library's own error text, one line each; its warnings where it gave no error."""
         lines = self.of("INTERNAL_ERROR", "ERROR") or self.of("WARNING")
@@ -129,7 +136,7 @@ def library_logger(trt: Any) -> tuple[Any, LibraryLog]:
                     trt.ILogger.__init__(self)
 
                 def log(self, severity: Any, msg: str) -> None:
-                    if severity.name != "VERBOSE":
+                    if severity.name != "VERBOSE" or msg.startswith(_LAYERS):
                         log.add(severity.name, msg)
 
             _loggers[trt] = (Logger(), log)
