@@ -37,12 +37,18 @@ class TrainingError(CCNetError):
     """Training can't go on: its loss is no longer finite, or its device can't do what was asked."""
 
 
-class TrainingStopped(TrainingError):
-    """Training was asked to stop (Ctrl-C, SIGTERM) and saved its state; it can be resumed."""
+class Interrupted(CCNetError):
+    """A job was asked to stop (Ctrl-C, SIGTERM) and kept what it had; the message says where."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class VideoFailed(CCNetError):
+    """A run that stops at the first bad video met one."""
+
+    exit_code = 1
 
 
 class BundleError(CCNetError):

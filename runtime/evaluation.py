@@ -5,10 +5,13 @@ Shapes:  K tIoU thresholds   C classes   N predictions   M ground-truth events
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +19,13 @@ import numpy.typing as npt
 from runtime.annotations import Annotations, VideoAnnotation
 from runtime.average_precision import average_precision
 from runtime.detections import Detections
-from runtime.errors import AnnotationError, PredictionError
+from runtime.errors import AnnotationError, CCNetError, FeatureError, Interrupted, PredictionError
+from runtime.features import FeatureFiles
+from runtime.progress import Progress
+from runtime.signals import StopRequest
+
+if TYPE_CHECKING:
+    from runtime.localizer import Localizer
 
 TIOU = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Thresholds that the average is taken over."""
@@ -64,6 +73,8 @@ class Evaluation:
     """Predicted videos of other subsets, which were left out."""
     predictions: int
     """Predicted events that took part."""
+    failed: Mapping[str, CCNetError] = field(default_factory=dict)
+    """What is wrong with each video that a Localizer could not process; these are among `missing`."""
 
     @property
     def map_at(self) -> dict[float, float]:
@@ -120,7 +131,56 @@ class Evaluation:
             "missing": self.missing,
             "outside": self.outside,
             "predictions": self.predictions,
+            "failed": {video_id: str(error) for video_id, error in self.failed.items()},
         }
+
+
+def evaluate_localizer(
+    localizer: Localizer,
+    features: str | Path,
+    annotations: Annotations,
+    subset: str,
+    *,
+    strict: bool = False,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    quiet: bool = True,
+    stop: StopRequest | None = None,
+) -> Evaluation:
+    """Run a Localizer on every video of a subset and score what it finds.
+
+    Args:
+        features: folder of the videos' feature files.
+        strict: raise the error of a bad video. Otherwise it counts as a video in which nothing was found, and
+            `Evaluation.failed` names it.
+        batch_size, workers: see `Localizer.stream`.
+        quiet: show no progress.
+        stop: asked before every video whether to raise Interrupted.
+
+    Raises FeatureError when no video could be processed, and what `evaluate` and the engine raise.
+    """
+    videos = annotations.subset(subset)
+    sources = ((video.video_id, FeatureFiles(features, video.video_id), video.duration) for video in videos)
+    predictions: dict[str, Detections] = {}
+    failed: dict[str, CCNetError] = {}
+    with (
+        contextlib.closing(localizer.stream(sources, batch_size=batch_size, workers=workers)) as stream,
+        Progress(subset, total=len(videos), quiet=quiet) as progress,
+    ):
+        for result in stream:
+            if stop is not None and stop.requested:
+                raise Interrupted("interrupted", stop.signal_number)
+            if result.detections is not None:
+                predictions[result.video_id] = result.detections
+            elif result.error is not None:
+                failed[result.video_id] = result.error
+                if strict:
+                    raise result.error
+            progress.advance()
+    if not predictions:
+        video_id, error = next(iter(failed.items()))
+        raise FeatureError(f"none of the {len(videos)} videos could be used; the first, {video_id}: {error}")
+    return dataclasses.replace(evaluate(predictions, annotations, subset), failed=failed)
 
 
 def evaluate(predictions: Mapping[str, Detections], annotations: Annotations, subset: str) -> Evaluation:

@@ -51,6 +51,18 @@ class VideoFeatures:
         return len(self.visual)
 
 
+@dataclass(frozen=True)
+class FeatureFiles:
+    """The feature files of one video in a folder: a source for `Localizer.stream`, read when its turn comes."""
+
+    folder: str | Path
+    video_id: str
+
+    def read(self, spec: ModelSpec) -> VideoFeatures:
+        """Read and check the files; see `read_video`."""
+        return read_video(self.folder, self.video_id, spec.layout, spec.visual_dim, spec.audio_dim)
+
+
 def read_video(
     folder: str | Path, video_id: str, layout: FeatureLayout, visual_dim: int, audio_dim: int
 ) -> VideoFeatures:

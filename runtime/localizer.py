@@ -17,7 +17,7 @@ from runtime.backends.select import OpenedEngine, engine_lengths
 from runtime.bundle import read_bundle
 from runtime.detections import Detections
 from runtime.errors import ConfigError, FeatureError
-from runtime.features import VideoFeatures, check_features, pack
+from runtime.features import FeatureFiles, VideoFeatures, check_features, pack
 from runtime.machine import GPU_BACKENDS
 from runtime.pipeline import Item, Results, stream_videos
 from runtime.postprocess import detect
@@ -26,8 +26,8 @@ from runtime.spec import ModelSpec, PostProcessing
 from runtime.windows import Window, merge_windows, plan_windows
 
 LongVideos = Literal["crop", "windows"]
-Video: TypeAlias = "VideoFeatures | tuple[Any, Any] | tuple[Any, Any, float | None]"
-"""Checked features, or arrays: (visual [n, Cv], audio [n, Ca]) or (visual, audio, duration in seconds)."""
+Video: TypeAlias = "VideoFeatures | FeatureFiles | tuple[Any, Any] | tuple[Any, Any, float | None]"
+"""Checked features, their files, or arrays: (visual [n, Cv], audio [n, Ca]) or (visual, audio, duration in seconds)."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,8 @@ class Localizer:
 
     def prepare(self, video: Video, *, name: str, duration: float | None = None) -> Job:
         """Check the features of a video and plan its windows. Raises FeatureError."""
+        if isinstance(video, FeatureFiles):
+            video = video.read(self.spec)
         if isinstance(video, VideoFeatures):
             features = self._check_widths(video, name)
         else:

@@ -56,7 +56,7 @@ def test_the_environment_is_as_bare_as_it_claims(site: Path) -> None:
 
 def test_importing_the_runtime_loads_no_engine_and_no_compiler(site: Path) -> None:
     code = (
-        "import runtime, runtime.bundle, runtime.features, runtime.backends, runtime.localizer, runtime.corpus\n"
+        "import runtime, runtime.bundle, runtime.features, runtime.backends, runtime.localizer, runtime.evaluation\n"
         "result = sorted({m.partition('.')[0] for m in sys.modules} & {'numba', 'onnxruntime', 'torch', 'llvmlite'})"
     )
     assert child(site, code) == []

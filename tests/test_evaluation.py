@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from builders import LABELS, features_with, make_bundle, write_features
+from builders import LABELS, SPEC, OracleBackend, features_with, make_bundle, write_features
 
 from ccnet.cli.main import main
 from runtime.annotations import Annotations, VideoAnnotation, read_annotations
 from runtime.detections import Detections, write_events
-from runtime.errors import AnnotationError, PredictionError
-from runtime.evaluation import TIOU, evaluate
+from runtime.errors import AnnotationError, FeatureError, Interrupted, PredictionError
+from runtime.evaluation import TIOU, evaluate, evaluate_localizer
+from runtime.localizer import Localizer
+from runtime.signals import StopRequest
 
 NAMES = ("dog", "cat", "cow")
 
@@ -156,7 +160,7 @@ def test_command_errors(small: tuple[str, str], tmp_path: Path, capsys: pytest.C
         ([str(tmp_path / "absent.jsonl"), "--annotations", truth], "no such events file"),
         ([events, "--annotations", str(tmp_path / "absent.json")], "no such annotation file"),
         ([events, "--annotations", truth, "--subset", "validation"], "no video of subset 'validation'"),
-        ([events, "--annotations", truth, "--features", str(tmp_path)], "is no bundle folder"),
+        ([events, "--annotations", truth, "--features", str(tmp_path)], "is not a bundle folder"),
         ([str(tmp_path), "--annotations", truth], "--features is missing"),
         ([str(tmp_path), "--annotations", truth, "--features", str(tmp_path)], "has no bundle.json"),
     ):
@@ -187,9 +191,9 @@ def test_command_on_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main([*command, "--json", str(tmp_path / "result.json")]) == 1
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["average_map"] == 0.75
-    assert list(result["unusable"]) == ["v3"]
+    assert list(result["failed"]) == ["v3"]
     captured = capsys.readouterr()
-    assert "1 video(s) could not be used and count as videos without detections" in captured.err
+    assert "warning: 1 of 4 videos failed and count as videos in which nothing was found" in captured.err
     assert "v3: " in captured.err
     assert "1 video(s) without predictions" in captured.out
 
@@ -197,6 +201,52 @@ def test_command_on_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         path.write_bytes(b"")
     assert main(command) == 2
     assert "none of the 4 videos could be used; the first, v0: " in capsys.readouterr().err
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> tuple[Path, Annotations]:
+    """Three test videos with one event each at 2.5 to 8.5 s; the middle one lacks a feature file."""
+    features = tmp_path / "features"
+    features.mkdir()
+    for i in range(3):
+        write_features(features, f"v{i}", features_with(12, [(2, 8, i, 3.0)]))
+    (features / "v1_heard.npy").unlink()
+    event = np.array([[2.5, 8.5]])
+    videos = {f"v{i}": VideoAnnotation(f"v{i}", 12.0, "test", event, np.array([i])) for i in range(3)}
+    return features, Annotations(Path("a.json"), LABELS, videos)
+
+
+def test_a_localizer_on_a_subset(corpus: tuple[Path, Annotations]) -> None:
+    features, truth = corpus
+    with Localizer([OracleBackend()], SPEC) as localizer:
+        result = evaluate_localizer(localizer, features, truth, "test", batch_size=2)
+        assert result.average_map == pytest.approx(2 / 3)
+        assert (result.videos, result.missing) == (3, 1)
+        assert list(result.failed) == ["v1"]
+        assert isinstance(result.failed["v1"], FeatureError)
+        assert "v1_heard.npy" in result.to_json()["failed"]["v1"]
+        with pytest.raises(FeatureError, match="v1_heard.npy"):
+            evaluate_localizer(localizer, features, truth, "test", strict=True)
+        with pytest.raises(FeatureError, match="none of the 3 videos could be used; the first, v0: "):
+            evaluate_localizer(localizer, features / "empty", truth, "test")
+
+
+def test_a_localizer_that_is_asked_to_stop(corpus: tuple[Path, Annotations]) -> None:
+    features, truth = corpus
+    with Localizer([OracleBackend()], SPEC) as localizer, StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted) as interrupted:
+            evaluate_localizer(localizer, features, truth, "test", stop=stop)
+    assert interrupted.value.exit_code == 143
+
+
+def test_ids_that_leave_the_folder_fail(corpus: tuple[Path, Annotations]) -> None:
+    features, truth = corpus
+    outside = VideoAnnotation("../v0", 12.0, "test", np.array([[2.5, 8.5]]), np.array([3]))
+    truth = Annotations(truth.path, truth.labels, {"v0": truth.videos["v0"], "../v0": outside})
+    with Localizer([OracleBackend()], SPEC) as localizer:
+        failed = evaluate_localizer(localizer, features, truth, "test").failed
+    assert "path separators" in str(failed["../v0"])
 
 
 def test_engine_options_with_events_are_refused(small: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:

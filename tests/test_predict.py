@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import LABELS, SPEC, OracleBackend, engine, features_with, make_bundle, write_features
+from builders import LABELS, OracleBackend, engine, features_with, make_bundle, write_features
 
 from ccnet.cli.main import main
 from runtime.backends.base import Bool, Float32
-from runtime.corpus import Corpus, CorpusVideo, folder_videos
 from runtime.detections import read_events
-from runtime.errors import ConfigError, EngineError, FeatureError
-from runtime.localizer import Localizer
+from runtime.errors import EngineError
+from runtime.features import FeatureFiles, VideoFeatures
+from runtime.spec import ModelSpec
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -58,7 +58,7 @@ def test_all_videos_of_a_folder(bundle: Path, features: Path, tmp_path: Path, ca
         assert (event["label"], event["label_id"]) == (LABELS[i % 4], i % 4)
         assert event["score"] == pytest.approx(1 / (1 + np.exp(-3)), rel=1e-5)
     assert set(read_events(out)) == {f"v{i}" for i in range(6)}
-    assert "6 video(s), 6 event(s), by onnxruntime-fp32-t32 (parity check: verified)" in capsys.readouterr().out
+    assert "6 videos, 6 events, by onnxruntime-fp32-t32 (parity check: verified)" in capsys.readouterr().out
 
 
 def annotate(path: Path, videos: dict[str, tuple[float, str]]) -> Path:
@@ -99,7 +99,7 @@ def test_bad_videos_are_reported_at_the_end_and_the_good_ones_are_kept(
     assert predict(bundle, features, out) == 1
     assert [row["video_id"] for row in lines(out)] == ["v0", "v2", "v4", "v5"]
     report = capsys.readouterr().err
-    assert "2 of 6 video(s) could not be used" in report
+    assert "warning: 2 of 6 videos failed:" in report
     assert "v1_heard.npy: no such feature file" in report
     assert "v3_seen.npy: nan at step 0, channel 0" in report
 
@@ -112,13 +112,17 @@ def test_stopping_at_a_bad_video_keeps_the_good_ones_under_another_name(
     assert predict(bundle, features, out, "--on-error", "stop") == 1
     assert not out.exists()
     assert [row["video_id"] for row in lines(tmp_path / "events.jsonl.partial")] == ["v0"]
-    assert "stopped at a bad video (--on-error stop); 1 of 6" in capsys.readouterr().err
+    report = capsys.readouterr().err
+    assert "stopped at video v1 (--on-error stop)" in report
+    assert f"the events of 1 of 6 videos are in {out}.partial" in report
 
 
-def test_remarkable_features_are_used_and_reported(bundle: Path, features: Path, tmp_path: Path, capsys: Any) -> None:
+def test_features_with_a_note_are_used_and_reported(bundle: Path, features: Path, tmp_path: Path, capsys: Any) -> None:
     np.save(features / "v2_heard.npy", np.zeros((40, 3), np.float32))
     assert predict(bundle, features, tmp_path / "events.jsonl") == 0
-    assert "v2_heard.npy has 40" in capsys.readouterr().err
+    report = capsys.readouterr().err
+    assert "warning: 1 of 6 videos processed with warnings:" in report
+    assert "v2_heard.npy has 40" in report
 
 
 def test_long_videos(bundle: Path, tmp_path: Path) -> None:
@@ -180,24 +184,45 @@ def test_an_engine_failure_keeps_the_good_ones_and_is_raised(
     assert "fell off the bus" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_keeps_the_good_ones(
-    bundle: Path, features: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals,
+    status: int,
+    bundle: Path,
+    features: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen = []
 
     def interrupting(self: Any) -> None:
         seen.append(1)
         if len(seen) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr("ccnet.cli.predict.Progress.advance", interrupting)
     out = tmp_path / "events.jsonl"
-    assert predict(bundle, features, out) == 1
+    assert predict(bundle, features, out) == status
     assert not out.exists()
     kept = lines(tmp_path / "events.jsonl.partial")
     assert [row["video_id"] for row in kept] == [f"v{i}" for i in range(len(kept))]
     assert 2 <= len(kept) < 6
-    assert "interrupted" in capsys.readouterr().err
+    assert "ccnet predict: interrupted" in capsys.readouterr().err
+
+
+def test_an_interrupt_before_the_first_video_leaves_nothing(
+    bundle: Path, features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = FeatureFiles.read
+
+    def reading(self: FeatureFiles, spec: ModelSpec) -> VideoFeatures:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, spec)
+
+    monkeypatch.setattr(FeatureFiles, "read", reading)
+    assert predict(bundle, features, tmp_path / "events.jsonl") == 143
+    assert not list(tmp_path.glob("events*"))
 
 
 def test_an_existing_result_survives_a_run_that_fails(
@@ -214,30 +239,6 @@ def test_an_existing_result_survives_a_run_that_fails(
     assert predict(bundle, features, out) == 2
     assert out.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "events.jsonl", "features"]
-
-
-def test_corpus_tells_what_happened(features: Path) -> None:
-    spoil(features)
-    with Localizer([OracleBackend()], SPEC) as localizer:
-        corpus = Corpus(localizer, features, folder_videos(features, SPEC), batch_size=2)
-        records = {video_id: (duration, found) for video_id, duration, found in corpus.records()}
-    assert list(records) == ["v0", "v2", "v4", "v5"]
-    assert records["v4"][0] == 16.0
-    assert corpus.complete
-    assert corpus.done == 4
-    assert [(video_id, type(error)) for video_id, error in corpus.failed] == [
-        ("v1", FeatureError),
-        ("v3", FeatureError),
-    ]
-
-
-def test_corpus_refuses_ids_that_leave_the_folder_and_unknown_policies(features: Path) -> None:
-    localizer = Localizer([OracleBackend()], SPEC)
-    corpus = Corpus(localizer, features, [CorpusVideo("../v0"), CorpusVideo("v1", 13.0)])
-    assert [video_id for video_id, _, _ in corpus.records()] == ["v1"]
-    assert "path separators" in str(corpus.failed[0][1])
-    with pytest.raises(ConfigError, match="on_error"):
-        Corpus(localizer, features, [], on_error="ignore")  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("always:engine")

@@ -39,9 +39,10 @@ from runtime.errors import (
     CheckpointError,
     ConfigError,
     FeatureError,
+    Interrupted,
     TrainingError,
-    TrainingStopped,
 )
+from runtime.features import FeatureFiles
 from runtime.spec import TimeBase
 
 CONFIG = Config(
@@ -203,7 +204,7 @@ def test_stopped_and_resumed_equals_not_stopped(data, straight, tmp_path, monkey
     for position, step in enumerate(stops):
         with monkeypatch.context() as patch:
             interrupt_at(patch, step, number)
-            with pytest.raises(TrainingStopped, match=f"stopped by {number.name} .* add --resume") as stopped:
+            with pytest.raises(Interrupted, match=f"stopped by {number.name} .* add --resume") as stopped:
                 data.train(out, config, resume=position > 0)
             assert stopped.value.exit_code == 128 + number
     assert len(table(out / "metrics.csv")) == (sum(stops) - 1) // STEPS_PER_EPOCH
@@ -212,7 +213,7 @@ def test_stopped_and_resumed_equals_not_stopped(data, straight, tmp_path, monkey
 
 
 def test_stopped_during_validation(data: Data, straight: Path, tmp_path: Path, monkeypatch) -> None:
-    original = ccnet.training.validation.read_video
+    original = FeatureFiles.read
 
     def reading(*arguments, **rest):
         if next(videos) == 0:
@@ -222,8 +223,8 @@ def test_stopped_during_validation(data: Data, straight: Path, tmp_path: Path, m
     videos = itertools.count()
     monkeypatch.setattr(ccnet.training.validation, "_BATCH", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(ccnet.training.validation, "read_video", reading)
-        with pytest.raises(TrainingStopped):
+        patch.setattr(FeatureFiles, "read", reading)
+        with pytest.raises(Interrupted):
             data.train(tmp_path / "run")
     assert table(tmp_path / "run" / "metrics.csv") == []
     data.train(tmp_path / "run", resume=True)
@@ -263,7 +264,7 @@ def test_a_full_disk_leaves_the_last_state(data: Data, straight: Path, tmp_path:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt_at(patch, 4)
-        with pytest.raises(TrainingStopped):
+        with pytest.raises(Interrupted):
             data.train(out)
 
     def no_space(descriptor: int) -> None:
@@ -336,7 +337,7 @@ def test_a_run_of_other_annotations(data: Data, straight: Path, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["training.json", "training.safetensors", "model.safetensors", "checkpoint.json"])
 def test_a_damaged_state(data: Data, tmp_path: Path, monkeypatch, name: str) -> None:
     interrupt_at(monkeypatch, 1)
-    with pytest.raises(TrainingStopped):
+    with pytest.raises(Interrupted):
         data.train(tmp_path / "run")
     path = tmp_path / "run" / "last" / name
     path.write_bytes(path.read_bytes()[:-7])

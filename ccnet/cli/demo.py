@@ -103,27 +103,19 @@ class _Demo:
         self._command("synthesize", "--preset", PRESET, *where, "--difficulty", DIFFICULTY, "--seed", SEED)
 
     def _score_untrained(self) -> float:
-        """Test mAP of the network before any training, through the evaluation path of all others."""
+        """Return the test mAP of the network before any training."""
         import torch
 
         from ccnet.network.model import CCNet
-        from ccnet.torch_backend import TorchBackend
+        from ccnet.training.validation import evaluate_network
         from runtime.annotations import read_annotations
-        from runtime.corpus import Corpus
-        from runtime.evaluation import evaluate
-        from runtime.localizer import Localizer
 
         annotations = read_annotations(self.annotations)
-        spec = self.config.spec(annotations.labels)
         with torch.random.fork_rng([]):
             torch.manual_seed(self.config.train.seed)
-            model = CCNet(self.config.model).eval()
-        with Localizer([TorchBackend(model, spec)], spec) as localizer:
-            corpus = Corpus(localizer, self.features, annotations.subset("test"), on_error="stop")
-            predictions = {video_id: detections for video_id, _, detections in corpus.records()}
-        for _, error in corpus.failed:
-            raise error
-        average = evaluate(predictions, annotations, "test").average_map
+            model = CCNet(self.config.model)
+        spec = self.config.spec(annotations.labels)
+        average = evaluate_network(model, spec, annotations, self.features, "test").average_map
         self._log(f"the untrained network has a test mAP (Avg.) of {average:.3f}")
         return average
 

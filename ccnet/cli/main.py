@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from ccnet.cli.logs import reporting
-from runtime.errors import CCNetError, MissingDependency
+from runtime.errors import CCNetError, Interrupted, MissingDependency
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ _EXTRAS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand. Returns 0, a `CCNetError.exit_code`, or 130 after Ctrl-C."""
+    """Run one subcommand. Return its exit status: 0, a `CCNetError.exit_code`, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="ccnet", description="Train, export, verify and run CCNet, the dense audio-visual event localizer."
     )
@@ -76,6 +76,9 @@ def _run(module: Any, arguments: argparse.Namespace, overrides: list[str]) -> in
     """Run a command; a user's mistake ends as one message and an exit status."""
     try:
         return int(module.run(arguments, overrides) or 0)
+    except Interrupted as error:
+        log.error("ccnet %s: %s", arguments.command, error)
+        return error.exit_code
     except CCNetError as error:
         return _failed(arguments.command, error)
     except ModuleNotFoundError as error:

@@ -1,13 +1,17 @@
-"""Numbers on the command line: what is out of range is refused by the parser, which names the option."""
+"""Options that several commands share: numbers that the parser checks, and the choice of an engine."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from typing import get_args
+
+from runtime.backends.select import BACKENDS, OnMismatch
+from runtime.localizer import Localizer, LongVideos
 
 
 def positive(text: str) -> int:
-    """An integer of 1 or more."""
+    """Parse an integer of 1 or more."""
     try:
         value = int(text)
     except ValueError:
@@ -18,7 +22,7 @@ def positive(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """A finite number, 0 or more."""
+    """Parse a finite number, 0 or more."""
     try:
         value = float(text)
     except ValueError:
@@ -26,3 +30,52 @@ def seconds(text: str) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected seconds, 0 or more")
     return value
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that choose an engine and say how to run it; `open_localizer` takes them."""
+    parser.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help="default: the fastest verified")
+    parser.add_argument("--precision", help="only this precision (fp32, tf32, bf16, fp16, int8)")
+    parser.add_argument("--length", type=positive, metavar="T", help="only the engine of this many steps")
+    parser.add_argument("--batch", type=positive, metavar="N", help="videos per engine call")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the engine")
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="threads that read, and as many that post-process"
+    )
+    parser.add_argument(
+        "--long-videos",
+        choices=get_args(LongVideos),
+        default="crop",
+        help="videos longer than T: keep the first T steps (the paper), or overlapping windows (default: crop)",
+    )
+    parser.add_argument(
+        "--window-overlap", type=float, default=0.5, metavar="SHARE", help="of neighbouring windows (default: 0.5)"
+    )
+    parser.add_argument(
+        "--on-mismatch",
+        choices=get_args(OnMismatch),
+        default="error",
+        help="an engine made for another library version or GPU: fail, run the ONNX file, or build it again here",
+    )
+
+
+def engine_options_given(arguments: argparse.Namespace) -> list[str]:
+    """Return those of the options of `add_engine_arguments` that are not at their defaults."""
+    parser = argparse.ArgumentParser()
+    add_engine_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    return [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(arguments, name) != value]
+
+
+def open_localizer(arguments: argparse.Namespace) -> Localizer:
+    """Load the bundle of the command line as its engine options say."""
+    return Localizer.load(
+        arguments.bundle,
+        arguments.backend,
+        precision=arguments.precision,
+        length=arguments.length,
+        on_mismatch=arguments.on_mismatch,
+        threads=arguments.threads,
+        long_videos=arguments.long_videos,
+        window_overlap=arguments.window_overlap,
+    )

@@ -31,7 +31,7 @@ from ccnet.training.optimizer import learning_rate
 from ccnet.training.state import Position, TrainingState, open_run, save_state
 from ccnet.training.validation import evaluate_network
 from runtime.annotations import Annotations, read_annotations
-from runtime.errors import AnnotationError, TrainingError, TrainingStopped
+from runtime.errors import AnnotationError, Interrupted, TrainingError
 from runtime.evaluation import Evaluation
 from runtime.files import sha256_file
 from runtime.progress import Progress
@@ -71,7 +71,7 @@ def train(
 ) -> TrainingResult:
     """Train on the subset `train`, validate on `validation`, write into the folder `out`.
 
-    Ctrl-C and SIGTERM save the state after the step under way and raise TrainingStopped; `resume=True` continues from
+    Ctrl-C and SIGTERM save the state after the step under way and raise Interrupted; `resume=True` continues from
     it (or from the last saved epoch after a kill). `quiet` leaves out the progress bar.
 
     Raises CheckpointError when `out` holds another run or has none to resume, AnnotationError and FeatureError for bad
@@ -187,7 +187,7 @@ class _Run:
                 if position.window_steps == _STEPS_PER_ROW:
                     progress.show(**self._close_window())
                 progress.advance()
-                if self.stop:
+                if self.stop.requested:
                     self._save_and_stop()
             fetching = time.perf_counter()
             self._close_window()
@@ -243,7 +243,7 @@ class _Run:
                 quiet=self.quiet,
                 stop=self.stop,
             )
-        except TrainingStopped:
+        except Interrupted:
             self._save_and_stop()
 
     def _end_epoch(self, evaluation: Evaluation | None) -> None:
@@ -297,8 +297,8 @@ class _Run:
     def _save_and_stop(self) -> NoReturn:
         self._save_last()
         self.journal.write()
-        number = self.stop.number
-        raise TrainingStopped(
+        number = self.stop.signal_number
+        raise Interrupted(
             f"stopped by {signal.Signals(number).name} in epoch {self.position.epoch + 1} after step "
             f"{self.steps_done}; the state is in {self.out / 'last'}, add --resume to continue",
             number,

@@ -1,23 +1,16 @@
-"""Validation while training: a network through the one evaluation path, from features to mAP."""
+"""Validation while training: the network through the evaluation of every engine, from feature files to mAP."""
 
 from __future__ import annotations
 
-import contextlib
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ccnet.torch_backend import TorchBackend, TorchPrecision
 from runtime.annotations import Annotations
-from runtime.detections import Detections
-from runtime.errors import TrainingStopped
-from runtime.evaluation import Evaluation, evaluate
-from runtime.features import read_video
+from runtime.evaluation import Evaluation, evaluate_localizer
 from runtime.localizer import Localizer
-from runtime.progress import Progress
 from runtime.signals import StopRequest
 from runtime.spec import ModelSpec
 
@@ -37,26 +30,12 @@ def evaluate_network(
     quiet: bool = True,
     stop: StopRequest | None = None,
 ) -> Evaluation:
-    """mAP of a network with the forward contract of CCNet, on one subset.
+    """Score a network with the forward contract of CCNet on one subset.
 
-    Reading, inference and post-processing overlap. Raises FeatureError for a video that can't be read, TrainingStopped
-    when `stop` asks for it.
+    Raises FeatureError for the first video that can't be used, Interrupted when `stop` is requested.
     """
     backend = TorchBackend(network, spec, device=device, precision=precision, max_batch=_BATCH)
-    videos = annotations.subset(subset)
-    read = partial(read_video, features, layout=spec.layout, visual_dim=spec.visual_dim, audio_dim=spec.audio_dim)
-    items = ((video.video_id, partial(read, video.video_id), video.duration) for video in videos)
-    predictions: dict[str, Detections] = {}
-    with (
-        Localizer([backend], spec) as localizer,
-        contextlib.closing(cast(Any, localizer.stream(items, batch_size=_BATCH))) as stream,
-        Progress(subset, total=len(videos), quiet=quiet) as progress,
-    ):
-        for localized in stream:
-            if localized.error is not None:
-                raise localized.error
-            predictions[localized.video_id] = localized.detections
-            progress.advance()
-            if stop:
-                raise TrainingStopped("stopped", stop.number)
-    return evaluate(predictions, annotations, subset)
+    with Localizer([backend], spec) as localizer:
+        return evaluate_localizer(
+            localizer, features, annotations, subset, strict=True, batch_size=_BATCH, quiet=quiet, stop=stop
+        )
