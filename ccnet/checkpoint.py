@@ -2,6 +2,7 @@
 
 Nothing in it is pickled. The weights are the averaged (EMA) ones, which are those to evaluate and export. A folder is
 written whole or not at all, and read strictly: size, SHA-256, tensor names and shapes have to fit its configuration.
+PyTorch is needed for the weights alone.
 """
 
 from __future__ import annotations
@@ -14,9 +15,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from ccnet import __version__
 from ccnet.config import Config
 from runtime.errors import CheckpointError, ConfigError, MissingDependency
@@ -24,6 +22,9 @@ from runtime.files import atomic_folder, sha256_file, write_json
 from runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
     from ccnet.network.model import CCNet
 
 SCHEMA = 1
@@ -48,11 +49,11 @@ class Checkpoint:
 
     @property
     def spec(self) -> ModelSpec:
-        """What this network consumes and produces."""
+        """The inputs and outputs of this network."""
         return self.config.spec(self.labels)
 
     def load_model(self, device: str | torch.device = "cpu") -> CCNet:
-        """The network with its weights, float32, in eval mode, on `device`.
+        """Return the network with its weights, float32, in eval mode, on `device`.
 
         Raises CheckpointError when the weights are missing, truncated or altered, or belong to another configuration.
         """
@@ -76,7 +77,7 @@ def save_checkpoint(
     """Write a checkpoint folder; an earlier checkpoint there is replaced only once the new one is whole on disk.
 
     `model` is the network whose weights are saved (in training: the EMA copy). Raises CheckpointError when `folder`
-    exists and is no checkpoint, or when `model` was built with another configuration; OSError when the disk is full.
+    exists and is not a checkpoint, or when `model` was built with another configuration; OSError when the disk is full.
     """
     refuse_foreign_folder(folder)
     with atomic_folder(folder) as partial:
@@ -92,6 +93,8 @@ def write_checkpoint(
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the two files into an existing folder. For callers that make a larger folder atomic themselves."""
+    import torch
+
     labels = tuple(labels)
     config.spec(labels)  # raises ConfigError when the labels do not fit the configuration
     built_with = getattr(model, "config", config.model)
@@ -114,14 +117,14 @@ def write_checkpoint(
 def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     """Read and check `checkpoint.json`; the weights are not touched.
 
-    Raises CheckpointError for a folder that is no whole checkpoint, or one of a version this program can't read.
+    Raises CheckpointError for a folder that is not a whole checkpoint, or is one of another schema.
     """
     folder = Path(folder)
     path = folder / MANIFEST
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder; 'ccnet train' or 'ccnet import-weights' makes one")
     if not path.is_file():
-        raise CheckpointError(f"{folder}: has no {MANIFEST}, so it is no checkpoint{_look_below(folder)}")
+        raise CheckpointError(f"{folder}: has no {MANIFEST}, so it is not a checkpoint{_look_below(folder)}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -155,12 +158,15 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
 
 def load_checkpoint(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> CCNet:
-    """The network of a checkpoint, in eval mode with its EMA weights. Raises CheckpointError (see `Checkpoint`)."""
+    """Load the network of a checkpoint, in eval mode with its EMA weights; see `Checkpoint.load_model`.
+
+    Raises CheckpointError, MissingDependency without PyTorch.
+    """
     return read_checkpoint(folder).load_model(device)
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: object) -> None:
-    """`load_state_dict` that lists every unknown, missing and misshapen tensor in one CheckpointError."""
+    """Load a state dict; one CheckpointError lists every unknown, missing and misshapen tensor."""
     expected = module.state_dict()
     unknown = sorted(set(tensors) - set(expected))
     missing = sorted(set(expected) - set(tensors))
@@ -190,7 +196,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file to the CPU. Raises CheckpointError when it is missing or no such file."""
+    """Read a safetensors file to the CPU. Raises CheckpointError when it is missing or damaged."""
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; copy the whole checkpoint folder again")
     library = _safetensors()
@@ -202,7 +208,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_file(path: Path, *, size: int, sha256: str, said_by: str) -> None:
-    """Raises CheckpointError when a file is missing, truncated or altered, compared with what the manifest says."""
+    """Check a file against its manifest. Raises CheckpointError when it is missing, truncated or altered."""
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; copy the whole checkpoint folder again")
     found = path.stat().st_size
@@ -217,10 +223,10 @@ def check_file(path: Path, *, size: int, sha256: str, said_by: str) -> None:
 
 
 def refuse_foreign_folder(folder: str | os.PathLike[str]) -> None:
-    """Raises CheckpointError when `folder` holds something that is no checkpoint, which a save would delete."""
+    """Raise CheckpointError when `folder` holds something that is not a checkpoint and that a save would delete."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{folder}: exists and is no checkpoint, so it is not replaced; choose another folder")
+        raise CheckpointError(f"{folder}: exists and is not a checkpoint, so it is not replaced; choose another folder")
 
 
 def _look_below(folder: Path) -> str:
@@ -236,5 +242,5 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:
-        raise MissingDependency("safetensors", "train", "Reading and writing checkpoints") from error
+        raise MissingDependency(error.name or "safetensors", "train", "reading and writing checkpoints") from error
     return safetensors
