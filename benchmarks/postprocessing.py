@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -214,17 +212,12 @@ def detect_candidates(logits: Any, offsets: Any, spec: ModelSpec) -> npt.NDArray
 
 
 def first_calls() -> dict[str, list[float]]:
-    """Seconds of the first call in a fresh process: with an empty cache of compiled code, and with a filled one."""
+    """Seconds of the first call in a fresh process."""
     results: dict[str, list[float]] = {}
     for _ in range(FIRST_CALLS):
-        with tempfile.TemporaryDirectory() as cache:
-            environment = {**os.environ, "NUMBA_CACHE_DIR": cache}
-            for state in ("compiling", "cached"):
-                done = subprocess.run(
-                    [sys.executable, "-c", _FIRST_CALL], env=environment, capture_output=True, text=True, check=True
-                )
-                for name, seconds in json.loads(done.stdout).items():
-                    results.setdefault(f"first {name} call, {state}", []).append(seconds)
+        done = subprocess.run([sys.executable, "-c", _FIRST_CALL], capture_output=True, text=True, check=True)
+        for name, seconds in json.loads(done.stdout).items():
+            results.setdefault(f"first {name} call", []).append(seconds)
     return results
 
 
@@ -241,7 +234,7 @@ def page(rows: Mapping[str, Compared], whole: Mapping[str, Timing], first: Mappi
         for name, row in rows.items()
     ]
     walked = [[name, f"{timing.median * 1e3:.3f}", str(timing.n)] for name, timing in whole.items()]
-    started = [[name, f"{np.median(values):.2f}", str(len(values))] for name, values in first.items()]
+    started = [[name, f"{np.median(values) * 1e3:.1f}", str(len(values))] for name, values in first.items()]
     return "\n\n".join(
         [
             "# Post-processing and metric",
@@ -251,8 +244,8 @@ def page(rows: Mapping[str, Compared], whole: Mapping[str, Timing], first: Mappi
             markdown_table(("", "alone, ms", "in rounds, ms", "plain NumPy, ms", "n", "plain / ours"), compared),
             "From engine outputs to events in seconds (decoding, suppression, time base), per video:",
             markdown_table(("", "ms", "n"), walked),
-            "The first call in a fresh process: importing numba, and compiling or loading the loops.",
-            markdown_table(("", "s", "n"), started),
+            "The first call in a fresh process, which loads the compiled kernels.",
+            markdown_table(("", "ms", "n"), started),
         ]
     )
 

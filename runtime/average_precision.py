@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import AnnotationError, CCNetError, ConfigError, PredictionError
+from runtime.kernels.library import address, kernels
 
 DUPLICATE_SECONDS = 1e-3
 """Ground truth of one video and class with both ends this close counts once."""
@@ -49,23 +50,25 @@ def average_precision(
         raise PredictionError(f"pred_scores: entry {int(np.argmin(np.isfinite(scores)))} is not finite")
     gt = _check("gt", gt_video, gt_segments, gt_labels, num_classes, AnnotationError)
 
-    from runtime.kernels.average_precision import average_precision_kernel
-
     order = np.lexsort((-scores.astype(np.float64), labels))
     truth = _GroundTruth(*gt, num_classes)
     result = np.empty((len(thresholds), num_classes), np.float64)
-    average_precision_kernel(
-        segments[order],
-        truth.groups_of(video[order], labels[order]),
-        np.searchsorted(labels[order], np.arange(num_classes + 1)),
-        truth.segments,
-        truth.real,
-        truth.begin,
-        truth.positives,
-        thresholds,
-        np.zeros((len(thresholds), len(truth.segments)), np.bool_),
-        np.zeros((len(thresholds), len(order)), np.bool_),
-        result,
+    predictions, begin = segments[order], np.searchsorted(labels[order], np.arange(num_classes + 1))
+    groups = truth.groups_of(video[order], labels[order])
+    taken = np.zeros((len(thresholds), len(truth.segments)), np.bool_)
+    hit = np.zeros((len(thresholds), len(order)), np.bool_)
+    kernels().ccnet_average_precision(
+        num_classes,
+        len(thresholds),
+        len(order),
+        len(truth.segments),
+        *(
+            address(array)
+            for array in (
+                *(predictions, groups, begin, truth.segments, truth.real, truth.begin, truth.positives),
+                *(thresholds, taken, hit, result),
+            )
+        ),
     )
     return result
 
@@ -80,8 +83,6 @@ class _GroundTruth:
         labels: npt.NDArray[np.int64],
         num_classes: int,
     ) -> None:
-        from runtime.kernels.average_precision import mark_duplicates_kernel
-
         self.videos, index = np.unique(video, return_inverse=True)
         keys = labels * len(self.videos) + index
         order = np.argsort(keys, kind="stable")
@@ -89,7 +90,9 @@ class _GroundTruth:
         self.keys, first = np.unique(keys[order], return_index=True)
         self.begin = np.append(first, len(keys)).astype(np.int64)
         self.real = np.empty(len(keys), np.bool_)
-        mark_duplicates_kernel(self.segments, self.begin, DUPLICATE_SECONDS, self.real)
+        kernels().ccnet_mark_duplicates(
+            len(self.keys), address(self.segments), address(self.begin), DUPLICATE_SECONDS, address(self.real)
+        )
         self.positives = np.bincount(labels[order][self.real], minlength=num_classes)
 
     def groups_of(self, video: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -107,7 +110,7 @@ def _check_thresholds(tiou_thresholds: npt.ArrayLike) -> npt.NDArray[np.float64]
     good = thresholds.ndim == 1 and thresholds.size > 0 and thresholds.dtype.kind in "fiu"
     if not good or not ((thresholds > 0) & (thresholds <= 1)).all():
         raise ConfigError(f"tiou_thresholds: got {tiou_thresholds!r}, expected one or more numbers in (0, 1]")
-    return np.require(thresholds, np.float64, ["C", "W"])  # writable too: the compiled kernels know one type of array
+    return np.ascontiguousarray(thresholds, np.float64)
 
 
 def _check(
@@ -137,7 +140,7 @@ def _check(
         index = int(np.argmax((classes < 0) | (classes >= num_classes)))
         raise error(f"{kind}_labels: entry {index} is {int(classes[index])}, expected 0 to {num_classes - 1}")
     return (
-        np.require(ids, np.int64, ["C", "W"]),
-        np.require(boundaries, np.float64, ["C", "W"]),
-        np.require(classes, np.int64, ["C", "W"]),
+        np.ascontiguousarray(ids, np.int64),
+        np.ascontiguousarray(boundaries, np.float64),
+        np.ascontiguousarray(classes, np.int64),
     )

@@ -68,6 +68,10 @@ class MissingDependency(BackendUnavailable):
         self.extra = extra
 
 
+class InstallationError(CCNetError):
+    """A part of the installation is missing: the compiled kernels are not there and can't be built."""
+
+
 class EngineMismatch(CCNetError):
     """An engine was built for another library version, GPU or compute capability than this machine has."""
 

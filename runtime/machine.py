@@ -35,7 +35,6 @@ GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
 _LIBRARIES = (
     "ccnet",
     "numpy",
-    "numba",
     "torch",
     "onnx",
     "onnxruntime",

@@ -5,12 +5,14 @@ Shapes:  N candidates   K segments kept, at most `max_segments`
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import ConfigError, PredictionError
+from runtime.kernels.library import BAD_CANDIDATE, OUT_OF_MEMORY, Settings, address, floats, kernels
 from runtime.schema import require
 from runtime.spec import Method, PostProcessing
 
@@ -42,50 +44,56 @@ def suppress(
 
     `multiclass` suppresses every class on its own; otherwise all compete as one class, and where `voting_threshold` is
     above 0 each surviving segment becomes the mean of all candidates with at least that IoU (no 1e-6 here),
-    weighted by their original scores.
+    weighted by their original scores (within 1e-6 of the released program, which adds in another order).
 
     Ties: the lower label first, within a label the earlier one in memory. That is the input order for `hard` and
     `none`; for `soft` the input order as changed by the swaps of the released program (a taken segment trades places
     with the first remaining one, a dropped one is replaced by the last).
 
-    The first call in a process loads or compiles the loops (numba). Raises ConfigError for a setting out of range,
-    PredictionError for shapes that do not fit, values that are not finite, or segments that end before they start.
+    Raises ConfigError for a setting out of range, PredictionError for shapes that do not fit, values that are not
+    finite, or segments that end before they start.
     """
     _check_settings(method, sigma, iou_threshold, min_score, max_segments, voting_threshold)
     boundaries, confidence, classes = _check_arrays(segments, scores, labels)
-    if len(confidence) == 0:
-        return boundaries, confidence, classes
-    if method == "none":
-        return _best(boundaries, confidence, classes, min_score, max_segments)
-
-    from runtime.kernels.suppression import suppress_kernel
-
-    groups, first_label, group_count = _grouping(classes) if multiclass else (classes, 0, 1)
     total = len(confidence)
-    kept = np.empty(min(max_segments, total), np.int64)
-    kept_scores = np.empty(len(kept), np.float32)
-    count = suppress_kernel(
-        boundaries,
-        confidence,
-        groups,
-        first_label,
-        method == "soft",
-        np.float32(sigma),
-        np.float32(iou_threshold),
-        np.float32(min_score),
-        np.empty((total, 4), np.float32),
-        np.empty(total, np.int64),
-        np.zeros((group_count, 3), np.int64),
-        np.empty(group_count, np.float32),
-        kept,
-        kept_scores,
+    if total == 0:
+        return boundaries, confidence, classes
+    settings = Settings(
+        max_segments=min(max_segments, total),
+        method=get_args(Method).index(method),
+        multiclass=multiclass,
+        sigma=sigma,
+        iou_threshold=iou_threshold,
+        min_score=min_score,
+        voting_threshold=voting_threshold,
     )
-    if count < 0:
-        raise _bad_candidate(-1 - count, boundaries, confidence)
-    kept, kept_scores = kept[:count], kept_scores[:count]
-    if multiclass or voting_threshold == 0:
-        return boundaries[kept], kept_scores, classes[kept]
-    return _vote(boundaries, confidence, kept, voting_threshold), kept_scores, classes[kept]
+    groups, first_label, group_count = _grouping(classes) if multiclass or method == "none" else (classes, 0, 1)
+    events = np.empty((settings.max_segments, 2), np.float32)
+    kept_scores, kept = np.empty(len(events), np.float32), np.empty(len(events), np.int64)
+    candidate = ctypes.c_int64()
+    count = kernels().ccnet_suppress(
+        settings,
+        total,
+        address(boundaries),
+        address(confidence),
+        address(groups),
+        first_label,
+        group_count,
+        address(events),
+        address(kept_scores),
+        address(kept),
+        candidate,
+    )
+    if count == OUT_OF_MEMORY:
+        raise MemoryError
+    if count == BAD_CANDIDATE:
+        index = candidate.value
+        start, end = boundaries[index].tolist()
+        raise PredictionError(
+            f"candidate {index}: got segment [{start}, {end}] with score {float(confidence[index])},"
+            " expected finite numbers and start <= end"
+        )
+    return events[:count], kept_scores[:count], classes[kept[:count]]
 
 
 def _grouping(labels: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], int, int]:
@@ -95,31 +103,6 @@ def _grouping(labels: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], int
         return labels, lowest, highest - lowest + 1
     names, dense = np.unique(labels, return_inverse=True)
     return dense.astype(np.int64), 0, len(names)
-
-
-def _vote(
-    segments: npt.NDArray[np.float32], scores: npt.NDArray[np.float32], kept: npt.NDArray[np.int64], threshold: float
-) -> npt.NDArray[np.float32]:
-    from runtime.kernels.voting import vote_kernel
-
-    voted = np.empty((len(kept), 2), np.float32)
-    vote_kernel(segments, scores, kept, np.float32(threshold), voted)
-    return voted
-
-
-def _best(
-    segments: npt.NDArray[np.float32],
-    scores: npt.NDArray[np.float32],
-    labels: npt.NDArray[np.int64],
-    min_score: float,
-    max_segments: int,
-) -> Suppressed:
-    good = np.isfinite(scores) & np.isfinite(segments).all(axis=1) & (segments[:, 0] <= segments[:, 1])
-    if not good.all():
-        raise _bad_candidate(int(np.argmin(good)), segments, scores)
-    order = np.lexsort((labels, -scores))
-    order = order[scores[order] >= np.float32(min_score)][:max_segments]
-    return segments[order], scores[order], labels[order]
 
 
 def _check_settings(
@@ -146,17 +129,4 @@ def _check_arrays(segments: npt.ArrayLike, scores: npt.ArrayLike, labels: npt.Ar
         raise PredictionError(f"segments, scores, labels: got shapes {shapes}, expected [N, 2], [N], [N]")
     if classes.dtype.kind not in "iu" and count:
         raise PredictionError(f"labels: got dtype {classes.dtype}, expected integers")
-    return (
-        # Writable too: the compiled kernels know one type of array.
-        np.require(boundaries, np.float32, ["C", "W"]),
-        np.require(confidence, np.float32, ["C", "W"]),
-        np.require(classes, np.int64, ["C", "W"]),
-    )
-
-
-def _bad_candidate(index: int, segments: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]) -> PredictionError:
-    start, end = segments[index].tolist()
-    return PredictionError(
-        f"candidate {index}: got segment [{start}, {end}] with score {float(scores[index])},"
-        " expected finite numbers and start <= end"
-    )
+    return floats(boundaries), floats(confidence), np.ascontiguousarray(classes, np.int64)

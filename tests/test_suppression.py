@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +20,12 @@ def test_equals_the_released_program(case: int) -> None:
     data = golden("suppression")
     parameters = json.loads(str(data["params"]))[case]
     got = suppress(*(data[f"{case}/in_{name}"] for name in ("segments", "scores", "labels")), **parameters)
-    for name, array in zip(("segments", "scores", "labels"), got, strict=True):
-        # The loops add and round in the order of the released program: measured equal to the last bit, all cases.
-        np.testing.assert_allclose(array, data[f"{case}/{name}"], rtol=1e-7, atol=0)
+    expected = {name: data[f"{case}/{name}"] for name in ("segments", "scores", "labels")}
+    np.testing.assert_array_equal(got[1], expected["scores"])
+    np.testing.assert_array_equal(got[2], expected["labels"])
+    # Voting adds in another order than the released program; 2.2e-7 was measured. The rest is the same bits.
+    voted = not parameters.get("multiclass", True) and parameters.get("voting_threshold", 0.75) > 0
+    np.testing.assert_allclose(got[0], expected["segments"], rtol=1e-6 if voted else 0, atol=0)
     assert [a.dtype for a in got] == [np.float32, np.float32, np.int64]
 
 
@@ -189,27 +188,6 @@ def test_bad_candidates(arrays: tuple[Any, Any, Any], message: str, method: Any)
 def test_bad_settings(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{name}: got {value!r}, expected"):
         suppress(*GOOD, **{name: value})
-
-
-def test_works_where_no_cache_can_be_written(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    code = (
-        "import numba.core.caching as caching\n"
-        "caching.CacheImpl._locator_classes = caching.CacheImpl._locator_classes[:1]  # NUMBA_CACHE_DIR only\n"
-        "from runtime.suppression import suppress\n"
-        "print(suppress([[0, 1]], [0.5], [0])[1])"
-    )
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(blocked / "below a file")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "[0.5]", done.stderr
-    assert list(tmp_path.iterdir()) == [blocked]
-
-
-def test_numba_is_not_imported_before_it_is_used() -> None:
-    code = "import sys, runtime.suppression, runtime.average_precision; print('numba' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 def test_arrays_that_can_not_be_written_are_taken() -> None:

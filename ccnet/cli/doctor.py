@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
 import json
 from collections.abc import Callable
@@ -108,8 +107,11 @@ def _package(name: str, extra: str, purpose: str) -> Callable[[], str]:
 
 
 def _suppression() -> str:
-    module = importlib.import_module("runtime.kernels.suppression")
-    return f"numba {importlib.metadata.version('numba')}, kernels ready ({module.__name__})"
+    from runtime.kernels.build import library_path
+    from runtime.kernels.library import kernels
+
+    kernels()
+    return f"compiled kernels ready ({library_path().name})"
 
 
 _PROBES: dict[str, Callable[[], str]] = {

@@ -1,1 +1,1 @@
-"""Compiled loops: the only place of numba."""
+"""Compiled loops in C: what NumPy can't express, without the interpreter lock."""
