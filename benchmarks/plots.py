@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from ccnet.bench_plot import save_figure
+from ccnet.plots import new_figure, save_figure
 
 
 def bars(path: Path, values: Mapping[str, float], *, title: str, unit: str) -> None:
     """One horizontal bar per name, the first name on top."""
-    figure = _figure(1, height=1.2 + 0.35 * len(values))
+    figure = new_figure(8.0, 1.2 + 0.35 * len(values))
     axes = figure.subplots()
     drawn = axes.barh(list(values), list(values.values()))
     axes.bar_label(drawn, fmt="%.4g", padding=3)
@@ -23,7 +22,7 @@ def bars(path: Path, values: Mapping[str, float], *, title: str, unit: str) -> N
 
 def curves(path: Path, panels: Mapping[str, tuple[str, str, Mapping[str, Sequence[tuple[float, float]]]]]) -> None:
     """One panel per title: (x label, y label, curves by name as (x, y) points)."""
-    figure = _figure(len(panels), height=4.0)
+    figure = new_figure(8.0 if len(panels) == 1 else 5.0 * len(panels), 4.0)
     for axes, (title, (x_label, y_label, lines)) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
@@ -34,9 +33,3 @@ def curves(path: Path, panels: Mapping[str, tuple[str, str, Mapping[str, Sequenc
         if len(lines) > 1:
             axes.legend(fontsize="small")
     save_figure(figure, path)
-
-
-def _figure(panels: int, *, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(8.0 if panels == 1 else 5.0 * panels, height), layout="constrained")

@@ -21,9 +21,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.annotations import OVERRUN_SECONDS, check_video_id, is_number
 from runtime.errors import MissingDependency, PredictionError
 from runtime.files import atomic_file
+from runtime.records import (
+    BadRecord,
+    LabelTable,
+    check_duration,
+    check_list,
+    check_segment,
+    check_video_id,
+    get_values,
+    is_number,
+    parse_json,
+)
+from runtime.schema import show
 
 _Arrays = tuple[npt.NDArray[np.float64], npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
@@ -116,105 +127,43 @@ def read_events(path: str | Path, label_names: Sequence[str] | None = None) -> d
     fit its id.
     """
     path = Path(path)
-    reader = _Reader(label_names)
+    table = LabelTable(label_names)
     videos: dict[str, _Arrays] = {}
     try:
         with open(path, "rb") as stream:
             for number, line in enumerate(stream, 1):
                 try:
-                    video_id, arrays = reader.video(line)
+                    video_id, arrays = _read_video(line, table)
                     if video_id in videos:
-                        raise PredictionError(f"video {video_id!r} occurs a second time")
-                except PredictionError as error:
+                        raise BadRecord(f"video {show(video_id)} occurs a second time")
+                except BadRecord as error:
                     raise PredictionError(f"{path}, line {number}: {error}") from None
                 videos[video_id] = arrays
     except FileNotFoundError:
         raise PredictionError(f"{path}: no such events file; 'ccnet predict ... --out {path}' writes one") from None
     except IsADirectoryError:
         raise PredictionError(f"{path}: got a folder, expected an events file (.jsonl)") from None
-    names = reader.class_names()
+    names = tuple(table.names.get(i, f"class {i}") for i in range(max(table.names, default=-1) + 1))
     return {video_id: Detections(*arrays, names) for video_id, arrays in videos.items()}
 
 
-class _Reader:
-    """Checks one line after the other and gathers the class names on the way."""
-
-    def __init__(self, label_names: Sequence[str] | None) -> None:
-        self.given = label_names is not None
-        self.name_of: dict[int, str] = dict(enumerate(label_names or ()))
-
-    def video(self, line: bytes) -> tuple[str, _Arrays]:
-        """One line -> video id and segments [N, 2], scores [N], labels [N]."""
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise PredictionError(f"not valid JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise PredictionError(f"got {_show(record)}, expected an object with video_id, duration, events")
-        video_id, duration, events = (_get(record, key) for key in ("video_id", "duration", "events"))
-        if not isinstance(video_id, str) or check_video_id(video_id):
-            raise PredictionError(f"video_id: got {_show(video_id)}, expected a name without path separators")
-        if not is_number(duration) or duration <= 0:
-            raise PredictionError(f"duration: got {_show(duration)}, expected seconds above 0")
-        if not isinstance(events, list):
-            raise PredictionError(f"events: got {_show(events)}, expected a list")
-        segments, scores, labels = [], [], []
-        try:
-            for event in events:
-                segments.append(_segment(event, duration))
-                scores.append(_score(event))
-                labels.append(self.label(event))
-        except PredictionError as error:
-            raise PredictionError(f"event {len(labels)}: {error}") from None
-        confidence = np.array(scores, np.float32)
-        order = np.argsort(-confidence, kind="stable")
-        boundaries = np.array(segments, np.float64).reshape(-1, 2)
-        return video_id, (boundaries[order], confidence[order], np.array(labels, np.int64)[order])
-
-    def label(self, event: dict[str, Any]) -> int:
-        label_id, name = _get(event, "label_id"), _get(event, "label")
-        if type(label_id) is not int or not 0 <= label_id < 1 << 20 or not isinstance(name, str) or not name:
-            raise PredictionError(f"label {_show(name)} with id {_show(label_id)}: expected a name and an integer >= 0")
-        known = self.name_of.get(label_id)
-        if known is None and not self.given:
-            self.name_of[label_id] = name
-        elif known is None:
-            raise PredictionError(
-                f"unknown label {name!r} with id {label_id}; expected an id below {len(self.name_of)}"
-            )
-        elif known != name:
-            raise PredictionError(f"label_id {label_id}: got label {name!r}, expected {known!r}")
-        return label_id
-
-    def class_names(self) -> tuple[str, ...]:
-        return tuple(self.name_of.get(i, f"class {i}") for i in range(max(self.name_of, default=-1) + 1))
-
-
-def _segment(event: Any, duration: float) -> tuple[float, float]:
-    if not isinstance(event, dict):
-        raise PredictionError(f"got {_show(event)}, expected an object")
-    segment = _get(event, "segment")
-    if not isinstance(segment, list) or len(segment) != 2 or not is_number(segment[0]) or not is_number(segment[1]):
-        raise PredictionError(f"segment: got {_show(segment)}, expected [start, end] in seconds, finite")
-    start, end = segment
-    if not -OVERRUN_SECONDS <= start < end <= duration + OVERRUN_SECONDS:
-        raise PredictionError(f"segment: got {_show(segment)}, expected 0 <= start < end <= duration ({duration})")
-    return float(start), float(end)
-
-
-def _score(event: dict[str, Any]) -> float:
-    score = _get(event, "score")
-    if not is_number(score) or not 0 <= score <= 1:
-        raise PredictionError(f"score: got {_show(score)}, expected a number in [0, 1]")
-    return float(score)
-
-
-def _get(record: dict[str, Any], key: str) -> Any:
-    if key not in record:
-        raise PredictionError(f"'{key}' is missing")
-    return record[key]
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _read_video(line: bytes, table: LabelTable) -> tuple[str, _Arrays]:
+    """Return video id and segments [N, 2], scores [N], labels [N] of one line."""
+    video_id, duration, events = get_values(parse_json(line), ("video_id", "duration", "events"))
+    video_id, duration = check_video_id(video_id), check_duration(duration)
+    segments, scores, labels = [], [], []
+    check_list(events, "events")
+    try:
+        for event in events:
+            segment, label, label_id, score = get_values(event, ("segment", "label", "label_id", "score"))
+            segments.append(check_segment(segment, duration))
+            if not is_number(score) or not 0 <= score <= 1:
+                raise BadRecord(f"score: got {show(score)}, expected a number in [0, 1]")
+            scores.append(float(score))
+            labels.append(table.check(label, label_id))
+    except BadRecord as error:
+        raise BadRecord(f"event {len(labels)}: {error}") from None
+    confidence = np.array(scores, np.float32)
+    order = np.argsort(-confidence, kind="stable")
+    boundaries = np.array(segments, np.float64).reshape(-1, 2)
+    return video_id, (boundaries[order], confidence[order], np.array(labels, np.int64)[order])

@@ -22,6 +22,7 @@ from runtime.detections import Detections
 from runtime.errors import AnnotationError, CCNetError, FeatureError, Interrupted, PredictionError
 from runtime.features import FeatureFiles
 from runtime.progress import Progress
+from runtime.schema import show
 from runtime.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -242,7 +243,7 @@ def _flatten(segments: Sequence[npt.NDArray[np.float64]], labels: Sequence[npt.N
 def _check_videos(predictions: Mapping[str, Detections], annotations: Annotations) -> None:
     unknown = [video_id for video_id in predictions if video_id not in annotations.videos]
     if unknown:
-        shown = ", ".join(repr(video_id) for video_id in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        shown = ", ".join(map(show, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise PredictionError(
             f"{len(unknown)} predicted video(s) are not in {annotations.path}: {shown}; expected only videos it has"
         )
@@ -256,8 +257,8 @@ def _check_labels(found: Detections, annotations: Annotations, video_id: str) ->
         expected = annotations.labels[label_id] if label_id < len(annotations.labels) else None
         if name != expected:
             raise PredictionError(
-                f"video {video_id!r}: predicted class {name!r} has id {label_id}, which in {annotations.path} is "
-                f"{'not used' if expected is None else repr(expected)}; expected predictions of the same classes"
+                f"video {show(video_id)}: predicted class {show(name)} has id {label_id}, which in {annotations.path} "
+                f"is {'not used' if expected is None else show(expected)}; expected predictions of the same classes"
             )
 
 

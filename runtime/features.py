@@ -16,8 +16,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.annotations import check_video_id
 from runtime.errors import FeatureError
+from runtime.records import BadRecord, check_video_id
 from runtime.spec import FeatureLayout, ModelSpec
 
 Float32 = npt.NDArray[np.float32]
@@ -74,9 +74,10 @@ def read_video(
     Raises FeatureError, naming the file, when one is missing, truncated, pickled, of the wrong rank, width or dtype
     (float16, float32 and float64 are taken), empty, or not finite; and for an id that is no plain file name.
     """
-    problem = check_video_id(video_id)
-    if problem:
-        raise FeatureError(f"video id {video_id!r}: {problem}")
+    try:
+        check_video_id(video_id)
+    except BadRecord as error:
+        raise FeatureError(str(error)) from None
     visual = [_read_array(Path(folder) / f"{video_id}{suffix}.npy") for suffix in layout.visual]
     audio = [_read_array(Path(folder) / f"{video_id}{suffix}.npy") for suffix in layout.audio]
     names = [f"{video_id}{suffix}.npy" for suffix in (*layout.visual, *layout.audio)]

@@ -1,4 +1,4 @@
-"""Build configuration dataclasses from parsed JSON, strictly: unknown, missing and mistyped keys are errors."""
+"""Configuration dataclasses from parsed JSON, strictly: unknown, missing and mistyped keys are errors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 from runtime.errors import ConfigError
 
 Section = TypeVar("Section")
+
+_SHOWN = 60
+"""Characters of a value that a message quotes."""
 
 
 def section_from_json(cls: type[Section], data: Any, *, where: str) -> Section:
@@ -22,7 +25,7 @@ def section_from_json(cls: type[Section], data: Any, *, where: str) -> Section:
     fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
     unknown = sorted(set(data) - set(fields))
     if unknown:
-        raise ConfigError(f"{where}: unknown key(s) {', '.join(unknown)}; known keys: {', '.join(fields)}")
+        raise ConfigError(f"{where}: unknown key(s) {_clean(', '.join(unknown))}; known keys: {', '.join(fields)}")
     required = [
         name
         for name, f in fields.items()
@@ -36,7 +39,7 @@ def section_from_json(cls: type[Section], data: Any, *, where: str) -> Section:
 
 
 def convert(value: Any, hint: Any, *, where: str) -> Any:
-    """One JSON value as the annotated type: dataclass, tuple[X, ...], dict, Literal, X | None or a plain one."""
+    """Return a JSON value as the annotated type: dataclass, tuple[X, ...], dict, Literal, X | None or a plain one."""
     if dataclasses.is_dataclass(hint):
         return section_from_json(cast(Any, hint), value, where=where)
     args = get_args(hint)
@@ -45,27 +48,37 @@ def convert(value: Any, hint: Any, *, where: str) -> Any:
         return None if value is None else convert(value, inner, where=where)
     if getattr(hint, "__origin__", None) is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: got {value!r}, expected a list")
+            raise ConfigError(f"{where}: got {show(value)}, expected a list")
         return tuple(convert(v, args[0], where=f"{where}[{i}]") for i, v in enumerate(value))
     if getattr(hint, "__origin__", None) is Literal:
         require(value in args, where, value, f"one of {', '.join(map(repr, args))}")
         return value
     if getattr(hint, "__origin__", None) is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: got {value!r}, expected an object")
+            raise ConfigError(f"{where}: got {show(value)}, expected an object")
         return {key: convert(v, args[1], where=f"{where}.{key}") for key, v in value.items()}
     if hint is Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{where}: got {value!r}, expected {hint.__name__}")
+        raise ConfigError(f"{where}: got {show(value)}, expected {hint.__name__}")
     if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{where}: got {value!r}, expected a finite number")
+        raise ConfigError(f"{where}: got {show(value)}, expected a finite number")
     return value
 
 
 def require(condition: bool, key: str, got: Any, expected: str) -> None:
-    """Raises ConfigError naming the key, what it got and what is expected, unless `condition` holds."""
+    """Raise ConfigError that names the key, what it got and what is expected, unless `condition` holds."""
     if not condition:
-        raise ConfigError(f"{key}: got {got!r}, expected {expected}")
+        raise ConfigError(f"{key}: got {show(got)}, expected {expected}")
+
+
+def show(value: Any) -> str:
+    """Return a value from a file for a message: on one line, control characters escaped, not longer than 60."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _clean(text: str) -> str:
+    return text if text.isprintable() and len(text) <= _SHOWN else show(text)

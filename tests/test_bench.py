@@ -241,7 +241,7 @@ def test_text_table_alignment() -> None:
 
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from ccnet.bench_plot import plot_bench
+    from ccnet.plots import plot_bench
 
     report = bench(SPEC, [candidate("cpu", FakeBackend())], QUICK)
     plot_bench(report, tmp_path / "bench.png")

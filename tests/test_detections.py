@@ -94,18 +94,18 @@ BAD = {
     "no events": ('{"video_id": "b", "duration": 1}', "'events' is missing"),
     "events is an object": (line({"events": {}}), "events: got {}, expected a list"),
     "event is a number": (line({"events": [1]}), "event 0: got 1, expected an object"),
-    "path in id": (line({"video_id": "../b"}), "video_id: got '../b'"),
+    "path in id": (line({"video_id": "../b"}), "video id: got '../b'"),
     "same video again": (line({"video_id": "a"}), "video 'a' occurs a second time"),
     "duration zero": (line({"duration": 0}), "duration: got 0"),
     "end before start": (line(segment=[2, 1]), r"event 0: segment: got \[2, 1\]"),
-    "outside": (line(segment=[2, 9.2]), r"expected 0 <= start < end <= duration \(9\)"),
+    "outside": (line(segment=[2, 9.2]), r"expected it inside the video, \[0, 9.0\]"),
     "infinite": (line(segment=[2, float("inf")]), "segment: got"),
     "score above one": (line(score=1.5), "score: got 1.5"),
     "score NaN": (line(score=float("nan")), "score: got nan"),
     "no score": (line().replace('"score"', '"scores"'), "'score' is missing"),
-    "wrong name": (line(label="cat"), "label_id 0: got label 'cat', expected 'dog'"),
-    "id is text": (line(label_id="0"), "expected a name and an integer"),
-    "unknown id": (line(label_id=3, label="hen"), "unknown label 'hen' with id 3; expected an id below 3"),
+    "wrong name": (line(label="cat"), "label 'cat': got label_id 0, expected 1"),
+    "id is text": (line(label_id="0"), "label_id: got '0', expected an integer"),
+    "unknown id": (line(label_id=3, label="hen"), r"label 'hen' \(id 3\): expected one of 3 classes"),
 }
 
 

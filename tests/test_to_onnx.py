@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from export.graph.to_onnx import EXTERNAL_BYTES, _split, audit, example_inputs, export_onnx
+from export.graph.to_onnx import EXTERNAL_BYTES, audit, example_inputs, export_onnx
 from runtime.errors import ExportError
 from runtime.spec import ModelSpec
 
@@ -120,6 +120,10 @@ def test_large_weights_lie_beside_the_graph(tmp_path: Path) -> None:
     assert onnxruntime.InferenceSession(str(info.path), providers=["CPUExecutionProvider"])
 
 
+def unequal_parts(x: torch.Tensor) -> torch.Tensor:
+    return torch.split_with_sizes(torch.cat([x, x, x]), [x.shape[0], 2 * x.shape[0]])[0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -129,8 +133,17 @@ def test_large_weights_lie_beside_the_graph(tmp_path: Path) -> None:
         (lambda x: x[:, 1:], "shape"),
         (lambda x: x * 2 if x.shape[0] == 2 else x, "torch.export|shape"),
         (lambda x: x * 2 if x.sum() > 3 else x, "torch.export"),
+        (unequal_parts, "2 parts whose sizes depend on the batch and are not one value"),
     ],
-    ids=["batch fixed by a view", "float64 out", "float64 inside", "a point less", "batch in an if", "data in an if"],
+    ids=[
+        "batch fixed by a view",
+        "float64 out",
+        "float64 inside",
+        "a point less",
+        "batch in an if",
+        "data in an if",
+        "unequal parts of the batch",
+    ],
 )
 def test_a_module_that_breaks_the_contract_is_an_error(
     tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], message: str
@@ -160,9 +173,3 @@ def test_the_audit_sees_a_foreign_file(tmp_path: Path) -> None:
     onnx.save(model, info.path)
     with pytest.raises(ExportError, match="video"):
         audit(info.path, SPEC, opset=20, batch=None)
-
-
-def test_parts_whose_sizes_depend_on_the_batch_must_be_equal() -> None:
-    one, other = object(), object()  # what the exporter hands over for two different symbolic sizes
-    with pytest.raises(ExportError, match="2 parts whose sizes depend on the batch and are not one value"):
-        _split(None, [one, other])

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         write_json(arguments.json, report)
         print(f"\nreport: {arguments.json}")
     if arguments.plot:
-        from ccnet.bench_plot import plot_bench
+        from ccnet.plots import plot_bench
 
         plot_bench(report, arguments.plot)
         print(f"plot: {arguments.plot}")

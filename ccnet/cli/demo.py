@@ -154,7 +154,7 @@ class _Demo:
         draw_timeline(
             self.picture,
             truth=video,
-            found=read_events(self.events, spec.labels)[video.video_id],
+            predictions=read_events(self.events, spec.labels)[video.video_id],
             gates=gates[video.video_id],
             shown=Shown(spec.time_base.fps, *synthesizer.presence(video)),
         )

@@ -1,1 +1,1 @@
-"""Write the network as ONNX graphs."""
+"""ONNX graphs of the network: export, opset 17, int8 weights."""

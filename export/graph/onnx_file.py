@@ -1,6 +1,6 @@
-"""The opset of an ONNX file, read without the onnx package: machines that build engines often have none.
+"""A reader of an ONNX file's opset that needs no onnx package: machines that build engines often have none.
 
-An ONNX file is one protobuf message, ModelProto. Only its top-level fields are walked; the graph is skipped unread.
+An ONNX file is one protobuf message, ModelProto. Only its top-level fields are read; the graph is skipped.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def read_opset(path: str | Path) -> int:
-    """Version of the default operator set that an ONNX file imports.
+    """Read the version of the default operator set that an ONNX file imports.
 
-    Raises ExportError when the file is missing or no ONNX model.
+    Raises ExportError when the file is missing or is not an ONNX model.
     """
     path = Path(path)
     if not path.is_file():
-        raise ExportError(f"{path}: no such ONNX file")
+        raise ExportError(f"{path}: there is no such ONNX file")
     size = path.stat().st_size
     try:
         with path.open("rb") as stream:
@@ -39,7 +39,7 @@ def read_opset(path: str | Path) -> int:
 
 
 def _default_opset(stream: BinaryIO) -> int | None:
-    """Version in one OperatorSetIdProto, or None when it is of another domain than ONNX's own."""
+    """Read the version in one OperatorSetIdProto; None when it is of another domain than ONNX's own."""
     end = _varint(stream) + stream.tell()
     domain, version = b"", 0
     while stream.tell() < end:

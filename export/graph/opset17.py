@@ -1,6 +1,6 @@
-"""Opset 18 -> 17 in place: TensorRT 8.6 reads nothing newer, and the exporter writes nothing older than 18.
+"""Conversion of a graph from opset 18 to 17: TensorRT 8.6 reads nothing newer, the exporter writes nothing older.
 
-Only what differs between the two is touched; an operator whose meaning changed otherwise is an error, not a guess.
+Only what differs between the two is changed; an operator that changed in any other way is an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _REDUCTIONS |= {"ReduceLogSum", "ReduceLogSumExp"}
 
 
 def lower_to_17(model: Any) -> None:
-    """Make an `onnx_ir.Model` of opset 18 one of opset 17.
+    """Convert an `onnx_ir.Model` of opset 18 to opset 17, in place.
 
     Raises ExportError naming an operator that has no equivalent, or whose axes are not constant.
     """

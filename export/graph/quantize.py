@@ -1,9 +1,9 @@
-"""An fp32 ONNX graph -> the same graph with the weights of its large matmuls in int8.
+"""Int8 weights: the weights of the large matmuls of an fp32 ONNX graph become int8.
 
 Each weight becomes int8 values and one scale per output channel (symmetric, round to nearest), followed by a standard
-DequantizeLinear. No calibration data are needed, and nothing of one video depends on another: an engine with int8
-matmuls (OpenVINO) quantizes the rows of the other operand on the fly, each by itself; an engine without computes in
-fp32 from the int8 weights. The file is about a third of the size.
+DequantizeLinear. It needs no calibration data, and no video influences another: an engine with int8 matmuls
+(OpenVINO) quantizes the other operand row by row at run time; an engine without them computes in fp32 from the int8
+weights. The file is about a third of the size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from export.graph.to_onnx import dimensions, external_name
 from runtime.errors import ExportError, MissingDependency
 
 LEAST_WEIGHTS = 1 << 16
-"""Matmuls with fewer weights stay in fp32: they cost little, and quantizing their input costs the same."""
+"""Matmuls with fewer weights stay in fp32: they cost little, and quantizing their input would cost as much."""
 _LARGEST = 127
 
 
@@ -32,9 +32,9 @@ class QuantizedInfo:
 
     path: Path
     files: tuple[str, ...]
-    """File names in the folder of `path`: the graph first, then its external weights."""
+    """File names in the folder of `path`: the graph, then its external weights."""
     matmuls: int
-    """Matmuls whose weights are int8 now, each of a stack counted."""
+    """Matmuls whose weights are int8; a stack of matmuls counts each one."""
     nodes: int
     weight_bytes: int
 
@@ -46,11 +46,11 @@ def quantize_weights(
     metadata: Mapping[str, str] | None = None,
     least_weights: int | None = None,
 ) -> QuantizedInfo:
-    """Write `source` to `target` with int8 weights; the source is not changed.
+    """Write the graph `source` with int8 weights to `target`; the source is not changed.
 
-    Quantized are the constant right sides [K, N] of MatMul nodes, and [S, K, N] where the left side is a stack of S
-    matrices, too, with at least `least_weights` entries per matrix (None: `LEAST_WEIGHTS`). `metadata` is added to the
-    file's metadata_props. Raises ExportError when no product is large enough, MissingDependency without onnx.
+    Quantized are constant right operands [K, N] of MatMul nodes, and [S, K, N] where the left operand is a stack of S
+    matrices too, of at least `least_weights` entries per matrix (None: `LEAST_WEIGHTS`). `metadata` is added to the
+    file's metadata_props. Raises ExportError when no matmul is large enough, MissingDependency without onnx.
     """
     onnx = _onnx()
     least_weights = LEAST_WEIGHTS if least_weights is None else least_weights
@@ -72,13 +72,13 @@ def quantize_weights(
         if weight.name not in restored:
             restored[weight.name] = _int8_matrices(weight, graph, rewritten)
         if len(weight.dims) == 3:
-            rewritten += _apart(node, restored[weight.name], graph)
+            rewritten += _unstacked(node, restored[weight.name], graph)
         else:
             node.input[1] = restored[weight.name][0]
             rewritten.append(node)
         matmuls += stack
     if not matmuls:
-        raise ExportError(f"{source}: no product has {least_weights} constant weights or more; keep it in fp32")
+        raise ExportError(f"{source}: no matmul has {least_weights} constant weights or more; keep it in fp32")
     del graph.node[:]
     graph.node.extend(rewritten)
     used = {name for node in graph.node for name in node.input}
@@ -104,7 +104,7 @@ def quantize_weights(
 
 
 def _stack(weight: Any, left: Sequence[int | str], least_weights: int) -> int:
-    """How many matrices to quantize in a constant: 1, the size of a stack, or 0 to leave it as it is."""
+    """Return how many matrices of a constant to quantize: 1, the size of a stack, or 0 to leave it as it is."""
     dims = list(weight.dims)
     if weight.data_type != _onnx().TensorProto.FLOAT or math.prod(dims[-2:]) < least_weights:
         return 0
@@ -114,7 +114,7 @@ def _stack(weight: Any, left: Sequence[int | str], least_weights: int) -> int:
 
 
 def _int8_matrices(weight: Any, graph: Any, nodes: list[Any]) -> list[str]:
-    """Add the int8 values and scales of each matrix, and the nodes that restore them; returns the restored names."""
+    """Add int8 values and scales of each matrix and the nodes that restore them; return the restored names."""
     onnx = _onnx()
     values = onnx.numpy_helper.to_array(weight)
     matrices = [values] if values.ndim == 2 else list(values)
@@ -131,8 +131,8 @@ def _int8_matrices(weight: Any, graph: Any, nodes: list[Any]) -> list[str]:
     return names
 
 
-def _apart(node: Any, matrices: list[str], graph: Any) -> list[Any]:
-    """A stacked product as one product for each of its restored matrices."""
+def _unstacked(node: Any, matrices: list[str], graph: Any) -> list[Any]:
+    """Return a stacked matmul as one matmul for each of its restored matrices."""
     onnx = _onnx()
     helper, x, y = onnx.helper, node.input[0], node.output[0]
     sizes = f"ones.{len(matrices)}"
@@ -153,7 +153,7 @@ def _apart(node: Any, matrices: list[str], graph: Any) -> list[Any]:
 
 
 def quantize_columns(weight: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """weight [K, N] -> values [K, N] int8, scales [N]: weight is values * scales, to half a scale."""
+    """Quantize weight [K, N] to values [K, N] int8 and scales [N]: weight is values * scales, to half a scale."""
     scales = (np.abs(weight).max(axis=0) / _LARGEST).astype(np.float32)
     scales[scales == 0] = 1
     values = np.clip(np.rint(weight / scales), -_LARGEST, _LARGEST).astype(np.int8)

@@ -1,7 +1,7 @@
-"""torch -> ONNX: one file (and its external weights) that is what it says it is.
+"""Export from torch to ONNX: a graph, and a file of weights beside it, that are what was asked for.
 
-The exporter can return a static graph where a dynamic one was asked for, or another opset, without an error. So the
-batch axis is verified by `torch.export` first, and the finished file is read back and audited.
+The exporter can return a static graph where a dynamic one was asked for, or another opset, without an error. So
+`torch.export` proves first that the batch axis is free, and the finished file is read back and audited.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from runtime.errors import ExportError, MissingDependency
 from runtime.spec import AUDIO, INPUT_NAMES, MASK, OUTPUT_NAMES, VISUAL, ModelSpec
 
 MIN_OPSET, MAX_OPSET = 17, 23
-"""17 brings LayerNormalization (and is what TensorRT 8.6 reads); 20 brings Gelu; above 23 nothing was tried."""
+"""17 brings LayerNormalization and is the last one TensorRT 8.6 reads; 20 brings Gelu; none above 23 was tried."""
 EXTERNAL_BYTES = 64 << 20
-"""Weights above this many bytes go to a file of their own beside the graph."""
+"""Weights of more bytes than this go to a file of their own beside the graph."""
 BATCH_AXIS = "batch"
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxInfo:
-    """Facts about a written graph."""
+    """Facts about an exported graph."""
 
     path: Path
     files: tuple[str, ...]
-    """File names in the folder of `path`: the graph first, then its external weights, where it has any."""
+    """File names in the folder of `path`: the graph, then its external weights, where it has any."""
     opset: int
     nodes: int
     operators: dict[str, int]
@@ -56,7 +56,7 @@ def export_onnx(
     batch: int | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> OnnxInfo:
-    """Write `module` (forward contract of the network, see `runtime.spec.ModelSpec`) as an ONNX file.
+    """Export `module`, whose forward takes and returns the tensors of `runtime.spec.ModelSpec`, to an ONNX file.
 
     The batch axis is dynamic from 1 to `max_batch` (ONNX itself can't state the bound; the manifest does), or fixed
     to `batch`. Weights above `EXTERNAL_BYTES` go to `<path>.data`. `metadata` becomes the file's metadata_props.
@@ -93,12 +93,12 @@ def export_onnx(
 
 
 def external_name(path: Path) -> str:
-    """Name of the file that holds a large graph's weights."""
+    """Return the name of the file that holds a large graph's weights."""
     return f"{path.name}.data"
 
 
 def example_inputs(spec: ModelSpec, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inputs to trace with: videos of full, half, full, ... length. Shapes as in `ModelSpec`."""
+    """Draw inputs to trace with: videos of full, half, full, ... length. Shapes as in `ModelSpec`."""
     generator = torch.Generator().manual_seed(0)
     shapes = spec.input_shapes(batch)
     mask = torch.ones(shapes[MASK], dtype=torch.bool)
@@ -151,12 +151,12 @@ def _check_value(path: Path, value: Any, expected: tuple[int | str, ...]) -> Non
 
 
 def dimensions(value: Any) -> tuple[int | str, ...]:
-    """Shape of an onnx.ValueInfoProto: numbers, and names of dynamic axes."""
+    """Return the shape of an onnx.ValueInfoProto: numbers, and names of dynamic axes."""
     return tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
 
 
 def _check_types(path: Path, model: Any) -> None:
-    """No float64 anywhere: engines convert it silently or refuse it."""
+    """Refuse float64 anywhere: engines convert it silently or do not take it."""
     double = _onnx().TensorProto.DOUBLE
     wide = [tensor.name for tensor in model.graph.initializer if tensor.data_type == double]
     wide += [value.name for value in model.graph.value_info if value.type.tensor_type.elem_type == double]
@@ -169,7 +169,10 @@ def _check_types(path: Path, model: Any) -> None:
 
 
 def _check_old_operators(path: Path, model: Any) -> None:
-    """TensorRT 8.6 ignores the axes input that reductions got in opset 18 and reduces over everything, silently."""
+    """Refuse operators of later opsets, which TensorRT 8.6 reads wrongly without an error.
+
+    It ignores the axes input that reductions got in opset 18 and reduces over everything.
+    """
     reductions = {"ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSumExp"}
     bad = [n.name for n in model.graph.node if n.op_type == "Gelu" or (n.op_type in reductions and len(n.input) > 1)]
     if bad:
@@ -177,7 +180,7 @@ def _check_old_operators(path: Path, model: Any) -> None:
 
 
 def _exported(module: nn.Module, spec: ModelSpec, max_batch: int, batch: int | None) -> torch.export.ExportedProgram:
-    """The module as a graph, the batch axis verified dynamic: a module that fixes it is an error here."""
+    """Trace the module and prove that its batch axis is free: a module that fixes it is an error here."""
     module.eval()
     shapes: dict[str, Any] | None = None
     if batch is None:
@@ -215,7 +218,7 @@ def _onnx_program(exported: torch.export.ExportedProgram, opset: int, log: io.St
 
 
 def _split(x: Any, sizes: Any, dim: int = 0) -> Any:
-    """split_with_sizes -> Split. Sizes that depend on the batch must be equal parts (`deploy_parts.equal_parts`)."""
+    """Translate split_with_sizes to Split; sizes that depend on the batch must be equal (`fused.parts.equal_parts`)."""
     from onnxscript import opset18 as op
 
     if all(isinstance(size, int) for size in sizes):
@@ -226,7 +229,7 @@ def _split(x: Any, sizes: Any, dim: int = 0) -> Any:
 
 
 def _label(model: Any, metadata: Mapping[str, str], opset: int) -> None:
-    """Drop what the exporter noted about the building machine's source files; state what the user should know."""
+    """Replace what the exporter notes about source files of this machine by `metadata`."""
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         for value in node.outputs:
@@ -262,7 +265,7 @@ def _onnx() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[io.StringIO]:
-    """Keep the exporter's progress text and its warnings about absent packages off the terminal."""
+    """Keep the exporter's progress text and its warnings about absent packages off the terminal; yield the text."""
     log = io.StringIO()
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -1,4 +1,4 @@
-"""The timeline picture: the gates are those of the network, and what is drawn is what was given."""
+"""The timeline: the gates are those of the network, and what is drawn is what was given."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_network_without_gates_is_said_to_have_none():
 @pytest.mark.parametrize("synthetic", [False, True])
 def test_a_picture_is_drawn(tmp_path, synthetic):
     truth = VideoAnnotation("clip", 20.0, "test", np.array([[2.0, 9.0], [5.0, 19.0]]), np.array([0, 2]))
-    found = Detections(
+    predictions = Detections(
         np.array([[2.1, 8.8], [5.0, 12.0], [1.0, 3.0]]),
         np.array([0.9, 0.4, 0.01], np.float32),
         np.array([0, 2, 1]),
@@ -82,7 +82,9 @@ def test_a_picture_is_drawn(tmp_path, synthetic):
     seen, heard = np.zeros((2, 3, 500), np.float32)
     seen[0, 50:300] = heard[1, 10:90] = 1
     path = tmp_path / "timeline.png"
-    draw_timeline(path, truth=truth, found=found, gates=gates, shown=Shown(25.0, seen, heard) if synthetic else None)
+    draw_timeline(
+        path, truth=truth, predictions=predictions, gates=gates, shown=Shown(25.0, seen, heard) if synthetic else None
+    )
     from matplotlib.image import imread
 
     image = imread(path)[..., :3]
@@ -98,6 +100,8 @@ def test_a_picture_is_drawn(tmp_path, synthetic):
 
 def test_a_video_without_events_and_predictions_is_drawn_too(tmp_path):
     empty = VideoAnnotation("nothing", 10.0, "test", np.zeros((0, 2)), np.zeros(0, np.int64))
-    found = Detections(np.zeros((0, 2)), np.zeros(0, np.float32), np.zeros(0, np.int64), SPEC.labels)
-    draw_timeline(tmp_path / "a.png", truth=empty, found=found, gates=read_gates(network(), SPEC, features(20)))
+    predictions = Detections(np.zeros((0, 2)), np.zeros(0, np.float32), np.zeros(0, np.int64), SPEC.labels)
+    draw_timeline(
+        tmp_path / "a.png", truth=empty, predictions=predictions, gates=read_gates(network(), SPEC, features(20))
+    )
     assert (tmp_path / "a.png").stat().st_size > 1000

@@ -1,0 +1,121 @@
+"""Strict reading of JSON records: what annotation files and events files have in common.
+
+Every function raises `BadRecord` with what was received and what was expected; the reader of the file says where.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from runtime.schema import show
+
+OVERRUN_SECONDS = 0.01
+"""A segment may leave [0, duration] by this much: durations are published rounded to 10 ms, segment times are not.
+(The published UnAV-100 file needs none of it.)"""
+
+_LABEL_IDS = 1 << 20
+
+
+class BadRecord(Exception):
+    """A record is not what it should be."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON in which no object has a key twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of a number with thousands of digits
+        raise BadRecord(f"not valid JSON ({error})") from None
+
+
+def get_values(record: Any, keys: tuple[str, ...]) -> list[Any]:
+    """Return the values of `keys` in a record, which may have further ones."""
+    if not isinstance(record, dict):
+        raise BadRecord(f"got {show(record)}, expected an object with {', '.join(keys)}")
+    try:
+        return [record[key] for key in keys]
+    except KeyError as error:
+        raise BadRecord(f"'{error.args[0]}' is missing; expected {', '.join(keys)}") from None
+
+
+def check_list(value: Any, name: str) -> None:
+    """Check that a value is a list."""
+    if not isinstance(value, list):
+        raise BadRecord(f"{name}: got {show(value)}, expected a list")
+
+
+def check_video_id(video_id: Any) -> str:
+    """Return a video id, which is a part of file names."""
+    plain = isinstance(video_id, str) and video_id not in ("", ".", "..")
+    if not plain or any(c in "/\\" or ord(c) < 32 for c in video_id):
+        raise BadRecord(
+            f"video id: got {show(video_id)}, expected a name without path separators and control characters"
+        )
+    return str(video_id)
+
+
+def check_duration(value: Any) -> float:
+    """Return a duration in seconds."""
+    if not is_number(value) or value <= 0:
+        raise BadRecord(f"duration: got {show(value)}, expected seconds above 0")
+    return float(value)
+
+
+def check_segment(value: Any, duration: float) -> tuple[float, float]:
+    """Return start and end in seconds, inside a video of `duration` but for `OVERRUN_SECONDS`."""
+    if not isinstance(value, list) or len(value) != 2 or not is_number(value[0]) or not is_number(value[1]):
+        raise BadRecord(f"segment: got {show(value)}, expected [start, end] in seconds, finite")
+    start, end = value
+    if end <= start:
+        raise BadRecord(f"segment: got {show(value)}, expected an end after the start")
+    if start < -OVERRUN_SECONDS or end > duration + OVERRUN_SECONDS:
+        raise BadRecord(f"segment: got {show(value)}, expected it inside the video, [0, {duration}]")
+    return float(start), float(end)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether `value` is a finite JSON number that fits a float (true and false are not numbers)."""
+    kind = type(value)
+    return (kind is float and math.isfinite(value)) or (kind is int and abs(value) < 1e300)
+
+
+class LabelTable:
+    """Class names and their ids: those given, or else those that the records have, each pair consistent."""
+
+    def __init__(self, names: Sequence[str] | None) -> None:
+        self._given = names is not None
+        self.names: dict[int, str] = dict(enumerate(names or ()))
+        """Class name of each id."""
+        self._ids = {name: label_id for label_id, name in self.names.items()}
+
+    def check(self, name: Any, label_id: Any) -> int:
+        """Return the id of a label; without given names, a new pair is added."""
+        if not isinstance(name, str) or not name:
+            raise BadRecord(f"label: got {show(name)}, expected a class name")
+        if type(label_id) is not int or not 0 <= label_id < _LABEL_IDS:
+            raise BadRecord(f"label_id: got {show(label_id)}, expected an integer from 0 to {_LABEL_IDS - 1}")
+        if self.names.get(label_id) == name:
+            return label_id
+        known = "expected" if self._given else "elsewhere it is"
+        if name in self._ids:
+            raise BadRecord(f"label {show(name)}: got label_id {label_id}, {known} {self._ids[name]}")
+        if label_id in self.names:
+            raise BadRecord(f"label_id {label_id}: got label {show(name)}, {known} {show(self.names[label_id])}")
+        if self._given:
+            raise BadRecord(f"label {show(name)} (id {label_id}): expected one of {len(self.names)} classes")
+        self.names[label_id], self._ids[name] = name, label_id
+        return label_id
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise BadRecord(f"key {show(key)} occurs twice in one object")
+            seen.add(key)
+    return unique
