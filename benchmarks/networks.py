@@ -136,10 +136,10 @@ class Networks:
         from export.graph.to_onnx import export_onnx
 
         spec = self.spec if length is None else self.spec.with_length(length)
-        info = export_onnx(self._module(form, length), spec, path, max_batch=32)
+        info = export_onnx(self.module(form, length), spec, path, max_batch=32)
         return {**dataclasses.asdict(info), "path": path.name}
 
-    def _module(self, form: str, length: int | None) -> nn.Module:
+    def module(self, form: str, length: int | None) -> nn.Module:
         if form == "reference":
             return self.eager()
         from export.fused.network import fused_network

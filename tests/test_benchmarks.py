@@ -49,7 +49,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Networks]:
     made = Networks(tmp_path_factory.mktemp("work"), benchmark_config("tiny"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Networks, "eager", lambda self: Toy(self.spec))
-        patch.setattr(Networks, "_module", lambda self, form, length: Toy(self.spec.with_length(length or 16)))
+        patch.setattr(Networks, "module", lambda self, form, length: Toy(self.spec.with_length(length or 16)))
         yield made
 
 

@@ -114,7 +114,7 @@ def test_what_must_be_given(missing: list[str], text: str, capsys: pytest.Captur
 def run_one(arguments: list[str], stage: Stage, limit: float = 60) -> dict[str, Any]:
     options = gpu_report.parse(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
-    return gpu_report._run_stage(stage, options, {"device": "cpu", "bundle": "b", "reference": "r"}, limit)
+    return gpu_report.run_stage(stage, options, {"device": "cpu", "bundle": "b", "reference": "r"}, limit)
 
 
 def test_a_crash_is_recorded_with_its_output(arguments: list[str]) -> None:
@@ -149,17 +149,12 @@ def test_an_old_result_is_not_taken_for_a_new_one(arguments: list[str], tmp_path
     assert run_one(arguments, Stage("odd", "tensorrt", "no_such_stage", 60))["status"] == "failed"
 
 
-def test_a_failed_parity_check_fails_its_stage(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def command(
-        stage: Stage, options: Any, common: Any, settings: Path, result: Path
-    ) -> tuple[list[str], dict[str, str]]:
-        text = '{"status": "done", "result": {"passed": false}}'
-        return [sys.executable, "-c", f"open({str(result)!r}, 'w').write({text!r})"], {}
-
-    monkeypatch.setattr(gpu_report, "_command", command)
-    outcome = run_one(arguments, Stage("x parity check", "tensorrt", "status", 60))
+def test_a_failed_parity_check_fails_its_stage(arguments: list[str], tmp_path: Path) -> None:
+    interpreter = tmp_path / "python"  # the last argument that it gets is where the result goes
+    answer = '{"status": "done", "result": {"passed": false}}'
+    interpreter.write_text(f"""#!/bin/sh\nfor last; do :; done\necho '{answer}' > "$last"\n""")
+    interpreter.chmod(0o755)
+    outcome = run_one([*arguments, "--torch-python", str(interpreter)], Stage("x parity check", "torch", "status", 60))
     assert (outcome["status"], outcome["error"]) == ("failed", "the parity check failed")
     assert outcome["result"] == {"passed": False}
 
@@ -180,7 +175,6 @@ def test_rows_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     sim = Simulation()
     install(monkeypatch, sim)
     path = write_engine(tmp_path / "b" / "e.engine")
-    monkeypatch.setattr(gpu_stages, "_end_to_end", lambda *_: {})  # the stand-ins know one thread
     with TensorRTBackend.open(path, ENGINE_FILE, ENGINE_SPEC) as backend:
         (row,) = gpu_stages.time_backend(backend, ENGINE_SPEC, SETTINGS | {"batches": [2]})
     assert row["engine_ms"]["p50"] == pytest.approx(0.5)
@@ -190,7 +184,6 @@ def test_rows_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 def test_speed_and_layers_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sim = Simulation()
     install(monkeypatch, sim)
-    monkeypatch.setattr(gpu_stages, "_end_to_end", lambda *_: {})
     bundle = builders.make_bundle(tmp_path / "bundle", spec=ENGINE_SPEC, lengths=(16,))
     model_file = dataclasses.replace(ENGINE_FILE, files=("tensorrt-fp16.engine",))
     path = write_engine(tmp_path / "work" / "tensorrt-fp16.engine")

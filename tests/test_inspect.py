@@ -97,8 +97,8 @@ def test_doctor_exit_status_says_whether_anything_can_run(monkeypatch: pytest.Mo
     def broken() -> str:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(doctor, "_PROBES", dict.fromkeys(BACKENDS, broken))
+    monkeypatch.setattr(doctor, "PROBES", dict.fromkeys(BACKENDS, broken))
     assert main(["doctor", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["backends"]["openvino"] == {"usable": False, "detail": "no"}
-    monkeypatch.setattr(doctor, "_PROBES", {**dict.fromkeys(BACKENDS, broken), "openvino": usable})
+    monkeypatch.setattr(doctor, "PROBES", {**dict.fromkeys(BACKENDS, broken), "openvino": usable})
     assert main(["doctor"]) == 0

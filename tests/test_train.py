@@ -221,7 +221,7 @@ def test_stopped_during_validation(data: Data, straight: Path, tmp_path: Path, m
         return original(*arguments, **rest)
 
     videos = itertools.count()
-    monkeypatch.setattr(ccnet.training.validation, "_BATCH", 2)
+    monkeypatch.setattr(ccnet.training.validation, "BATCH", 2)
     with monkeypatch.context() as patch:
         patch.setattr(FeatureFiles, "read", reading)
         with pytest.raises(Interrupted):
@@ -245,7 +245,7 @@ def test_killed_after_an_epoch(data: Data, straight: Path, tmp_path: Path, monke
         original(folder, learner, position, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ccnet.training.loop, "_SAVING_SHARE", math.inf)  # save after every epoch, however slow the disk
+        patch.setattr(ccnet.training.loop, "SAVING_SHARE", math.inf)  # save after every epoch, however slow the disk
         patch.setattr(ccnet.training.loop, "save_state", saving)
         with pytest.raises(Killed):
             data.train(tmp_path / "run")

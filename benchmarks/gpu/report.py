@@ -111,14 +111,14 @@ def run(options: argparse.Namespace) -> Path:
             outcome = {"status": "skipped", "error": f"the {options.minutes:g} minutes were used up"}
         else:
             print(f"[{number}/{len(stages)}] {stage.name} ({left:.0f} s left)", flush=True)
-            outcome = _run_stage(stage, options, common, min(stage.limit_seconds, left))
+            outcome = run_stage(stage, options, common, min(stage.limit_seconds, left))
         done[stage.name] = outcome
         print(f"    {outcome['status']} {outcome.get('seconds', 0):.1f} s {outcome.get('error', '')[:300]}", flush=True)
         path = _write(options.out, facts, done)
     return path
 
 
-def _run_stage(stage: Stage, options: argparse.Namespace, common: dict[str, Any], limit: float) -> dict[str, Any]:
+def run_stage(stage: Stage, options: argparse.Namespace, common: dict[str, Any], limit: float) -> dict[str, Any]:
     slug = stage.name.replace(" ", "-")
     settings, result = options.work / f"{slug}.settings.json", options.work / f"{slug}.result.json"
     result.unlink(missing_ok=True)

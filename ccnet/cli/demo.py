@@ -33,7 +33,7 @@ _CANDIDATES = 16
 """Videos that the picture is chosen from."""
 
 # A process in which `import torch` fails, as on a machine that has the lean runtime only.
-_WITHOUT_TORCH = (
+WITHOUT_TORCH = (
     "import sys; sys.modules['torch'] = None; from ccnet.cli.main import main; sys.exit(main(sys.argv[1:]))"
 )
 
@@ -171,7 +171,7 @@ class _Demo:
         if torch:
             status = main(argv)
         else:
-            process = subprocess.run([sys.executable, "-c", _WITHOUT_TORCH, *argv], env=os.environ, check=False)
+            process = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *argv], env=os.environ, check=False)
             status = process.returncode
         if status:
             raise CCNetError(f"ccnet {argv[0]} ended with exit status {status}, expected 0")

@@ -32,7 +32,7 @@ def examine() -> dict[str, Any]:
     """`{"machine": facts, "backends": {name: {"usable", "detail"}}, "tools": {...}}`; never raises."""
     return {
         "machine": machine_facts(),
-        "backends": {name: _tried(_PROBES[name]) for name in BACKENDS},
+        "backends": {name: _tried(PROBES[name]) for name in BACKENDS},
         "tools": {name: _tried(probe) for name, probe in _TOOLS.items()},
     }
 
@@ -114,7 +114,7 @@ def _suppression() -> str:
     return f"compiled kernels ready ({library_path().name})"
 
 
-_PROBES: dict[str, Callable[[], str]] = {
+PROBES: dict[str, Callable[[], str]] = {
     "tensorrt": _tensorrt,
     "tensorrt-rtx": _tensorrt_rtx,
     "onnxruntime-cuda": _onnxruntime_cuda,

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 _STEPS_PER_ROW = 20
 """The losses are fetched from the device once in so many steps: each fetch waits for the device."""
-_SAVING_SHARE = 0.05
+SAVING_SHARE = 0.05
 """`last/` is written at the end of an epoch unless that would take more than this share of the run's time."""
 
 
@@ -267,7 +267,7 @@ class _Run:
             position.best_map, position.best_epoch = evaluation.average_map, position.epoch
             self._save_best()
         # Saving a network of the paper's size takes seconds: not after every short epoch, but always after the last.
-        due = (time.perf_counter() - self._saved_at) * _SAVING_SHARE >= self._saving_seconds
+        due = (time.perf_counter() - self._saved_at) * SAVING_SHARE >= self._saving_seconds
         if due or position.epoch == self.total_epochs:
             self._save_last()
         self.journal.write()

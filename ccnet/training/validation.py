@@ -14,7 +14,7 @@ from runtime.localizer import Localizer
 from runtime.signals import StopRequest
 from runtime.spec import ModelSpec
 
-_BATCH = 16
+BATCH = 16
 """Videos per call of the network; independent of the training batch."""
 
 
@@ -34,8 +34,8 @@ def evaluate_network(
 
     Raises FeatureError for the first video that can't be used, Interrupted when `stop` is requested.
     """
-    backend = TorchBackend(network, spec, device=device, precision=precision, max_batch=_BATCH)
+    backend = TorchBackend(network, spec, device=device, precision=precision, max_batch=BATCH)
     with Localizer([backend], spec) as localizer:
         return evaluate_localizer(
-            localizer, features, annotations, subset, strict=True, batch_size=_BATCH, quiet=quiet, stop=stop
+            localizer, features, annotations, subset, strict=True, batch_size=BATCH, quiet=quiet, stop=stop
         )
