@@ -11,20 +11,20 @@ import dataclasses
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from benchmarks.arguments import Setting, parse
 from benchmarks.results import Measurement, markdown_table, write_result
 from benchmarks.rtx_plan import check_version, read_plan
 from export.tensorrt.build import build_engine
-from export.tensorrt.options import EnginePrecision
+from export.tensorrt.options import EngineOptions, EnginePrecision
 from runtime.backends.tensorrt.library import load_library
 from runtime.errors import BackendUnavailable
 from runtime.machine import machine_facts
 
 TARGET = "8.9"
 """Compute capability to build for."""
-ENGINES = (
+ENGINES: tuple[tuple[str, str, EnginePrecision], ...] = (
     ("reference", "reference", "fp32"),
     ("fused fp32", "fused", "fp32"),
     ("fused fp16", "fp16", "fp16"),
@@ -50,14 +50,8 @@ def run(setting: Setting) -> Path:
         path = setting.networks.graph(graph)
         print(f"building {name} ...", flush=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            info = build_engine(
-                path,
-                Path(folder) / "model.engine",
-                format="tensorrt-rtx",
-                precision=cast(EnginePrecision, precision),
-                profile=(1, 1, 1),
-                compute_capabilities=(TARGET,),
-            )
+            options = EngineOptions(format="tensorrt-rtx", precision=precision, compute_capabilities=(TARGET,))
+            info = build_engine(path, Path(folder) / "model.engine", options)
             plan = dataclasses.asdict(read_plan(info.path, info.library_version))
         facts[name] = {"nodes": setting.networks.graph_facts(graph)["nodes"], **info.build, **plan}
     return write_result(

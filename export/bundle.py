@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from ccnet import __version__
 from export.bundle_writer import Draft, new_bundle, refuse_foreign
@@ -18,6 +18,7 @@ from export.parity.compare import ParityReport
 from export.parity.reference import Reference
 from export.parity.tolerances import PRECISIONS, graph_precision
 from export.tensorrt.build import build_engine
+from export.tensorrt.options import EngineOptions, EnginePrecision
 from runtime.backends.select import TENSORRT_BACKENDS
 from runtime.backends.tensorrt.library import TensorRTFormat
 from runtime.bundle import Bundle, Engine, Format, ModelFile, entry_name
@@ -70,8 +71,8 @@ class Request:
     lengths: tuple[int, ...] = ()
     """Further T, shorter than the network's own, for shorter videos."""
     form: Form = "fused"
-    engine: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Further arguments of `build_engine`."""
+    engine: EngineOptions = dataclasses.field(default_factory=EngineOptions)
+    """Of every engine; its format, precision and profile are set for each."""
 
     def __post_init__(self) -> None:
         for precision in self.precisions:
@@ -81,8 +82,8 @@ class Request:
             raise ConfigError(f"precision: got {' '.join(self.precisions)}, expected {AUTO} alone")
         if "int8" in self.precisions and set(self.formats) != {"onnx"}:
             raise ConfigError(f"precision: got int8 with format {' '.join(self.formats)}; int8 is for the onnx format")
-        if self.engine and set(self.formats) == {"onnx"}:
-            given = ", ".join(self.engine)
+        if self.engine.given and set(self.formats) == {"onnx"}:
+            given = ", ".join(self.engine.given)
             raise ConfigError(f"{given}: for engines only; got format onnx, expected tensorrt or tensorrt-rtx with it")
         if not 1 <= self.opt_batch <= self.max_batch:
             raise ConfigError(f"opt-batch: got {self.opt_batch}, expected 1 to max-batch ({self.max_batch})")
@@ -285,14 +286,13 @@ def _add_engine(
         a for a in draft.manifest.model_files if a.name == entry_name("onnx", graph_precision(precision), length, spec)
     )
     say(f"building {name}")
-    info = build_engine(
-        draft.folder / graph.files[0],
-        draft.folder / f"{name}.engine",
+    options = dataclasses.replace(
+        request.engine,
         format=format,
-        precision=cast(Any, precision),
+        precision=cast(EnginePrecision, precision),
         profile=(1, request.opt_batch, request.max_batch),
-        **request.engine,
     )
+    info = build_engine(draft.folder / graph.files[0], draft.folder / f"{name}.engine", options)
     draft.add_model_file(info.model_file(name=name, length=length))
     return Engine(name=name, backend=format, precision=precision, model_file=name, status="unverified")
 

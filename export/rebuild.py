@@ -10,13 +10,13 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import cast
 
 from export.bundle_writer import changed_bundle
-from export.tensorrt.build import BUILD_SETTINGS, build_engine
-from export.tensorrt.options import CURRENT, EnginePrecision
-from runtime.bundle import Bundle, ModelFile, read_bundle
-from runtime.errors import BundleError, CCNetError
+from export.tensorrt.build import build_engine
+from export.tensorrt.options import CURRENT, EngineOptions
+from runtime.bundle import MANIFEST, Bundle, ModelFile, read_bundle
+from runtime.errors import BundleError, CCNetError, ConfigError, ExportError
+from runtime.schema import section_from_json
 
 
 def rebuild(folder: str | Path, name: str) -> ModelFile:
@@ -31,16 +31,9 @@ def rebuild(folder: str | Path, name: str) -> ModelFile:
         raise BundleError(f"{bundle.folder}: '{name}' is an ONNX file; only engines are built")
     source = _source(bundle, old)
     bundle.verify(source)
+    options = _options(bundle, old)
     with changed_bundle(folder) as draft:
-        info = build_engine(
-            draft.folder / source.files[0],
-            draft.folder / old.files[0],
-            format=old.format,
-            precision=cast(EnginePrecision, old.precision),
-            profile=cast("tuple[int, int, int]", old.profile or (1, 1, old.max_batch)),
-            compute_capabilities=_targets(old),
-            **{name: old.build[name] for name in BUILD_SETTINGS if name in old.build},
-        )
+        info = build_engine(draft.folder / source.files[0], draft.folder / old.files[0], options)
         built = info.model_file(name=name, length=old.length)
         draft.add_model_file(built)
         for engine in (*bundle.manifest.engines, *bundle.manifest.rejected):
@@ -49,11 +42,16 @@ def rebuild(folder: str | Path, name: str) -> ModelFile:
     return built
 
 
-def _targets(engine: ModelFile) -> tuple[str, ...]:
-    """For RTX, what the engine was made for and this GPU, as other machines may share the bundle."""
-    if engine.format == "tensorrt" or not engine.compute_capabilities:  # a portable RTX engine stays portable
-        return ()
-    return (*engine.compute_capabilities, CURRENT)
+def _options(bundle: Bundle, engine: ModelFile) -> EngineOptions:
+    """Read the options that the engine was built with; for RTX add this GPU, as other machines may share the bundle."""
+    try:
+        where = f"{bundle.folder / MANIFEST}: options of '{engine.name}'"
+        options = section_from_json(EngineOptions, engine.options, where=where)
+    except (ConfigError, ExportError) as error:
+        raise BundleError(f"{error}; export the bundle again") from error
+    if not options.compute_capabilities:  # a portable RTX engine stays portable
+        return options
+    return dataclasses.replace(options, compute_capabilities=(*options.compute_capabilities, CURRENT))
 
 
 def _source(bundle: Bundle, engine: ModelFile) -> ModelFile:

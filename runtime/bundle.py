@@ -61,8 +61,10 @@ class ModelFile:
     """Optimization profile of the batch axis: (min, opt, max)."""
     onnx_sha256: str | None = None
     """The graph an engine was built from."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What an engine was built with, as `export.tensorrt.options.EngineOptions` writes and reads it."""
     build: dict[str, Any] = field(default_factory=dict)
-    """Facts about the build: seconds, layers, kernels, fused attentions, scratch bytes, delivered precisions."""
+    """Facts about the build: seconds, layers, bytes, requested and delivered precisions."""
 
 
 @dataclass(frozen=True, kw_only=True)

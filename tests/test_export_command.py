@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -18,13 +17,12 @@ from builders import edit_manifest
 import export.bundle
 import export.graph.to_onnx
 import export.parity.check
-from ccnet.cli.export import _engine_arguments
 from ccnet.cli.main import main
 from ccnet.config import Config, preset, with_overrides
 from export.graph.to_onnx import OnnxInfo
 from export.parity.reference import load_reference
 from export.parity.tolerances import TOLERANCES, Tolerance
-from export.tensorrt.options import EngineRequest
+from export.tensorrt.options import EngineOptions
 from runtime.bundle import PARITY, ModelFile, read_bundle
 from runtime.errors import BackendUnavailable, ExportError
 from runtime.localizer import Localizer
@@ -314,23 +312,19 @@ def test_shorter_lengths_half_precision_and_opset_17(checkpoint: Path, tmp_path:
         assert [backend.spec.length for backend in localizer.backends] == [4, 8]
 
 
-def test_a_number_of_zero_is_not_a_default() -> None:
-    arguments = {"workspace_mib": 0, "optimization_level": 0, "compute_capability": None, "timing_cache": None}
-    given = _engine_arguments(argparse.Namespace(**arguments, hardware_compatible=False, version_compatible=False))
-    assert given == {"workspace_bytes": 0, "optimization_level": 0}
-    with pytest.raises(ExportError, match="workspace_bytes: got 0, expected a number of bytes above 0"):
-        EngineRequest(format="tensorrt", precision="fp32", profile=(1, 1, 1), workspace_bytes=0)
-
-
 def test_options_that_can_not_apply_are_refused(
     checkpoint: Path, bundle: Path, reference: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     annotated = ["export", str(checkpoint), "--out", str(tmp_path / "b"), "--annotations", "a.json"]
     level = ["export", str(checkpoint), "--out", str(tmp_path / "b"), "--optimization-level", "3"]
+    lowest = ["export", str(checkpoint), "--out", str(tmp_path / "b"), "--optimization-level", "0"]
+    beyond = ["export", str(checkpoint), "--out", str(tmp_path / "b"), "--optimization-level", "9"]
     videos = ["verify", str(bundle), "--backend", "onnxruntime", "--reference", str(reference), "--videos", "3"]
     for command, message in (
         (annotated, "annotations: got a.json without a feature folder"),
         (level, "optimization_level: for engines only"),
+        (lowest, "optimization_level: for engines only"),
+        (beyond, "optimization_level: got 9, expected 0 to 5"),
         (videos, "--videos: a reference file already holds its videos"),
     ):
         assert main(command) == 2
@@ -340,8 +334,8 @@ def test_options_that_can_not_apply_are_refused(
 def test_the_ladder_goes_on_without_an_engine_that_can_not_be_built(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def build_engine(*_: object, **options: object) -> None:
-        raise ExportError(f"no kernels for {options['precision']}")
+    def build_engine(onnx_path: Path, out_path: Path, options: EngineOptions) -> None:
+        raise ExportError(f"no kernels for {options.precision}")
 
     monkeypatch.setattr(export.bundle, "build_engine", build_engine)
     monkeypatch.setattr(export.bundle, "_LADDER", ("fp32",))

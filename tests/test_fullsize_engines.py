@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks.rtx_plan import read_plan
 from export.tensorrt.build import build_engine
+from export.tensorrt.options import EngineOptions
 from runtime.bundle import Bundle
 
 pytestmark = pytest.mark.slow
@@ -72,7 +73,7 @@ def bundle(rtx: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundl
         formats=("tensorrt-rtx",),
         precisions=tuple(BOUNDS),
         max_batch=1,
-        engine={"compute_capabilities": (TARGET,)},
+        engine=EngineOptions(compute_capabilities=(TARGET,)),
     )
     made = make_bundle(checkpoint, network, reference, folder / "bundle", request, say=lambda _: None)
     assert {engine.name for engine in made.engines} == {f"tensorrt-rtx-{precision}" for precision in BOUNDS}
@@ -96,14 +97,10 @@ def test_engine_of_the_full_network(bundle: Bundle, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", list(BOUNDS))
 def test_the_same_graph_builds_for_a_range_of_batches(bundle: Bundle, precision: str, tmp_path: Path) -> None:
-    info = build_engine(
-        bundle.path(bundle.model_file(f"onnx-{precision}")),
-        tmp_path / "dynamic.engine",
-        format="tensorrt-rtx",
-        precision=precision,  # type: ignore[arg-type]
-        profile=DYNAMIC,
-        compute_capabilities=(TARGET,),
-    )
+    graph = bundle.path(bundle.model_file(f"onnx-{precision}"))
+    chosen: Any = {"format": "tensorrt-rtx", "precision": precision}
+    options = EngineOptions(**chosen, profile=DYNAMIC, compute_capabilities=(TARGET,))
+    info = build_engine(graph, tmp_path / "dynamic.engine", options)
     plan = read_plan(info.path, info.library_version)
     info.path.unlink()  # hundreds of megabytes
     static = bundle.path(bundle.model_file(f"tensorrt-rtx-{precision}"))

@@ -15,6 +15,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from builders import ATTENTION_SPEC, attention_outputs, write_attention_onnx
 
 from benchmarks.gpu.stages import build_here, check_engine_file
 from export.tensorrt.build import EngineInfo
+from export.tensorrt.options import EngineOptions
 from runtime.backends.tensorrt.backend import TensorRTBackend, cuda
 from runtime.bundle import ModelFile, read_bundle
 from runtime.errors import BackendUnavailable, BundleError, CCNetError, EngineError, EngineMismatch, ExportError
@@ -76,7 +78,8 @@ def small_graph(precision: str, folder: Path) -> Path:
 def build_for_this_gpu(graph: Path, out: Path, format: str, precision: str) -> EngineInfo:
     """Skips where this library version lacks the precision."""
     try:
-        return build_here(graph, out, format, precision, (1, 4, MAX_BATCH))  # type: ignore[arg-type]
+        chosen: Any = {"format": format, "precision": precision}
+        return build_here(graph, out, EngineOptions(**chosen, profile=(1, 4, MAX_BATCH)))
     except ExportError as error:
         if "does not support" in str(error):
             pytest.skip(str(error))
@@ -84,7 +87,7 @@ def build_for_this_gpu(graph: Path, out: Path, format: str, precision: str) -> E
 
 
 def model_file_of(info: EngineInfo, length: int) -> ModelFile:
-    return info.model_file(name=f"{info.format}-{info.precision}", length=length)
+    return info.model_file(name=f"{info.options.format}-{info.options.precision}", length=length)
 
 
 @pytest.fixture

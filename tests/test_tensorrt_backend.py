@@ -265,7 +265,7 @@ def test_missing_cut_short_and_foreign_files(sim: Simulation, engine_path: Path)
         ({"library_version": "10.8.0"}, r"built with tensorrt 10\.8\.0, here is 10\.9\..*'tensorrt==10\.8\.0'"),
         ({"gpu_name": "Other GPU"}, r"built for Other GPU .*here is Simulated GPU"),
         ({"compute_capabilities": ("8.9",)}, r"8\.9\), here is Simulated GPU \(compute capability 9\.0\)"),
-        ({"library_version": "11.0.0", "build": {"version_compatible": True}}, "built with tensorrt 11"),
+        ({"library_version": "11.0.0", "options": {"version_compatible": True}}, "built with tensorrt 11"),
     ],
 )  # fmt: skip
 def test_an_engine_for_another_machine_is_refused_before_it_is_read(
@@ -282,9 +282,9 @@ def test_an_engine_for_another_machine_is_refused_before_it_is_read(
     "changes",
     [
         {},
-        {"gpu_name": "Other GPU", "compute_capabilities": ("8.6",), "build": {"hardware_compatible": True}},
-        {"library_version": "8.6.0", "build": {"version_compatible": True}},
-        {"library_version": "10.2.0", "build": {"version_compatible": True}},
+        {"gpu_name": "Other GPU", "compute_capabilities": ("8.6",), "options": {"hardware_compatible": True}},
+        {"library_version": "8.6.0", "options": {"version_compatible": True}},
+        {"library_version": "10.2.0", "options": {"version_compatible": True}},
     ],
 )
 def test_engines_that_fit(sim: Simulation, changes: dict[str, object]) -> None:
@@ -294,7 +294,7 @@ def test_engines_that_fit(sim: Simulation, changes: dict[str, object]) -> None:
 def test_hardware_compatible_needs_ampere(sim: Simulation) -> None:
     sim.capability = (7, 5)
     with pytest.raises(EngineMismatch, match="Ampere or newer"):
-        check_engine(dataclasses.replace(ENGINE_FILE, build={"hardware_compatible": True}))
+        check_engine(dataclasses.replace(ENGINE_FILE, options={"hardware_compatible": True}))
 
 
 @pytest.mark.parametrize(("status", "text"), [(35, "driver"), (100, "shows no GPU"), (3, "CUDA does not start")])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
+import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import pytest
 from benchmarks.rtx_plan import RtxPlan, read_plan
 from export.graph.onnx_file import read_opset
 from export.tensorrt.build import EngineInfo, build_engine
-from export.tensorrt.options import EngineRequest
+from export.tensorrt.options import EngineOptions
 from export.tensorrt.precision import check_inspected, check_requested, inspected_precisions, logged_precisions
 from runtime.bundle import ModelFile
-from runtime.errors import BackendUnavailable, ExportError, MissingDependency
+from runtime.errors import BackendUnavailable, ExportError, Interrupted, MissingDependency
 from runtime.schema import section_from_json
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
@@ -41,9 +42,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(models: Path, out: Path, precision: str = "fp32", **options: Any) -> EngineInfo:
     graph = options.pop("graph", "fp32" if precision == "tf32" else precision)
-    settings = {"format": "tensorrt-rtx", "profile": (1, 2, 4), "compute_capabilities": ADA, **options}
+    settings: dict[str, Any] = {"format": "tensorrt-rtx", "profile": (1, 2, 4), "compute_capabilities": ADA, **options}
     path = graph if isinstance(graph, Path) else models / f"{graph}.onnx"
-    return build_engine(path, out / f"{precision}.engine", precision=precision, **settings)  # type: ignore[arg-type]
+    return build_engine(path, out / f"{precision}.engine", EngineOptions(precision=precision, **settings))  # type: ignore[arg-type]
 
 
 def plan_of(info: EngineInfo) -> RtxPlan:
@@ -64,7 +65,7 @@ def test_an_engine_has_the_precision_that_was_asked_for(rtx: Any, models: Path, 
     assert facts["delivered_precisions"][graph] >= 5  # matmuls alone are that many
     assert (graph == "fp32") == (set(facts["delivered_precisions"]) == {"fp32"})
     assert facts["seconds"] > 0
-    assert (info.library, info.opset, info.profile) == ("tensorrt_rtx", ATTENTION_OPSETS[graph], (1, 2, 4))
+    assert (info.library, info.opset, info.options.profile) == ("tensorrt_rtx", ATTENTION_OPSETS[graph], (1, 2, 4))
     assert info.library_version == rtx.__version__
     assert (info.gpu_name, info.compute_capabilities) == (None, ADA)
     plan = plan_of(info)
@@ -96,13 +97,6 @@ def test_portable_and_multiple_targets(rtx: Any, models: Path, tmp_path: Path) -
     assert (two.compute_capabilities, plan_of(two).targets) == (("8.6", "12.0"), ("sm86", "sm120"))
 
 
-def test_one_stream_needs_no_more_memory(rtx: Any, models: Path, tmp_path: Path) -> None:
-    free = plan_of(build(models, tmp_path))
-    single = plan_of(build(models, tmp_path, max_aux_streams=0))
-    assert single.streams == 1
-    assert single.scratch_bytes <= free.scratch_bytes
-
-
 def test_a_dynamic_graph_with_a_fixed_profile_gives_the_static_plan(rtx: Any, models: Path, tmp_path: Path) -> None:
     dynamic = plan_of(build(models, tmp_path, profile=(1, 1, 1)))
     static = build(
@@ -111,19 +105,23 @@ def test_a_dynamic_graph_with_a_fixed_profile_gives_the_static_plan(rtx: Any, mo
     assert dynamic == plan_of(static)
 
 
-def test_progress_and_its_interruption(rtx: Any, models: Path, tmp_path: Path) -> None:
-    seen: list[tuple[str, int, int, float]] = []
-    build(models, tmp_path, progress=lambda *event: seen.append(event))
-    assert seen[0][0] == "Building engine"
-    assert all(0 <= done <= total for _, done, total, _ in seen)
-    assert all(a[3] <= b[3] for a, b in itertools.pairwise(seen))
+def test_an_interrupt_ends_the_build(rtx: Any, models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Interrupt(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "Compiler backend is used during engine build" in record.getMessage():
+                signal.raise_signal(signal.SIGINT)
 
-    def interrupt(*event: Any) -> None:
-        raise KeyboardInterrupt
-
-    (tmp_path / "fp32.engine").unlink()
-    with pytest.raises(KeyboardInterrupt):
-        build(models, tmp_path, progress=interrupt)
+    handler = Interrupt()
+    logger = logging.getLogger("runtime.tensorrt")
+    caplog.set_level(logging.DEBUG, logger.name)
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(Interrupted):
+            build(models, tmp_path)
+    finally:
+        logger.removeHandler(handler)
+    assert "Engine generation completed" not in caplog.text
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not list(tmp_path.iterdir())
 
 
@@ -172,7 +170,7 @@ def test_precision_lives_in_the_graph(rtx: Any, models: Path, tmp_path: Path, pr
         ({"profile": (2, 1, 4)}, r"profile: got \(2, 1, 4\)"),
         ({"profile": (0, 1, 4)}, r"profile: got \(0, 1, 4\)"),
         ({"compute_capabilities": ("9.0",)}, r"can't build for compute capability 9\.0; it can for: .*8\.9"),
-        ({"timing_cache": "t.cache"}, r"tensorrt_rtx 1\.7.* does not support a timing cache"),
+        ({"timing_cache": Path("t.cache")}, r"tensorrt_rtx 1\.7.* does not support a timing cache"),
         ({"optimization_level": 5}, r"tensorrt_rtx 1\.7.* does not support builder optimization levels"),
         ({"hardware_compatible": True}, "does not support hardware compatibility"),
         ({"version_compatible": True}, "does not support version compatibility"),
@@ -187,7 +185,7 @@ def test_requests_that_cannot_be_met(
 ) -> None:
     settings = {"format": "tensorrt-rtx", "precision": "fp32", "profile": (1, 1, 1), "compute_capabilities": ADA}
     with pytest.raises(ExportError, match=text):
-        build_engine(models / "fp32.onnx", tmp_path / "e.engine", **(settings | options))  # type: ignore[arg-type]
+        build_engine(models / "fp32.onnx", tmp_path / "e.engine", EngineOptions(**(settings | options)))  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
@@ -205,7 +203,7 @@ def test_too_little_memory_is_the_librarys_own_words(rtx: Any, models: Path, tmp
 
 def test_full_tensorrt_needs_the_library_and_a_gpu(models: Path, tmp_path: Path) -> None:
     with pytest.raises((MissingDependency, BackendUnavailable)):
-        build_engine(models / "fp32.onnx", tmp_path / "e", format="tensorrt", precision="fp32", profile=(1, 1, 1))
+        build_engine(models / "fp32.onnx", tmp_path / "e", EngineOptions())
 
 
 def test_current_gpu_without_one(rtx: Any, models: Path, tmp_path: Path) -> None:
@@ -263,11 +261,11 @@ TENSORRT_8 = Named(
 def test_what_tensorrt_8_does_not_do(options: dict[str, Any], opset: int, text: str) -> None:
     settings: dict[str, Any] = {"format": "tensorrt", "precision": "fp16", "profile": (1, 1, 1), **options}
     with pytest.raises(ExportError, match=text):
-        EngineRequest(**settings).check_supported(TENSORRT_8, opset)
+        EngineOptions(**settings).check_supported(TENSORRT_8, opset)
 
 
 def test_what_tensorrt_8_does() -> None:
-    EngineRequest(
+    EngineOptions(
         format="tensorrt", precision="fp16", profile=(1, 4, 8), optimization_level=4, timing_cache=Path("t"),
         hardware_compatible=True, version_compatible=True,
     ).check_supported(TENSORRT_8, 17)  # fmt: skip

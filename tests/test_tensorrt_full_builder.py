@@ -13,6 +13,7 @@ import pytest
 from tensorrt_simulation import IProfiler, Severity, Simulation, TensorIOMode, install
 
 from export.tensorrt.build import EngineInfo, build_engine
+from export.tensorrt.options import EngineOptions
 from runtime.errors import BackendUnavailable, ExportError
 from runtime.files import sha256_file
 
@@ -109,7 +110,6 @@ class Library:
             "Layers": [{"Name": "a", "Outputs": [{"Format/Datatype": "Half" if inner is half else "Float"}]}]
         }
         self.known_timings = b"timings of this GPU"
-        self.phases = ("Building engine",)
 
     def module(self) -> types.ModuleType:
         lib = self
@@ -188,11 +188,6 @@ class Library:
                 return types.SimpleNamespace(set_shape=lambda name, *shapes: lib.profile.update({name: shapes}))
 
             def build_serialized_network(self, network: Network, config: Config) -> Any:
-                monitor = getattr(config, "progress_monitor", None)
-                if monitor is not None:
-                    monitor.phase_start("Building engine", None, 2)
-                    monitor.step_complete("Building engine", 0)
-                    monitor.phase_finish("Building engine")
                 if lib.plan is None:
                     self._logger.log(Severity.ERROR, "could not find any implementation for node x")
                 return None if lib.plan is None else memoryview(lib.plan)
@@ -229,8 +224,8 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def call(library: Library, precision: str = "fp32", **options: Any) -> EngineInfo:
         monkeypatch.setitem(sys.modules, "tensorrt", library.module())
         graph = write_attention_onnx(tmp_path / "m.onnx", "fp16" if precision == "fp16" else "fp32")
-        settings = {"profile": (1, 2, 4), **options}
-        return build_engine(graph, tmp_path / "e.engine", format="tensorrt", precision=precision, **settings)  # type: ignore[arg-type]
+        settings: dict[str, Any] = {"precision": precision, "profile": (1, 2, 4), **options}
+        return build_engine(graph, tmp_path / "e.engine", EngineOptions(**settings))
 
     return call
 
@@ -281,16 +276,15 @@ def test_only_dynamic_inputs_are_in_the_profile(build: Any) -> None:
 
 def test_options_reach_the_library(build: Any) -> None:
     library = Library("8.6.0")
-    options = {"workspace_bytes": 123, "optimization_level": 5, "max_aux_streams": 0, "hardware_compatible": True}
+    options = {"workspace_bytes": 123, "optimization_level": 5, "hardware_compatible": True}
     info = build(library, profile=(4, 4, 4), version_compatible=True, **options)
     assert library.pools == {"workspace": 123}
     assert library.config.builder_optimization_level == 5
-    assert library.config.max_aux_streams == 0
     assert library.config.hardware_compatibility_level == "ampere+"
     assert library.config.profiling_verbosity == "detailed"
     assert library.flags == {"VERSION_COMPATIBLE"}
     assert library.sources == 0b10000  # neither cuBLAS nor cuDNN
-    assert {key: info.build[key] for key in options} == options
+    assert options.items() <= info.options.to_json().items()
 
 
 def test_timings_are_reused_replaced_and_saved(build: Any, tmp_path: Path) -> None:
@@ -305,14 +299,6 @@ def test_timings_are_reused_replaced_and_saved(build: Any, tmp_path: Path) -> No
             path.write_bytes(before)
         build(library, profile=(4, 4, 4), timing_cache=path)
         assert path.read_bytes() == after
-
-
-@pytest.mark.parametrize("version", ["8.6.0", "10.9.0"])
-def test_progress_with_and_without_a_monitor(build: Any, version: str) -> None:
-    seen: list[tuple[Any, ...]] = []
-    build(Library(version), profile=(4, 4, 4), progress=lambda *event: seen.append(event))
-    assert [event[0] for event in seen] == ["Building engine"] * len(seen)
-    assert seen[-1][1] == seen[-1][2]
 
 
 def test_what_the_library_says_is_passed_on(build: Any, tmp_path: Path) -> None:

@@ -25,10 +25,11 @@ import numpy as np
 from export.parity.compare import compare
 from export.parity.reference import load_reference
 from export.tensorrt.build import EngineInfo, build_engine
+from export.tensorrt.options import CURRENT, EngineOptions
 from runtime.backends.base import Backend
 from runtime.backends.tensorrt import cuda
 from runtime.backends.tensorrt.backend import TensorRTBackend
-from runtime.backends.tensorrt.library import TensorRTFormat, load_library
+from runtime.backends.tensorrt.library import load_library
 from runtime.bundle import Bundle, ModelFile, read_bundle
 from runtime.errors import BackendUnavailable, CCNetError, ExportError, MissingDependency
 from runtime.features import pack
@@ -95,27 +96,22 @@ def build(settings: Settings) -> dict[str, Any]:
     format, precision = settings["format"], settings["precision"]
     largest = max(settings["batches"])
     path = _engine_path(settings)
-    info = build_here(
-        bundle.path(graph), path, format, precision, (1, min(8, largest), largest), gpu=settings["device"] == "cuda"
-    )
+    options = EngineOptions(format=format, precision=precision, profile=(1, min(8, largest), largest))
+    info = build_here(bundle.path(graph), path, options, gpu=settings["device"] == "cuda")
     model_file = info.model_file(name=f"{format}-{precision}", length=graph.length)
     write_json(path.with_suffix(".json"), dataclasses.asdict(model_file))
-    return {"engine": info.build, "profile": info.profile, "opset": info.opset, "onnx_sha256": info.onnx_sha256}
+    return {"engine": info.build, "profile": info.options.profile, "opset": info.opset, "onnx_sha256": info.onnx_sha256}
 
 
-def build_here(
-    graph: Path, out: Path, format: TensorRTFormat, precision: Any, profile: tuple[int, int, int], *, gpu: bool = True
-) -> EngineInfo:
+def build_here(graph: Path, out: Path, options: EngineOptions, *, gpu: bool = True) -> EngineInfo:
     """Build for this GPU. RTX names no target for some GPUs: there, and without a GPU, a portable engine is built.
 
     Whether a portable engine runs on a GPU is found out by running it.
     """
-    if format == "tensorrt-rtx":
+    if options.format == "tensorrt-rtx" and gpu:
         with contextlib.suppress(ExportError):
-            if gpu:
-                return build_engine(graph, out, format=format, precision=precision, profile=profile,
-                                    compute_capabilities=("current",))  # fmt: skip
-    return build_engine(graph, out, format=format, precision=precision, profile=profile)
+            return build_engine(graph, out, dataclasses.replace(options, compute_capabilities=(CURRENT,)))
+    return build_engine(graph, out, options)
 
 
 def status(settings: Settings) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ccnet.cli.options import positive
 
 if TYPE_CHECKING:
     from export.bundle import Result
+    from export.tensorrt.options import EngineOptions
 
 
 def register(subparsers: Any) -> None:
@@ -41,10 +42,12 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--form", choices=["fused", "reference"], default="fused", help="how to write the network")
     add_video_arguments(parser)
     engine = parser.add_argument_group("engines")
-    engine.add_argument("--compute-capability", nargs="+", metavar="X.Y", help="RTX: GPUs to build for")
-    engine.add_argument("--workspace-mib", type=int, metavar="N", help="limit of scratch memory while building")
+    engine.add_argument("--compute-capability", nargs="+", default=[], metavar="X.Y", help="RTX: GPUs to build for")
+    engine.add_argument("--workspace-mib", type=positive, metavar="N", help="limit of scratch memory while building")
     engine.add_argument("--optimization-level", type=int, metavar="0..5", help="effort of the builder")
-    engine.add_argument("--timing-cache", metavar="FILE", help="timings of earlier builds, kept beside the bundle")
+    engine.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="timings of earlier builds, kept beside the bundle"
+    )
     engine.add_argument("--hardware-compatible", action="store_true", help="run on any Ampere or newer GPU")
     engine.add_argument("--version-compatible", action="store_true", help="run on newer TensorRT releases too")
 
@@ -78,7 +81,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         opt_batch=arguments.opt_batch,
         lengths=tuple(arguments.lengths),
         form=arguments.form,
-        engine=_engine_arguments(arguments),
+        engine=_engine_options(arguments),
     )
     checkpoint = read_checkpoint(arguments.checkpoint)
     refuse_foreign(Path(arguments.out))
@@ -94,17 +97,18 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _engine_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
+    from export.tensorrt.options import EngineOptions
+
     mib = arguments.workspace_mib
-    given = {
-        "compute_capabilities": tuple(arguments.compute_capability or ()),
-        "workspace_bytes": None if mib is None else mib << 20,
-        "optimization_level": arguments.optimization_level,
-        "timing_cache": arguments.timing_cache,
-        "hardware_compatible": arguments.hardware_compatible,
-        "version_compatible": arguments.version_compatible,
-    }
-    return {name: value for name, value in given.items() if value is not None and value is not False and value != ()}
+    return EngineOptions(
+        compute_capabilities=tuple(arguments.compute_capability),
+        workspace_bytes=None if mib is None else mib << 20,
+        optimization_level=arguments.optimization_level,
+        hardware_compatible=arguments.hardware_compatible,
+        version_compatible=arguments.version_compatible,
+        timing_cache=arguments.timing_cache,
+    )
 
 
 def _summarize(out: str, result: Result) -> None:

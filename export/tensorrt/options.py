@@ -1,7 +1,8 @@
-"""What is asked of an engine build, checked before any work: ranges, and what this library version can do at all."""
+"""What is asked of an engine build: one record from the command line to the manifest, checked before any work."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,33 +16,53 @@ MAX_OPSET_TENSORRT_8 = 17
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineRequest:
-    """Arguments of `export.tensorrt.build.build_engine`, which documents them."""
+class EngineOptions:
+    """Options of one engine; an exporter of several sets `format`, `precision` and `profile` for each.
 
-    format: TensorRTFormat
-    precision: EnginePrecision
-    profile: tuple[int, int, int]
+    Raises ExportError, naming the option, for a value out of range.
+    """
+
+    format: TensorRTFormat = "tensorrt"
+    precision: EnginePrecision = "fp32"
+    """Must be that of the graph's own types; `tf32` is an fp32 graph with TF32 matmuls allowed."""
+    profile: tuple[int, ...] = (1, 1, 1)
+    """Batch sizes (min, opt, max) for the dynamic first axis of the inputs."""
     compute_capabilities: tuple[str, ...] = ()
+    """RTX only: for example ("8.9", "12.0"), or ("current",); () builds a portable engine."""
     workspace_bytes: int | None = None
+    """Limit of scratch memory; None leaves the library's default, the whole device."""
     optimization_level: int | None = None
-    max_aux_streams: int | None = None
-    timing_cache: Path | None = None
+    """Full TensorRT only: 0 (quick build) to 5."""
     hardware_compatible: bool = False
+    """Full TensorRT only: run on any Ampere or newer GPU, slower."""
     version_compatible: bool = False
+    """Full TensorRT only: run on newer releases too, with code of the library inside the engine."""
+    timing_cache: Path | None = None
+    """Full TensorRT only: a file on this machine that makes later builds quicker; only ever a hint."""
 
     def __post_init__(self) -> None:
-        low, best, high = self.profile
+        ascending = len(self.profile) == 3 and 1 <= self.profile[0] <= self.profile[1] <= self.profile[2]
         checks = (
             ("format", self.format in get_args(TensorRTFormat), f"one of {get_args(TensorRTFormat)}"),
             ("precision", self.precision in get_args(EnginePrecision), f"one of {get_args(EnginePrecision)}"),
-            ("profile", 1 <= low <= best <= high, "batch sizes 1 <= min <= opt <= max"),
+            ("profile", ascending, "batch sizes 1 <= min <= opt <= max"),
             ("workspace_bytes", self.workspace_bytes is None or self.workspace_bytes > 0, "a number of bytes above 0"),
             ("optimization_level", self.optimization_level in (None, *range(6)), "0 to 5"),
-            ("max_aux_streams", (self.max_aux_streams or 0) >= 0, "an integer >= 0"),
         )
         for name, good, expected in checks:
             if not good:
                 raise ExportError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options for the manifest: all but the timing cache, which is a file of this machine."""
+        values = dataclasses.asdict(self)
+        del values["timing_cache"]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Names of the options that are not at their defaults."""
+        return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
 
     @property
     def needs_gpu(self) -> bool:
@@ -49,7 +70,7 @@ class EngineRequest:
         return self.format == "tensorrt" or CURRENT in self.compute_capabilities
 
     def check_supported(self, trt: Any, opset: int) -> None:
-        """Raises ExportError for what this library version does not support, or would accept and ignore."""
+        """Raise ExportError for what this library version does not support, or would accept and ignore."""
         library = f"{trt.__name__} {trt.__version__}"
         unsupported = _unsupported_by_rtx(self) if self.format == "tensorrt-rtx" else _unsupported_by_full(self, trt)
         for what, instead in unsupported:
@@ -61,41 +82,30 @@ class EngineRequest:
             )
 
 
-def _unsupported_by_rtx(request: EngineRequest) -> list[tuple[str, str]]:
+def _unsupported_by_rtx(options: EngineOptions) -> list[tuple[str, str]]:
     no_effect = "leave it out: it would have no effect"
     return [
         (what, instead)
         for asked, what, instead in (
-            (request.timing_cache is not None, "a timing cache (it does not time kernels while building)", no_effect),
-            (request.optimization_level is not None, "builder optimization levels", no_effect),
-            (request.hardware_compatible, "hardware compatibility", "name the compute capabilities to build for"),
-            (request.version_compatible, "version compatibility", "an RTX engine is valid for one release only"),
+            (options.timing_cache is not None, "a timing cache (it does not time kernels while building)", no_effect),
+            (options.optimization_level is not None, "builder optimization levels", no_effect),
+            (options.hardware_compatible, "hardware compatibility", "name the compute capabilities to build for"),
+            (options.version_compatible, "version compatibility", "an RTX engine is valid for one release only"),
         )
         if asked
     ]
 
 
-def _unsupported_by_full(request: EngineRequest, trt: Any) -> list[tuple[str, str]]:
+def _unsupported_by_full(options: EngineOptions, trt: Any) -> list[tuple[str, str]]:
     bf16 = hasattr(trt.DataType, "BF16")
-    flags, levels = trt.BuilderFlag, getattr(trt, "HardwareCompatibilityLevel", None)
     return [
         (what, instead)
         for asked, what, instead in (
-            (request.precision == "bf16" and not bf16, "bfloat16", "use --precision fp16 or TensorRT 10 or newer"),
+            (options.precision == "bf16" and not bf16, "bfloat16", "use --precision fp16 or TensorRT 10 or newer"),
             (
-                bool(request.compute_capabilities),
-                f"a build for other GPUs (compute capabilities {', '.join(request.compute_capabilities)})",
+                bool(options.compute_capabilities),
+                f"a build for other GPUs (compute capabilities {', '.join(options.compute_capabilities)})",
                 "it builds for the GPU of this machine; leave the list out or use --format tensorrt-rtx",
-            ),
-            (
-                request.hardware_compatible and not hasattr(levels, "AMPERE_PLUS"),
-                "hardware compatibility",
-                "use TensorRT 8.6 or newer",
-            ),
-            (
-                request.version_compatible and not hasattr(flags, "VERSION_COMPATIBLE"),
-                "version compatibility",
-                "use TensorRT 8.6 or newer",
             ),
         )
         if asked

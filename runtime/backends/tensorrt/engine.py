@@ -48,7 +48,7 @@ def check_engine(model_file: ModelFile, device: int = 0) -> cuda.Device:
 
 
 def _version_fits(model_file: ModelFile, built: str, here: str) -> bool:
-    if model_file.format == "tensorrt" and model_file.build.get("version_compatible"):
+    if model_file.format == "tensorrt" and model_file.options.get("version_compatible"):
         # same major version or the next one, never an older release than the builder's
         old, new = (tuple(int(p) for p in v.split(".") if p.isdigit()) for v in (built, here))
         allowed = {8: (8, 10), 10: (10, 11)}.get(old[0], (old[0],)) if old else ()
@@ -60,7 +60,7 @@ def _gpu_fits(model_file: ModelFile, found: cuda.Device) -> bool:
     if model_file.format == "tensorrt-rtx":
         # an empty list is a portable engine: the library itself knows whether it runs here
         return not model_file.compute_capabilities or found.compute_capability in model_file.compute_capabilities
-    if model_file.build.get("hardware_compatible"):
+    if model_file.options.get("hardware_compatible"):
         return int(found.compute_capability.split(".")[0]) >= 8
     same_capability = found.compute_capability in model_file.compute_capabilities
     return same_capability and model_file.gpu_name in (None, found.name)
@@ -68,7 +68,7 @@ def _gpu_fits(model_file: ModelFile, found: cuda.Device) -> bool:
 
 def _target(model_file: ModelFile) -> str:
     capabilities = "compute capability " + ", ".join(model_file.compute_capabilities or ("unknown",))
-    if model_file.build.get("hardware_compatible"):
+    if model_file.options.get("hardware_compatible"):
         return "Ampere or newer GPUs"
     return f"{model_file.gpu_name} ({capabilities})" if model_file.gpu_name else capabilities
 
@@ -111,7 +111,7 @@ class LoadedEngine:
         self._lock = threading.Lock()
         self._users = 1
         self._runtime: Any = self.trt.Runtime(logger)
-        if model_file.build.get("version_compatible"):
+        if model_file.options.get("version_compatible"):
             # such an engine carries library code; its hash is in the manifest, and only our own builds are loaded
             self._runtime.engine_host_code_allowed = True
         self._engine: Any = self._deserialize(model_file)
