@@ -230,7 +230,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return call
 
 
-@pytest.mark.parametrize(("version", "creation"), [("8.6.0", 0b01), ("10.9.0", 0b11)])
+@pytest.mark.parametrize(("version", "creation"), [("8.6.0", 0b01), ("10.9.0", 0b10)])
 def test_types_of_the_network_are_those_of_the_graph(build: Any, version: str, creation: int) -> None:
     library = Library(version)
     info = build(library, profile=(4, 4, 4))

@@ -33,9 +33,7 @@ _CANDIDATES = 16
 """Videos that the picture is chosen from."""
 
 # A process in which `import torch` fails, as on a machine that has the lean runtime only.
-WITHOUT_TORCH = (
-    "import sys; sys.modules['torch'] = None; from ccnet.cli.main import main; sys.exit(main(sys.argv[1:]))"
-)
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from ccnet.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 def register(subparsers: Any) -> None:

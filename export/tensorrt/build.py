@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from export.graph.onnx_file import read_opset
+from export.tensorrt import legacy
 from export.tensorrt.options import CURRENT, EngineOptions
 from export.tensorrt.precision import (
     check_inspected,
     check_requested,
     inspected_precisions,
     logged_precisions,
-    pin_float_islands,
     requested_precisions,
 )
 from runtime.backends.tensorrt import cuda
-from runtime.backends.tensorrt.library import LibraryLog, library_logger, library_version, load_library
+from runtime.backends.tensorrt.legacy import scratch_bytes
+from runtime.backends.tensorrt.library import LibraryLog, library_logger, load_library
 from runtime.bundle import ModelFile
 from runtime.errors import ExportError, Interrupted
 from runtime.files import atomic_file, sha256_file
@@ -134,15 +135,18 @@ def _targets(options: EngineOptions, device: cuda.Device | None) -> tuple[str, .
 
 def _parse(trt: Any, builder: Any, logger: Any, log: LibraryLog, onnx_path: Path) -> Any:
     """Return the network of an ONNX file, typed by the file."""
-    kinds = trt.NetworkDefinitionCreationFlag
-    # names, never numbers: the bits mean different things in 8.6, 10 and 11
-    wanted = [getattr(kinds, name) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED") if hasattr(kinds, name)]
-    network = builder.create_network(sum(1 << int(flag) for flag in wanted))
+    if legacy.is_legacy(trt):
+        flags = legacy.network_flags(trt)
+    else:  # by name, where the release has it: the bits mean different things in 10 and 11
+        strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        flags = 0 if strongly_typed is None else 1 << int(strongly_typed)
+    network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
     with log.collect() as messages:
         good = parser.parse_from_file(str(onnx_path))
     if not good:
-        errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
+        describe = legacy.parser_error if legacy.is_legacy(trt) else _parser_error
+        errors = [describe(parser.get_error(i)) for i in range(parser.num_errors)]
         told = "\n".join(f"  {line}" for line in errors) or "  (the parser named no node)"
         raise ExportError(f"{onnx_path}: {trt.__name__} {trt.__version__} can't read this graph:\n{told}\n"
                           f"the library's log:\n{messages.errors()}")  # fmt: skip
@@ -150,9 +154,7 @@ def _parse(trt: Any, builder: Any, logger: Any, log: LibraryLog, onnx_path: Path
 
 
 def _parser_error(error: Any) -> str:
-    where = ""
-    if hasattr(error, "node_name") and error.node_name():  # not in 8.6, whose description names the node's number
-        where = f" ({error.node_operator()} '{error.node_name()}')"
+    where = f" ({error.node_operator()} '{error.node_name()}')" if error.node_name() else ""
     return f"node {error.node()}{where}: {error.desc()} [{getattr(error.code(), 'name', error.code())}]"
 
 
@@ -165,14 +167,8 @@ def _configure(
         config.set_flag(trt.BuilderFlag.TF32)
     else:
         config.clear_flag(trt.BuilderFlag.TF32)
-    if options.precision == "fp16" and library_version(trt)[0] == 8:
-        # types in the graph alone do not bring half kernels there
-        config.set_flag(trt.BuilderFlag.FP16)
-        pin_float_islands(trt, network, config)
-    sources = getattr(trt, "TacticSource", None)
-    if hasattr(sources, "CUBLAS"):  # an engine must not need cuBLAS or cuDNN where it runs
-        outside = sum(1 << int(getattr(sources, name)) for name in ("CUBLAS", "CUBLAS_LT", "CUDNN"))
-        config.set_tactic_sources(config.get_tactic_sources() & ~outside)
+    if legacy.is_legacy(trt):
+        legacy.configure(trt, network, config, options.precision)
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     if options.optimization_level is not None:
@@ -248,7 +244,7 @@ def _build(trt: Any, builder: Any, network: Any, config: Any, log: LibraryLog) -
 @contextlib.contextmanager
 def _interruptible(trt: Any, config: Any) -> Iterator[None]:
     """Let Ctrl-C or SIGTERM end the build at its next step; Python alone would handle them when it is done."""
-    if not hasattr(trt, "IProgressMonitor"):  # 8.6
+    if legacy.is_legacy(trt):  # it has no progress monitor
         yield
         return
     with StopRequest() as stop:
@@ -288,5 +284,4 @@ def _inspect(trt: Any, logger: Any, log: LibraryLog, blob: Any, options: EngineO
         raise ExportError(f"{trt.__name__} {trt.__version__} can't load the engine it built:\n{messages.errors()}")
     inspector = engine.create_engine_inspector()
     delivered = inspected_precisions(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-    scratch = engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size
-    return {"kernels": engine.num_layers, "scratch_bytes": int(scratch), "delivered_precisions": delivered}
+    return {"kernels": engine.num_layers, "scratch_bytes": scratch_bytes(engine), "delivered_precisions": delivered}

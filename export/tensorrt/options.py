@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from runtime.backends.tensorrt.library import TensorRTFormat, library_version
+from export.tensorrt import legacy
+from runtime.backends.tensorrt.library import TensorRTFormat
 from runtime.errors import ExportError
 
 EnginePrecision = Literal["fp32", "tf32", "fp16", "bf16"]
 CURRENT = "current"
-MAX_OPSET_TENSORRT_8 = 17
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +71,10 @@ class EngineOptions:
 
     def check_supported(self, trt: Any, opset: int) -> None:
         """Raise ExportError for what this library version does not support, or would accept and ignore."""
-        library = f"{trt.__name__} {trt.__version__}"
-        unsupported = _unsupported_by_rtx(self) if self.format == "tensorrt-rtx" else _unsupported_by_full(self, trt)
-        for what, instead in unsupported:
-            raise ExportError(f"{library} does not support {what}; {instead}")
-        if library_version(trt)[0] == 8 and opset > MAX_OPSET_TENSORRT_8:
-            raise ExportError(
-                f"{library} reads ONNX up to opset {MAX_OPSET_TENSORRT_8} and computes later reductions wrongly "
-                f"without an error; this graph has opset {opset}: export it with --opset {MAX_OPSET_TENSORRT_8}"
-            )
+        for what, instead in _unsupported_by_rtx(self) if self.format == "tensorrt-rtx" else _unsupported_by_full(self):
+            raise ExportError(f"{trt.__name__} {trt.__version__} does not support {what}; {instead}")
+        if legacy.is_legacy(trt):
+            legacy.check_supported(trt, self.precision, opset)
 
 
 def _unsupported_by_rtx(options: EngineOptions) -> list[tuple[str, str]]:
@@ -96,17 +91,8 @@ def _unsupported_by_rtx(options: EngineOptions) -> list[tuple[str, str]]:
     ]
 
 
-def _unsupported_by_full(options: EngineOptions, trt: Any) -> list[tuple[str, str]]:
-    bf16 = hasattr(trt.DataType, "BF16")
-    return [
-        (what, instead)
-        for asked, what, instead in (
-            (options.precision == "bf16" and not bf16, "bfloat16", "use --precision fp16 or TensorRT 10 or newer"),
-            (
-                bool(options.compute_capabilities),
-                f"a build for other GPUs (compute capabilities {', '.join(options.compute_capabilities)})",
-                "it builds for the GPU of this machine; leave the list out or use --format tensorrt-rtx",
-            ),
-        )
-        if asked
-    ]
+def _unsupported_by_full(options: EngineOptions) -> list[tuple[str, str]]:
+    if not options.compute_capabilities:
+        return []
+    what = f"a build for other GPUs (compute capabilities {', '.join(options.compute_capabilities)})"
+    return [(what, "it builds for the GPU of this machine; leave the list out or use --format tensorrt-rtx")]

@@ -1,7 +1,6 @@
 """Precision of an engine: what the graph asks for, and what the built engine delivers.
 
-Precision lives in the graph: TensorRT 10 (strongly typed), 11 and RTX take it from there. 8.6 does not; for it the
-fp32 islands of a half graph are pinned layer by layer.
+Precision lives in the graph: TensorRT 10 (strongly typed), 11 and RTX take it from there; for 8.6 see `legacy`.
 """
 
 from __future__ import annotations
@@ -47,29 +46,6 @@ def check_requested(requested: dict[str, int], precision: EnginePrecision, onnx_
                 f"{onnx_path}: asked for a {precision} engine of a graph with {types}; precision lives in the graph: "
                 f"export it with --precision {precision}"
             )
-
-
-def pin_float_islands(trt: Any, network: Any, config: Any) -> int:
-    """TensorRT 8.6 only: keep fp32 layers of a half graph in fp32. Returns how many were pinned.
-
-    With the FP16 flag 8.6 would choose half precision for statistics and exponentials too.
-    """
-    pinned = 0
-    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
-        tensors = [tensor for tensor in (*inputs, *outputs) if tensor is not None]
-        # casts and constants carry their type already; what moves data only may follow its neighbours
-        if layer.type.name in ("CAST", "CONSTANT", "SHAPE", "SHUFFLE", "SLICE", "GATHER", "CONCATENATION", "IDENTITY"):
-            continue
-        if outputs and all(tensor.dtype == trt.DataType.FLOAT for tensor in tensors):
-            layer.precision = trt.DataType.FLOAT
-            for i in range(len(outputs)):
-                layer.set_output_type(i, trt.DataType.FLOAT)
-            pinned += 1
-    return pinned
 
 
 def inspected_precisions(engine_information: str) -> dict[str, int] | None:

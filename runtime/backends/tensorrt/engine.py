@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.backends.tensorrt import cuda
+from runtime.backends.tensorrt import cuda, legacy
 from runtime.backends.tensorrt.library import TensorRTFormat, library_logger, load_library, numpy_type
 from runtime.bundle import ModelFile
 from runtime.errors import BundleError, EngineError, EngineMismatch
@@ -116,11 +116,7 @@ class LoadedEngine:
             self._runtime.engine_host_code_allowed = True
         self._engine: Any = self._deserialize(model_file)
         self.inputs, self.outputs = self._bindings()
-        self.scratch_bytes = int(
-            self._engine.device_memory_size_v2
-            if hasattr(self._engine, "device_memory_size_v2")
-            else self._engine.device_memory_size
-        )
+        self.scratch_bytes = legacy.scratch_bytes(self._engine)
         self._cache = _RuntimeCache(self, model_file, cache_folder) if self.format == "tensorrt-rtx" else None
 
     def _deserialize(self, model_file: ModelFile) -> Any:
@@ -166,16 +162,13 @@ class LoadedEngine:
         if context is None:
             raise EngineError(f"{self.path}: no execution context:\n{messages.errors()}")
         if self.scratch_bytes:
-            if hasattr(context, "set_device_memory"):
-                context.set_device_memory(scratch.pointer, scratch.nbytes)
-            else:  # before 10.1
-                context.device_memory = scratch.pointer
+            legacy.set_scratch(context, scratch.pointer, scratch.nbytes)
         return context
 
     def _create_context(self) -> Any:
         trt = self.trt
-        if not hasattr(trt, "ExecutionContextAllocationStrategy"):  # 8.6
-            return self._engine.create_execution_context_without_device_memory()
+        if legacy.is_legacy(trt):
+            return legacy.create_execution_context(self._engine)
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._cache is None:
             return self._engine.create_execution_context(strategy)
