@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 BATCHES = (1, 2, 4, 8)
 CANDIDATES = (100, 500, 2_000, 5_000, 9_000)
-CUT = 0.5
-"""The shorter engine's T as a share of the full one."""
 LENGTHS = (0.1, 0.25, 0.5, 0.75, 1.0, 2.0)
 """Video lengths as shares of T."""
 
@@ -47,17 +45,13 @@ def run(setting: Setting) -> Path:
     """Measure, write `growth.json`, `.md` and `.png`; returns the JSON's path."""
     machine = machine_facts()
     spec = setting.networks.spec
-    cut = _cut_length(spec)
     with contextlib.ExitStack() as stack:
         opened, absent = available_engines(setting.networks.graph("fused"), spec)
         full = {name: stack.enter_context(backend) for name, backend in opened.items()}
         fastest = _fastest(full, spec)
         by_batch = _by_batch(full, setting.rules)
         stages, candidates = _stages(full[fastest], setting.rules)
-        shorter, _ = available_engines(setting.networks.graph("fused", length=cut), spec.with_length(cut))
-        for backend in shorter.values():
-            stack.enter_context(backend)
-        by_length = _by_length(full[fastest], shorter[fastest], setting.rules)
+        by_length = _by_length(full[fastest], setting.rules)
     by_candidates = {n: measure(call, _short(setting.rules)) for n, call in _post_calls(spec).items()}
     path = write_result(
         setting.out,
@@ -68,7 +62,7 @@ def run(setting: Setting) -> Path:
             *_p50({f"post-processing of {n} candidates": t for n, t in by_candidates.items()}),
             *_p50({f"stage {name}": t for name, t in stages.items()}),
         ],
-        page=_page(fastest, cut, by_batch, by_length, by_candidates, stages, candidates, absent),
+        page=_page(fastest, by_batch, by_length, by_candidates, stages, candidates, absent),
         machine=machine,
         rules=setting.rules.to_json(),
         engine=fastest,
@@ -91,12 +85,6 @@ def run(setting: Setting) -> Path:
         },
     )  # fmt: skip
     return path
-
-
-def _cut_length(spec: ModelSpec) -> int:
-    """T of the shorter engine: about half, and a multiple of the coarsest stride."""
-    coarsest: int = 2 ** (spec.levels - 1)
-    return max(coarsest, round(spec.length * CUT / coarsest) * coarsest)
 
 
 def _short(rules: Rules) -> Rules:
@@ -127,19 +115,18 @@ def _by_batch(backends: Mapping[str, Backend], rules: Rules) -> dict[tuple[str, 
     return found
 
 
-def _by_length(full: Backend, shorter: Backend, rules: Rules) -> dict[tuple[str, int], Timing]:
-    """End to end for videos of several lengths: always the full engine, or the shortest that fits; windows beyond T."""
-    spec = full.spec
-    always = Localizer([full], spec)
-    fitting = Localizer([shorter, full], spec)
-    windows = Localizer([full], spec, long_videos="windows")
+def _by_length(backend: Backend, rules: Rules) -> dict[tuple[str, int], Timing]:
+    """Time videos of several lengths end to end; those beyond T cropped and in windows."""
+    spec = backend.spec
+    cropped = Localizer([backend], spec)
+    windows = Localizer([backend], spec, long_videos="windows")
     found: dict[tuple[str, int], Timing] = {}
     for share in LENGTHS:
         steps = max(1, round(share * spec.length))
         (video,) = sample_videos(spec, 1, steps=steps)
-        ways = {"full engine": always, "shortest that fits": fitting}
+        ways = {"whole": cropped}
         if steps > spec.length:
-            ways = {"full engine (cropped)": always, "full engine (windows)": windows}
+            ways = {"cropped": cropped, "windows": windows}
         calls = {name: _localize(localizer, video) for name, localizer in ways.items()}
         scaled = replace(rules, calls=max(3, rules.calls // 2), warmup_calls=1, seconds=rules.seconds / 2)
         found |= {(name, steps): timing for name, timing in measure_interleaved(calls, scaled).items()}
@@ -212,7 +199,6 @@ def _lines(
 
 def _page(
     fastest: str,
-    cut: int,
     by_batch: Mapping[tuple[str, int], Timing],
     by_length: Mapping[tuple[str, int], Timing],
     by_candidates: Mapping[int, Timing],
@@ -233,7 +219,7 @@ def _page(
             ("engine, batch", "p50 ms per call", "p90", "p99", "n", "ms per video"),
             [[*_spread(f"{n}, {b}", t), f"{t.median * 1e3 / b:.1f}"] for (n, b), t in by_batch.items()],
         ),
-        f"## Length of the video\n\nEnd to end on {fastest}; the shorter engine has T = {cut}.",
+        f"## Length of the video\n\nEnd to end on {fastest}.",
         markdown_table(
             ("engine, steps", "p50 ms", "p90", "p99", "n"), [_spread(f"{w}, {n}", t) for (w, n), t in by_length.items()]
         ),

@@ -105,45 +105,43 @@ class Networks:
 
         return load_checkpoint(self.checkpoint)
 
-    def graph(self, form: str, *, length: int | None = None) -> Path:
+    def graph(self, form: str) -> Path:
         """ONNX file of a form, made on first use.
 
         `straightforward` is the network as it is, `deployment` its fused network, `int8` that with int8 weights,
         `fp16` and `bf16` that in those types.
         """
-        name = form if length is None else f"{form}-{length}"
-        path = self.folder / name / "model.onnx"
+        path = self.folder / form / "model.onnx"
         if not path.with_suffix(".json").exists():
-            facts = self._write(form, path, length)
+            facts = self._write(form, path)
             write_json(path.with_suffix(".json"), facts)
         return path
 
-    def graph_facts(self, form: str, *, length: int | None = None) -> dict[str, Any]:
+    def graph_facts(self, form: str) -> dict[str, Any]:
         """Nodes, operators, weight bytes and export seconds of a graph."""
-        text = self.graph(form, length=length).with_suffix(".json").read_text(encoding="utf-8")
+        text = self.graph(form).with_suffix(".json").read_text(encoding="utf-8")
         facts: dict[str, Any] = json.loads(text)
         return facts
 
-    def _write(self, form: str, path: Path, length: int | None) -> dict[str, Any]:
+    def _write(self, form: str, path: Path) -> dict[str, Any]:
         if form == "int8":
             from export.graph.quantize import quantize_weights
 
             begin = time.perf_counter()
-            source = self.graph("fused", length=length)
+            source = self.graph("fused")
             quantized = quantize_weights(source, path, least_weights=self.least_int8_weights)
             seconds = time.perf_counter() - begin
             return {**dataclasses.asdict(quantized), "path": path.name, "seconds": seconds}
         from export.graph.to_onnx import export_onnx
 
-        spec = self.spec if length is None else self.spec.with_length(length)
-        info = export_onnx(self.module(form, length), spec, path, max_batch=32)
+        info = export_onnx(self.module(form), self.spec, path, max_batch=32)
         return {**dataclasses.asdict(info), "path": path.name}
 
-    def module(self, form: str, length: int | None) -> nn.Module:
+    def module(self, form: str) -> nn.Module:
         if form == "reference":
             return self.eager()
         from export.fused.network import fused_network
         from export.parity.tolerances import graph_precision, torch_dtype
 
         dtype = torch_dtype(graph_precision("fp32" if form == "fused" else form))
-        return fused_network(self.eager(), length=length, dtype=dtype)
+        return fused_network(self.eager(), dtype=dtype)

@@ -21,10 +21,9 @@ from export.tensorrt.build import build_engine
 from export.tensorrt.options import EngineOptions, EnginePrecision
 from runtime.backends.select import TENSORRT_BACKENDS
 from runtime.backends.tensorrt.library import TensorRTFormat
-from runtime.bundle import Bundle, Engine, Format, ModelFile, entry_name
+from runtime.bundle import Bundle, Engine, Format, ModelFile
 from runtime.errors import BackendUnavailable, CCNetError, ConfigError, EngineMismatch, ExportError, ParityError
 from runtime.machine import library_versions
-from runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,8 +67,6 @@ class Request:
     max_batch: int = 32
     opt_batch: int = 1
     """Batch size that engines are tuned for."""
-    lengths: tuple[int, ...] = ()
-    """Further T, shorter than the network's own, for shorter videos."""
     form: Form = "fused"
     engine: EngineOptions = dataclasses.field(default_factory=EngineOptions)
     """Of every engine; its format, precision and profile are set for each."""
@@ -87,10 +84,8 @@ class Request:
             raise ConfigError(f"{given}: for engines only; got format onnx, expected tensorrt or tensorrt-rtx with it")
         if not 1 <= self.opt_batch <= self.max_batch:
             raise ConfigError(f"opt-batch: got {self.opt_batch}, expected 1 to max-batch ({self.max_batch})")
-        if self.form == "reference" and (self.lengths or set(self.precisions) - {"fp32", "tf32", AUTO}):
-            raise ConfigError(
-                "form: the reference graph has fp32 and the network's own length only; use the fused network"
-            )
+        if self.form == "reference" and set(self.precisions) - {"fp32", "tf32", AUTO}:
+            raise ConfigError("form: the reference graph has fp32 only; use the fused network")
 
     @property
     def automatic(self) -> bool:
@@ -113,8 +108,9 @@ def make_bundle(
 ) -> Result:
     """Write the bundle `out`, every engine that can run here verified against `reference`.
 
-    `say` is told each step. Raises ParityError, leaving no bundle, when an engine that was asked for fails the check (with
-    `auto`: when every one does); ExportError when a graph or engine can't be made; BundleError when `out` is something else.
+    `say` is told each step. Raises ParityError, leaving no bundle, when an engine that was asked for fails the check
+    (with `auto`: when every one does); ExportError when a graph or engine can't be made; BundleError when `out` is
+    something else.
     """
     out = Path(out)
     refuse_foreign(out)
@@ -128,19 +124,18 @@ def make_bundle(
     ) as draft:
         engines: list[Engine] = []
         not_built: dict[str, str] = {}
-        for length in (checkpoint.spec.length, *sorted(request.lengths, reverse=True)):
-            for precision in _graphs(request):
-                _add_graph(draft, checkpoint, model, request, precision, length, say)
-            written = {model_file.name for model_file in draft.manifest.model_files}
-            engines += [r for r in _onnx_engines(request, length, checkpoint.spec) if r.model_file in written]
-            for format, precision in _engines(request):
-                try:
-                    engines.append(_add_engine(draft, request, format, precision, length, checkpoint.spec, say))
-                except ExportError as error:  # noqa: PERF203 - building takes minutes
-                    if not request.automatic:
-                        raise
-                    say(f"  left out: {error}")
-                    not_built[entry_name(format, precision, length, checkpoint.spec)] = str(error)
+        for precision in _graphs(request):
+            _add_graph(draft, checkpoint, model, request, precision, say)
+        written = {model_file.name for model_file in draft.manifest.model_files}
+        engines += [engine for engine in _onnx_engines(request) if engine.model_file in written]
+        for format, precision in _engines(request):
+            try:
+                engines.append(_add_engine(draft, request, format, precision, say))
+            except ExportError as error:  # noqa: PERF203 - building takes minutes
+                if not request.automatic:
+                    raise
+                say(f"  left out: {error}")
+                not_built[f"{format}-{precision}"] = str(error)
         result = _check_all(draft, engines, reference, request, say)
         return dataclasses.replace(result, skipped={**not_built, **result.skipped})
 
@@ -158,27 +153,23 @@ def _graphs(request: Request) -> list[str]:
     return [precision for precision in PRECISIONS if precision in graphs]
 
 
-def _add_graph(
-    draft: Draft, checkpoint: Checkpoint, model: CCNet, request: Request, precision: str, length: int, say: Say
-) -> None:
+def _add_graph(draft: Draft, checkpoint: Checkpoint, model: CCNet, request: Request, precision: str, say: Say) -> None:
     from export.graph.to_onnx import export_onnx
 
-    spec = checkpoint.spec.with_length(length)
-    name = entry_name("onnx", precision, length, checkpoint.spec)
+    name = f"onnx-{precision}"
     file = _graph_file(name)
     if precision == "int8":
-        _add_int8(draft, request, name, length, checkpoint.spec, say)
+        _add_int8(draft, request, name, say)
         return
-    say(f"writing {file} (T = {length}, {precision}, {request.form} form, opset {request.opset})")
+    say(f"writing {file} ({precision}, {request.form} form, opset {request.opset})")
     info = export_onnx(
-        _form(model, request.form, precision, length),
-        spec,
+        _form(model, request.form, precision),
+        checkpoint.spec,
         draft.folder / file,
         opset=request.opset,
         max_batch=request.max_batch,
         metadata={
             "checkpoint_sha256": checkpoint.weights_sha256,
-            "length": str(length),
             "precision": precision,
             "form": request.form,
             "opset": str(request.opset),
@@ -193,7 +184,6 @@ def _add_graph(
             format="onnx",
             files=info.files,
             precision=precision,
-            length=length,
             max_batch=request.max_batch,
             opset=info.opset,
             build={**facts, "seconds": round(info.seconds, 1)},
@@ -201,13 +191,13 @@ def _add_graph(
     )
 
 
-def _add_int8(draft: Draft, request: Request, name: str, length: int, spec: ModelSpec, say: Say) -> None:
-    """The fp32 graph of the same length again, with int8 weights."""
+def _add_int8(draft: Draft, request: Request, name: str, say: Say) -> None:
+    """The fp32 graph again, with int8 weights."""
     from export.graph.quantize import quantize_weights
 
     file = _graph_file(name)
     say(f"writing {file} (int8 weights)")
-    source = draft.folder / _graph_file(entry_name("onnx", "fp32", length, spec))
+    source = draft.folder / _graph_file("onnx-fp32")
     try:
         info = quantize_weights(source, draft.folder / file, metadata={"precision": "int8"})
     except ExportError as error:
@@ -223,7 +213,6 @@ def _add_int8(draft: Draft, request: Request, name: str, length: int, spec: Mode
             format="onnx",
             files=info.files,
             precision="int8",
-            length=length,
             max_batch=request.max_batch,
             opset=request.opset,
             build={**facts, "int8_matmuls": info.matmuls},
@@ -245,26 +234,26 @@ def _runs_int8() -> bool:
     return True
 
 
-def _form(model: CCNet, form: Form, precision: str, length: int) -> nn.Module:
+def _form(model: CCNet, form: Form, precision: str) -> nn.Module:
     if form == "reference":
         return model
     from export.fused.network import fused_network
     from export.parity.tolerances import torch_dtype
 
-    return fused_network(model, length=length, dtype=torch_dtype(graph_precision(precision)))
+    return fused_network(model, dtype=torch_dtype(graph_precision(precision)))
 
 
-def _onnx_engines(request: Request, length: int, spec: ModelSpec) -> list[Engine]:
+def _onnx_engines(request: Request) -> list[Engine]:
     """Ways to run the graphs without an engine of their own, none of them verified yet."""
     if "onnx" not in request.formats:
         return []
     ways = _ONNX_LADDER if request.automatic else tuple(way for p in request.precisions for way in _ONNX_WAYS[p])
     return [
         Engine(
-            name=entry_name(backend, precision, length, spec),
+            name=f"{backend}-{precision}",
             backend=backend,
             precision=precision,
-            model_file=entry_name("onnx", precision if precision in ("fp16", "int8") else "fp32", length, spec),
+            model_file="onnx-" + (precision if precision in ("fp16", "int8") else "fp32"),
             status="unverified",
         )
         for backend, precision in ways
@@ -278,13 +267,9 @@ def _engines(request: Request) -> Iterator[tuple[TensorRTFormat, str]]:
                 yield format, precision
 
 
-def _add_engine(
-    draft: Draft, request: Request, format: TensorRTFormat, precision: str, length: int, spec: ModelSpec, say: Say
-) -> Engine:
-    name = entry_name(format, precision, length, spec)
-    graph = next(
-        a for a in draft.manifest.model_files if a.name == entry_name("onnx", graph_precision(precision), length, spec)
-    )
+def _add_engine(draft: Draft, request: Request, format: TensorRTFormat, precision: str, say: Say) -> Engine:
+    name = f"{format}-{precision}"
+    graph = next(m for m in draft.manifest.model_files if m.name == f"onnx-{graph_precision(precision)}")
     say(f"building {name}")
     options = dataclasses.replace(
         request.engine,
@@ -293,7 +278,7 @@ def _add_engine(
         profile=(1, request.opt_batch, request.max_batch),
     )
     info = build_engine(draft.folder / graph.files[0], draft.folder / f"{name}.engine", options)
-    draft.add_model_file(info.model_file(name=name, length=length))
+    draft.add_model_file(info.model_file(name=name))
     return Engine(name=name, backend=format, precision=precision, model_file=name, status="unverified")
 
 

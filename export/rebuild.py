@@ -34,7 +34,7 @@ def rebuild(folder: str | Path, name: str) -> ModelFile:
     options = _options(bundle, old)
     with changed_bundle(folder) as draft:
         info = build_engine(draft.folder / source.files[0], draft.folder / old.files[0], options)
-        built = info.model_file(name=name, length=old.length)
+        built = info.model_file(name=name)
         draft.add_model_file(built)
         for engine in (*bundle.manifest.engines, *bundle.manifest.rejected):
             if engine.model_file == name:

@@ -1,7 +1,7 @@
 """The deployable folder: a manifest, the model files it lists, and the ways to run them that were verified.
 
 `bundle.json` is the manifest. Its *model files* are files (an ONNX graph with its external data, an engine); its
-*engines* are ways to run a model file (backend + precision + length), each with the verdict of the parity check and,
+*engines* are ways to run a model file (backend + precision), each with the verdict of the parity check and,
 where measured, its speed. Everything is verified by size and SHA-256 before an engine library sees it.
 """
 
@@ -46,8 +46,6 @@ class ModelFile:
     files: tuple[str, ...]
     precision: str
     """Precision of the weights and arithmetic that the file itself states."""
-    length: int
-    """T of this file; shorter than `spec.length` for the cut variants."""
     max_batch: int
     opset: int | None = None
     library: str | None = None
@@ -148,11 +146,6 @@ class Bundle:
             if record.name == name:
                 return _verify_file(self.folder, record)
         raise BundleError(f"{self.folder / MANIFEST}: '{name}' has no file record")
-
-
-def entry_name(kind: str, precision: str, length: int, spec: ModelSpec) -> str:
-    """Name of a model file or engine of T = `length`: `openvino-bf16`, or `openvino-bf16-t128` for a shorter one."""
-    return f"{kind}-{precision}" if length == spec.length else f"{kind}-{precision}-t{length}"
 
 
 def read_bundle(folder: str | Path) -> Bundle:

@@ -5,7 +5,6 @@ Shapes:  n steps of one video   Cv, Ca visual / audio feature width   T steps of
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from runtime.backends import OnMismatch, open_engine
 from runtime.backends.base import Backend, Float32
-from runtime.backends.select import OpenedEngine, engine_lengths
+from runtime.backends.select import OpenedEngine
 from runtime.bundle import read_bundle
 from runtime.detections import Detections
 from runtime.errors import ConfigError, FeatureError
@@ -32,15 +31,13 @@ Video: TypeAlias = "VideoFeatures | FeatureFiles | tuple[Any, Any] | tuple[Any, 
 
 @dataclass(frozen=True)
 class Job:
-    """One video, ready to be packed: where it is cut and which engine runs it."""
+    """One video, ready to be packed, and where it is cut."""
 
     name: str
     features: VideoFeatures
     duration: float
     """Seconds."""
     windows: tuple[Window, ...]
-    engine: int
-    """Index into `Localizer.backends`."""
 
     def pieces(self) -> list[VideoFeatures]:
         """The features of each window."""
@@ -49,11 +46,10 @@ class Job:
 
 
 class Localizer:
-    """Features in, events out, on one or several engines that differ in T only.
+    """Features in, events out.
 
-    Each video runs on the shortest engine that holds it. One longer than the longest engine is cropped to its first T
-    steps (`long_videos="crop"`, the paper's way) or seen through overlapping windows (`"windows"`). Use it from one
-    thread at a time, or one Localizer per thread.
+    A video longer than the engine's T steps is cropped to its first T (`long_videos="crop"`, as in the paper) or seen
+    through overlapping windows (`"windows"`). Use it from one thread at a time, or one Localizer per thread.
     """
 
     def __init__(
@@ -65,26 +61,22 @@ class Localizer:
         long_videos: LongVideos = "crop",
         window_overlap: float = 0.5,
     ) -> None:
-        """Takes over the backends: `close` closes them.
+        """Take over one or more engines of the same network, which `stream` runs side by side; `close` closes them.
 
         `spec`: the bundle's. `post` replaces `spec.post`. `window_overlap`: share of a window that the next one covers
-        too. Raises ConfigError when a backend is of another network, or two have the same T.
+        too. Raises ConfigError when there is no backend, or one is of another network.
         """
         require(long_videos in ("crop", "windows"), "long_videos", long_videos, "crop or windows")
         require(0 <= window_overlap < 1, "window_overlap", window_overlap, "a number in [0, 1)")
-        self.backends = sorted(backends, key=lambda backend: backend.spec.length)
+        self.backends = list(backends)
         self.spec = spec
         self.post = post or spec.post
         self.long_videos = long_videos
         self.window_overlap = window_overlap
         self._opened: OpenedEngine | None = None
-        lengths = [backend.spec.length for backend in self.backends]
-        require(len(lengths) > 0, "backends", [], "at least one")
-        require(len(set(lengths)) == len(lengths), "backends", f"engines of T = {lengths}", "one for each T")
+        require(len(self.backends) > 0, "backends", [], "at least one")
         for backend in self.backends:
-            if backend.spec.input_shapes(1) != spec.with_length(backend.spec.length).input_shapes(1) or (
-                backend.spec.labels != spec.labels
-            ):
+            if backend.spec.input_shapes(1) != spec.input_shapes(1) or backend.spec.labels != spec.labels:
                 raise ConfigError(f"backend '{backend.name}': made for another network than the spec given with it")
 
     @classmethod
@@ -94,38 +86,21 @@ class Localizer:
         backend: str = "auto",
         *,
         precision: str | None = None,
-        length: int | None = None,
         on_mismatch: OnMismatch = "error",
         threads: int | None = None,
         post: PostProcessing | None = None,
         long_videos: LongVideos = "crop",
         window_overlap: float = 0.5,
     ) -> Localizer:
-        """Load a bundle: verify its files and open its engines.
+        """Load a bundle: check the files of one engine and open it.
 
-        `length`: one T; None opens every T that the bundle holds for the chosen backend and precision. The other
-        choices are explained at `runtime.backends.open_engine`, which also lists the errors.
+        The choices are explained at `runtime.backends.open_engine`, which also lists the errors.
         """
         bundle = read_bundle(folder)
-        opened = open_engine(
-            bundle, backend, precision=precision, length=length, on_mismatch=on_mismatch, threads=threads
+        opened = open_engine(bundle, backend, precision=precision, on_mismatch=on_mismatch, threads=threads)
+        localizer = cls(
+            [opened.backend], bundle.spec, post=post, long_videos=long_videos, window_overlap=window_overlap
         )
-        with contextlib.ExitStack() as stack:
-            backends = [stack.enter_context(opened.backend)]
-            if length is None:
-                for other in engine_lengths(bundle, opened.engine):
-                    if other != opened.backend.spec.length:
-                        further = open_engine(
-                            bundle,
-                            opened.engine.backend,
-                            precision=opened.engine.precision,
-                            length=other,
-                            on_mismatch=on_mismatch,
-                            threads=threads,
-                        )
-                        backends.append(stack.enter_context(further.backend))
-            localizer = cls(backends, bundle.spec, post=post, long_videos=long_videos, window_overlap=window_overlap)
-            stack.pop_all()
         localizer._opened = opened
         return localizer
 
@@ -141,13 +116,13 @@ class Localizer:
         """Events of several videos, in their order; run in batches as large as the engines take."""
         jobs = [self.prepare(video, name=f"video {i}") for i, video in enumerate(videos)]
         outputs: list[list[tuple[Float32, Float32]]] = [[] for _ in jobs]
-        for engine, backend in enumerate(self.backends):
-            pieces = [(i, piece) for i, job in enumerate(jobs) if job.engine == engine for piece in job.pieces()]
-            for start in range(0, len(pieces), backend.max_batch):
-                chunk = pieces[start : start + backend.max_batch]
-                logits, offsets = backend.infer(*pack([piece for _, piece in chunk], backend.spec))
-                for row, (i, _) in enumerate(chunk):
-                    outputs[i].append((logits[row], offsets[row]))
+        backend = self.backends[0]
+        pieces = [(i, piece) for i, job in enumerate(jobs) for piece in job.pieces()]
+        for start in range(0, len(pieces), backend.max_batch):
+            chunk = pieces[start : start + backend.max_batch]
+            logits, offsets = backend.infer(*pack([piece for _, piece in chunk], self.spec))
+            for row, (i, _) in enumerate(chunk):
+                outputs[i].append((logits[row], offsets[row]))
         return [self.finish(job, found) for job, found in zip(jobs, outputs, strict=True)]
 
     def stream(self, videos: Iterable[Item], *, batch_size: int | None = None, workers: int | None = None) -> Results:
@@ -176,21 +151,18 @@ class Localizer:
             features = check_features(visual, audio, self.spec, name=name)
             duration = rest[0] if rest and rest[0] is not None else duration
         covered = self.spec.time_base.covered_seconds(features.steps)
-        lengths = [backend.spec.length for backend in self.backends]
-        engine = next((i for i, length in enumerate(lengths) if features.steps <= length), len(lengths) - 1)
-        windows = [Window(0, min(features.steps, lengths[-1]), 0, features.steps)]
+        windows = [Window(0, min(features.steps, self.spec.length), 0, features.steps)]
         if self.long_videos == "windows":
-            windows = plan_windows(features.steps, lengths[-1], self.window_overlap)
-        return Job(name, features, float(covered if duration is None else duration), tuple(windows), engine)
+            windows = plan_windows(features.steps, self.spec.length, self.window_overlap)
+        return Job(name, features, float(covered if duration is None else duration), tuple(windows))
 
     def finish(self, job: Job, outputs: Sequence[tuple[Float32, Float32]]) -> Detections:
         """What the engine put out for each window of a video -> its events."""
-        spec = self.backends[job.engine].spec
         if len(job.windows) > 1:
-            return merge_windows(job.windows, outputs, duration=job.duration, spec=spec, post=self.post)
+            return merge_windows(job.windows, outputs, duration=job.duration, spec=self.spec, post=self.post)
         ((logits, offsets),) = outputs
         steps = job.windows[0].steps
-        return detect(logits, offsets, valid_steps=steps, duration=job.duration, spec=spec, post=self.post)
+        return detect(logits, offsets, valid_steps=steps, duration=job.duration, spec=self.spec, post=self.post)
 
     def describe(self) -> dict[str, Any]:
         """Describe the engines, and for a loaded bundle which one was chosen, its status, and why others were not."""
@@ -212,7 +184,7 @@ class Localizer:
         self.close()
 
     def _batch_size(self) -> int:
-        backend = self.backends[-1]
+        backend = self.backends[0]
         return backend.max_batch if backend.name in GPU_BACKENDS else 1
 
     def _check_widths(self, features: VideoFeatures, name: str) -> VideoFeatures:

@@ -64,7 +64,6 @@ class _Video:
 class _Batch:
     """Windows that go through an engine together."""
 
-    engine: int
     owners: list[tuple[_Video, int]]
     """(video, index of the window) of each row."""
     packed: Future[tuple[Float32, Float32, Bool]]
@@ -100,21 +99,17 @@ class _Stream:
         self._read_ahead = 2 * batch_size + workers
         self._order: deque[_Video] = deque()  # everything not yet handed out, in the order of the stream
         self._unadmitted: deque[_Video] = deque()  # its tail: being read
-        self._groups: dict[int, list[tuple[_Video, int, VideoFeatures]]] = {}
+        self._group: list[tuple[_Video, int, VideoFeatures]] = []
         self._in_flight: set[Future[None]] = set()
         self._lock = threading.Lock()
-        self._contexts = [_contexts(backend) for backend in localizer.backends]
-        lanes = max(len(contexts) for contexts in self._contexts)
-        self._most_in_flight = lanes + 1
+        self._contexts = [context for backend in localizer.backends for context in _contexts(backend)]
+        self._most_in_flight = len(self._contexts) + 1
         self._readers = ThreadPoolExecutor(workers, "ccnet-read")
-        self._engines = ThreadPoolExecutor(lanes, "ccnet-engine")
+        self._engines = ThreadPoolExecutor(len(self._contexts), "ccnet-engine")
         self._finishers = ThreadPoolExecutor(workers, "ccnet-finish")
-        self._free: list[queue.SimpleQueue[Backend]] = []
-        for contexts in self._contexts:
-            free: queue.SimpleQueue[Backend] = queue.SimpleQueue()
-            for backend in contexts:
-                free.put(backend)
-            self._free.append(free)
+        self._free: queue.SimpleQueue[Backend] = queue.SimpleQueue()
+        for backend in self._contexts:
+            self._free.put(backend)
 
     def results(self) -> Iterator[Localized]:
         while True:
@@ -155,9 +150,8 @@ class _Stream:
     def _may_admit(self) -> bool:
         """Whether another video may join the batches: keeps packed batches and waiting videos bounded."""
         self._in_flight = {future for future in self._in_flight if not future.done()}
-        waiting = sum(len(group) for group in self._groups.values())
         held_back = len(self._order) - len(self._unadmitted)
-        return len(self._in_flight) < self._most_in_flight and waiting + held_back < 8 * self._batch_size + 8
+        return len(self._in_flight) < self._most_in_flight and len(self._group) + held_back < 8 * self._batch_size + 8
 
     def _admit(self, video: _Video) -> None:
         """Wait until a video is read and put its windows into batches."""
@@ -171,38 +165,31 @@ class _Stream:
             return
         pieces = job.pieces()
         video.outputs, video.missing = [None] * len(pieces), len(pieces)
-        group = self._groups.setdefault(job.engine, [])
         for index, piece in enumerate(pieces):
-            group.append((video, index, piece))
-            if len(group) == self._batch_size:
-                self._submit(job.engine)
-                group = self._groups.setdefault(job.engine, [])
+            self._group.append((video, index, piece))
+            if len(self._group) == self._batch_size:
+                self._submit()
 
     def _flush(self, awaited: _Video) -> None:
-        """Send incomplete batches: all at the end of the stream, else those that the awaited video is held up in."""
-        for engine, group in list(self._groups.items()):
-            if not self._unadmitted or any(video is awaited for video, _, _ in group):
-                self._submit(engine)
+        """Send an incomplete batch: at the end of the stream, or when the awaited video is held up in it."""
+        if self._group and (not self._unadmitted or any(video is awaited for video, _, _ in self._group)):
+            self._submit()
 
-    def _submit(self, engine: int) -> None:
-        group = self._groups.pop(engine)
-        if not group:
-            return
-        pieces = [piece for _, _, piece in group]
-        spec = self._localizer.backends[engine].spec
-        packed = self._finishers.submit(pack, pieces, spec)
-        batch = _Batch(engine, [(video, index) for video, index, _ in group], packed)
+    def _submit(self) -> None:
+        group, self._group = self._group, []
+        packed = self._finishers.submit(pack, [piece for _, _, piece in group], self._localizer.spec)
+        batch = _Batch([(video, index) for video, index, _ in group], packed)
         self._in_flight.add(self._engines.submit(self._infer, batch))
 
     def _infer(self, batch: _Batch) -> None:
-        backend = self._free[batch.engine].get()
+        backend = self._free.get()
         try:
             logits, offsets = backend.infer(*batch.packed.result())
         except Exception as error:  # noqa: BLE001  it belongs to the consumer of these videos
             self._fail(batch, error)
             return
         finally:
-            self._free[batch.engine].put(backend)
+            self._free.put(backend)
         for row, (video, index) in enumerate(batch.owners):
             video.outputs[index] = (logits[row], offsets[row])
             with self._lock:
@@ -236,8 +223,8 @@ class _Stream:
             pool.shutdown(wait=False, cancel_futures=True)
         for pool in (self._readers, self._engines, self._finishers):
             pool.shutdown(wait=True)
-        for contexts in self._contexts:
-            for backend in contexts[1:]:
+        for backend in self._contexts:
+            if backend not in self._localizer.backends:
                 backend.close()
 
 

@@ -162,10 +162,6 @@ class ModelSpec:
         points = self.grid.num_points
         return {LOGITS: (batch, points, self.num_classes), OFFSETS: (batch, points, self.num_classes, 2)}
 
-    def with_length(self, length: int) -> ModelSpec:
-        """The same network cut to another number of steps."""
-        return dataclasses.replace(self, length=length)
-
     def to_json(self) -> dict[str, Any]:
         return cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(self))))
 

@@ -98,7 +98,7 @@ def build(settings: Settings) -> dict[str, Any]:
     path = _engine_path(settings)
     options = EngineOptions(format=format, precision=precision, profile=(1, min(8, largest), largest))
     info = build_here(bundle.path(graph), path, options, gpu=settings["device"] == "cuda")
-    model_file = info.model_file(name=f"{format}-{precision}", length=graph.length)
+    model_file = info.model_file(name=f"{format}-{precision}")
     write_json(path.with_suffix(".json"), dataclasses.asdict(model_file))
     return {"engine": info.build, "profile": info.options.profile, "opset": info.opset, "onnx_sha256": info.onnx_sha256}
 
@@ -128,7 +128,7 @@ def check_engine_file(path: Path, model_file: ModelFile, spec: ModelSpec, refere
 
 def check_backend(backend: Backend, reference: Path) -> dict[str, Any]:
     """Compare any backend with a file of `ccnet reference`; `passed` and the differences."""
-    recorded = load_reference(reference).cut(backend.spec.length)
+    recorded = load_reference(reference)
     return compare(backend, recorded.outputs, recorded.videos).to_json()
 
 
@@ -165,7 +165,7 @@ def onnxruntime(settings: Settings) -> dict[str, Any]:
     from runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     bundle, graph = _graph(settings)
-    spec = bundle.spec.with_length(graph.length)
+    spec = bundle.spec
     largest = max(settings["batches"])
     begin = time.perf_counter()
     with OnnxRuntimeBackend.open(
@@ -238,7 +238,7 @@ def _graph(settings: Settings) -> tuple[Bundle, ModelFile]:
     bundle = read_bundle(settings["bundle"])
     wanted = "fp32" if settings["precision"] == "tf32" else settings["precision"]
     for model_file in bundle.manifest.model_files:
-        if model_file.format == "onnx" and model_file.precision == wanted and model_file.length == bundle.spec.length:
+        if model_file.format == "onnx" and model_file.precision == wanted:
             return bundle, model_file
     raise Absent(f"{bundle.folder}: has no {wanted} graph; export it with --precision {wanted}")
 
@@ -252,7 +252,7 @@ def _engine(settings: Settings) -> tuple[Path, ModelFile, ModelSpec]:
     if not path.is_file():
         raise ExportError(f"{path}: was not built")
     model_file = section_from_json(ModelFile, json.loads(path.with_suffix(".json").read_text()), where=path.name)
-    return path, model_file, read_bundle(settings["bundle"]).spec.with_length(model_file.length)
+    return path, model_file, read_bundle(settings["bundle"]).spec
 
 
 STAGES: dict[str, Callable[[Settings], dict[str, Any]]] = {

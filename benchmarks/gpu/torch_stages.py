@@ -92,7 +92,7 @@ def export(settings: Settings) -> dict[str, Any]:
             info = export_onnx(network, spec, draft.folder / f"{precision}.onnx", opset=opset, max_batch=largest)
             seconds[precision] = info.seconds
             graph = ModelFile(name=f"onnx-{precision}", format="onnx", files=info.files, precision=precision,
-                             length=spec.length, max_batch=largest, opset=opset)  # fmt: skip
+                             max_batch=largest, opset=opset)  # fmt: skip
             draft.add_model_file(graph)
         draft.bundle()
     _ccnet(["reference", settings["checkpoint"], "--out", settings["reference"], "--device", settings["device"]])

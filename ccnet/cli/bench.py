@@ -109,7 +109,6 @@ def _torch_candidate(
     return Candidate(
         name=name,
         open=partial(_open_torch, checkpoint, device, precision, compiled),
-        length=checkpoint.spec.length,
         status="reference" if reference else "to-verify",
         verify=None if reference else partial(_verify_torch, checkpoint, device),
         files={"model.safetensors": checkpoint.weights_sha256},

@@ -36,9 +36,6 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--opset", type=int, default=20, help="ONNX opset, 17 to 23 (17 for TensorRT 8.6)")
     parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="largest batch")
     parser.add_argument("--opt-batch", type=int, default=1, metavar="N", help="batch that engines are tuned for")
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[], metavar="T", help="further, shorter T for shorter videos"
-    )
     parser.add_argument("--form", choices=["fused", "reference"], default="fused", help="how to write the network")
     add_video_arguments(parser)
     engine = parser.add_argument_group("engines")
@@ -79,7 +76,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         opset=arguments.opset,
         max_batch=arguments.max_batch,
         opt_batch=arguments.opt_batch,
-        lengths=tuple(arguments.lengths),
         form=arguments.form,
         engine=_engine_options(arguments),
     )
@@ -87,7 +83,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     refuse_foreign(Path(arguments.out))
     model = checkpoint.load_model()
     say("running the eager network")
-    reference = eager_reference(checkpoint, model, lengths=arguments.lengths, **eager_arguments(arguments))
+    reference = eager_reference(checkpoint, model, **eager_arguments(arguments))
     _summarize(arguments.out, make_bundle(checkpoint, model, reference, arguments.out, request, say))
     return 0
 

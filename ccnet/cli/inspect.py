@@ -73,21 +73,20 @@ def _text(bundle: Bundle, problems: dict[str, str]) -> list[str]:
         *(f"  {name}: {problem}" for name, problem in problems.items()),
         "",
         *_table(
-            ("model_file", "format", "precision", "T", "max batch", "built for", "facts"),
+            ("model file", "format", "precision", "max batch", "built for", "facts"),
             [
-                (a.name, a.format, a.precision, str(a.length), str(a.max_batch), _built_for(a), _facts(a.build))
+                (a.name, a.format, a.precision, str(a.max_batch), _built_for(a), _facts(a.build))
                 for a in manifest.model_files
             ],
         ),
         "",
         *_table(
-            ("engine", "backend", "precision", "T", "status", "ms per video", "accuracy"),
+            ("engine", "backend", "precision", "status", "ms per video", "accuracy"),
             [
                 (
                     r.name,
                     r.backend,
                     r.precision,
-                    str(bundle.model_file(r.model_file).length),
                     r.status,
                     _speed(r.speed, r.backend),
                     _facts(r.accuracy),

@@ -36,7 +36,6 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that choose an engine and say how to run it; `open_localizer` takes them."""
     parser.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help="default: the fastest verified")
     parser.add_argument("--precision", help="only this precision (fp32, tf32, bf16, fp16, int8)")
-    parser.add_argument("--length", type=positive, metavar="T", help="only the engine of this many steps")
     parser.add_argument("--batch", type=positive, metavar="N", help="videos per engine call")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the engine")
     parser.add_argument(
@@ -73,7 +72,6 @@ def open_localizer(arguments: argparse.Namespace) -> Localizer:
         arguments.bundle,
         arguments.backend,
         precision=arguments.precision,
-        length=arguments.length,
         on_mismatch=arguments.on_mismatch,
         threads=arguments.threads,
         long_videos=arguments.long_videos,

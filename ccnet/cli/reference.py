@@ -17,14 +17,6 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("checkpoint", help="checkpoint folder")
     parser.add_argument("--out", required=True, metavar="FILE", help="the .npz file")
-    parser.add_argument(
-        "--lengths",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="T",
-        help="shorter T of the bundle that are to be verified too",
-    )
     add_video_arguments(parser)
 
 
@@ -36,9 +28,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from export.parity.reference import save_reference
 
     checkpoint = read_checkpoint(arguments.checkpoint)
-    reference = eager_reference(
-        checkpoint, checkpoint.load_model(), lengths=arguments.lengths, **eager_arguments(arguments)
-    )
+    reference = eager_reference(checkpoint, checkpoint.load_model(), **eager_arguments(arguments))
     save_reference(arguments.out, reference)
     size = Path(arguments.out).stat().st_size / 1e6
     print(f"{arguments.out}: {len(reference.videos)} inputs with their outputs, {size:.1f} MB")

@@ -69,8 +69,7 @@ def _reference(arguments: argparse.Namespace, bundle: Bundle) -> Reference:
 
     checkpoint = read_checkpoint(arguments.checkpoint)
     say("running the eager network")
-    lengths = {model_file.length for model_file in bundle.manifest.model_files}
-    return eager_reference(checkpoint, checkpoint.load_model(), lengths=lengths, **eager_arguments(arguments))
+    return eager_reference(checkpoint, checkpoint.load_model(), **eager_arguments(arguments))
 
 
 def _polygraphy(arguments: argparse.Namespace, bundle: Bundle) -> int:
@@ -88,7 +87,7 @@ def _polygraphy(arguments: argparse.Namespace, bundle: Bundle) -> int:
         report.require()
         return 0
     write_inputs(folder, reference)
-    graph = next(a for a in bundle.manifest.model_files if a.format == "onnx" and a.length == bundle.spec.length)
+    graph = next(a for a in bundle.manifest.model_files if a.format == "onnx")
     print(f"{folder}: inputs.json and expected.json written; next:")
     print(
         f"  polygraphy run {bundle.path(graph)} --onnxrt --load-inputs {folder / 'inputs.json'} "

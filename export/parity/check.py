@@ -22,9 +22,8 @@ SPEED_RULES = Rules(warmup_seconds=0.2, warmup_calls=2, seconds=1.0, calls=7)
 
 def check_parity(bundle: Bundle, engine: Engine, reference: Reference) -> ParityReport:
     """Compare an engine with the reference. Raises BackendUnavailable or EngineMismatch when it can't run here."""
-    part = reference.cut(bundle.model_file(engine.model_file).length)
     with open_named(bundle, engine) as backend:
-        return compare(backend, part.outputs, part.videos, limits=tolerance(engine.precision))
+        return compare(backend, reference.outputs, reference.videos, limits=tolerance(engine.precision))
 
 
 def with_verdict(engine: Engine, report: ParityReport) -> Engine:
@@ -39,7 +38,7 @@ def measured(bundle: Bundle, engines: Sequence[Engine]) -> list[Engine]:
     backends = []
     for engine in engines:
         backend = open_named(bundle, engine)
-        inputs = pack(sample_videos(spec, 1, steps=backend.spec.length), backend.spec)
+        inputs = pack(sample_videos(spec, 1), spec)
         calls[engine.name] = lambda backend=backend, inputs=inputs: backend.infer(*inputs)
         backends.append(backend)
     timings = measure_interleaved(calls, SPEED_RULES) if calls else {}

@@ -263,7 +263,7 @@ def _event_checks(events: dict[str, EventAgreement], metric: MapAgreement | None
         ("stress_events", "stress inputs", limits.matched_stress),
     ):
         found = events.get(kind)
-        detail = f"no {kind} fit this T; 'ccnet reference --lengths T' adds some"
+        detail = f"no {kind} among the inputs"
         if found is not None:
             detail = f"{found.matched} of {found.events} above score {found.threshold:.3g}"
         if found is not None and found.lost:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ccnet.torch_backend import TorchBackend
-from export.parity.inputs import NUM_VIDEOS, ParityVideo, crops, folder_inputs, stress_inputs, synthetic_inputs
+from export.parity.inputs import NUM_VIDEOS, ParityVideo, folder_inputs, stress_inputs, synthetic_inputs
 from export.parity.reference import Reference, record
 from runtime.annotations import read_annotations
 from runtime.errors import ConfigError
@@ -25,22 +24,18 @@ def eager_reference(
     features: str | Path | None = None,
     annotations: str | Path | None = None,
     count: int = NUM_VIDEOS,
-    lengths: Iterable[int] = (),
     device: str = "cpu",
 ) -> Reference:
     """Stress inputs and `count` videos through the fp32 network, each alone.
 
     The videos are real ones from the folder `features` (with their events, where `annotations` has them), else
-    synthetic. For each of `lengths`, shorter T that are to be verified too, some are cropped to it.
+    synthetic.
 
     Raises FeatureError, AnnotationError, ConfigError for annotations without features, BackendUnavailable for an
     absent device.
     """
     spec = checkpoint.spec
-    with_events = _videos(spec, features, annotations, count)
-    videos = stress_inputs(spec) + with_events
-    for length in sorted(set(lengths) - {spec.length}):
-        videos += crops(with_events, length, spec)
+    videos = stress_inputs(spec) + _videos(spec, features, annotations, count)
     with TorchBackend(model, spec, device=device) as backend:
         outputs = record(backend, videos)
     model.cpu()

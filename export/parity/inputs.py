@@ -8,7 +8,7 @@ Shapes:  n steps of one video   Cv, Ca visual / audio feature width   M events o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,6 @@ from runtime.spec import ModelSpec
 
 NUM_VIDEOS = 24
 """Synthetic or real videos of one check: about 70 events, half a minute of the full-size network on two cores."""
-NUM_CROPS = 6
-"""Videos cropped for each shorter network: most real ones are longer than it."""
 LARGE = 100.0
 """Factor of the large-magnitude stress inputs. Real features seldom exceed 10."""
 
@@ -138,23 +136,6 @@ def folder_inputs(
             cut = _cut(features, spec)
             videos.append(ParityVideo(video_id, cut, known.duration, False, known.segments, known.labels))
     return videos
-
-
-def crops(videos: Sequence[ParityVideo], steps: int, spec: ModelSpec, *, count: int = NUM_CROPS) -> list[ParityVideo]:
-    """The first `steps` steps of some videos with events, as videos of their own: what a shorter network is judged by.
-
-    Events are cut to what remains of them; those of which nothing remains are dropped.
-    """
-    duration = spec.time_base.covered_seconds(steps)
-    longer = [video for video in videos if not video.stress and video.features.steps > steps]
-    cropped = []
-    for video in longer[:count]:
-        segments = np.minimum(video.segments, duration)
-        remains = segments[:, 1] > segments[:, 0]
-        features = VideoFeatures(video.features.visual[:steps], video.features.audio[:steps])
-        name = f"{video.name}, first {steps} steps"
-        cropped.append(ParityVideo(name, features, duration, False, segments[remains], video.labels[remains]))
-    return cropped
 
 
 def _without_events(name: str, features: VideoFeatures, spec: ModelSpec, *, stress: bool) -> ParityVideo:

@@ -47,20 +47,6 @@ class Reference:
     videos: list[ParityVideo]
     outputs: Outputs
 
-    def cut(self, length: int) -> Reference:
-        """The same reference for a network of `length` steps: the videos that it holds, and their points."""
-        if length == self.spec.length:
-            return self
-        keep = [i for i, video in enumerate(self.videos) if video.features.steps <= length]
-        grid = self.spec.grid
-        points = np.concatenate(
-            [np.arange(s.start, s.start + length // k) for s, k in zip(grid.level_slices, grid.strides, strict=True)]
-        )
-        outputs = Outputs(
-            self.outputs.logits[keep][:, points], self.outputs.offsets[keep][:, points], self.outputs.source
-        )
-        return Reference(self.spec.with_length(length), self.checkpoint_sha256, [self.videos[i] for i in keep], outputs)
-
 
 def record(backend: Backend, videos: Sequence[ParityVideo]) -> Outputs:
     """Run every video alone. Raises what the backend raises."""

@@ -35,11 +35,8 @@ def engines_to_verify(bundle: Bundle, backend: str | None, precision: str | None
     if backend is None and precision is None:
         return [engine for engine in bundle.manifest.engines if engine.status == "unverified"]
     found = failed_engines(bundle, backend or "auto", precision=precision)
-    lengths = sorted({model_file.length for model_file in bundle.manifest.model_files}, reverse=True)
-    for length in lengths:
-        with contextlib.suppress(BackendUnavailable):
-            found += matching_engines(bundle, backend or "auto", precision=precision, length=length)
-    # Without any, the error of the bundle's own T says what there is.
+    with contextlib.suppress(BackendUnavailable):
+        found += matching_engines(bundle, backend or "auto", precision=precision)
     return found or matching_engines(bundle, backend or "auto", precision=precision)
 
 

@@ -50,15 +50,14 @@ class EngineInfo:
     onnx_sha256: str
     build: dict[str, Any]
 
-    def model_file(self, *, name: str, length: int) -> ModelFile:
-        """Return the manifest entry of this engine; `length` is T of its graph."""
+    def model_file(self, *, name: str) -> ModelFile:
+        """Return the manifest entry of this engine."""
         options = self.options
         return ModelFile(
             name=name,
             format=options.format,
             files=(self.path.name,),
             precision=options.precision,
-            length=length,
             max_batch=options.profile[2],
             opset=self.opset,
             library=self.library,

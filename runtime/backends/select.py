@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from runtime.backends.base import Backend
-from runtime.bundle import Bundle, Engine, ModelFile, entry_name, read_bundle
+from runtime.bundle import Bundle, Engine, ModelFile, read_bundle
 from runtime.errors import BackendUnavailable, EngineMismatch
 from runtime.machine import machine_class
 
@@ -48,14 +48,11 @@ def open_backend(
     backend: str = "auto",
     *,
     precision: str | None = None,
-    length: int | None = None,
     on_mismatch: OnMismatch = "error",
     threads: int | None = None,
 ) -> Backend:
     """Load one engine of a bundle; see `open_engine`, which also tells how it was chosen."""
-    return open_engine(
-        bundle, backend, precision=precision, length=length, on_mismatch=on_mismatch, threads=threads
-    ).backend
+    return open_engine(bundle, backend, precision=precision, on_mismatch=on_mismatch, threads=threads).backend
 
 
 def open_engine(
@@ -63,7 +60,6 @@ def open_engine(
     backend: str = "auto",
     *,
     precision: str | None = None,
-    length: int | None = None,
     on_mismatch: OnMismatch = "error",
     threads: int | None = None,
 ) -> OpenedEngine:
@@ -73,7 +69,7 @@ def open_engine(
     Speeds count where they were measured on this class of machine; the others follow in the order of `BACKENDS`. A
     engine that was never verified is taken only when no verified one can run, with a RuntimeWarning. Asking for one of
     `ONNX_BACKENDS` by name runs any ONNX file of the bundle, with that warning where it is not among the engines.
-    `length`: T of the engine, default the bundle's own. `threads`: CPU threads of one operator. `on_mismatch`: for
+    `threads`: CPU threads of one operator. `on_mismatch`: for
     an engine of another library version or GPU: raise EngineMismatch, run the bundle's ONNX file instead (with a
     RuntimeWarning), or build the engine again here (the bundle is updated).
 
@@ -83,7 +79,7 @@ def open_engine(
     if on_mismatch not in get_args(OnMismatch):
         raise BackendUnavailable(f"on_mismatch: got {on_mismatch!r}, expected one of {', '.join(get_args(OnMismatch))}")
     opener = _Opener(bundle, threads, on_mismatch)
-    engines = matching_engines(bundle, backend, precision=precision, length=length)
+    engines = matching_engines(bundle, backend, precision=precision)
     if backend != "auto":
         return _warned(opener.open(engines[0]))
     skipped: list[str] = []
@@ -101,28 +97,21 @@ def open_named(bundle: Bundle, engine: Engine) -> Backend:
     return _Opener(bundle, None, "error").open(engine).backend
 
 
-def matching_engines(
-    bundle: Bundle, backend: str = "auto", *, precision: str | None = None, length: int | None = None
-) -> list[Engine]:
+def matching_engines(bundle: Bundle, backend: str = "auto", *, precision: str | None = None) -> list[Engine]:
     """Engines of the bundle that fit what is asked for, best first (verified, then fastest or preferred).
 
     Raises BackendUnavailable, listing what the bundle has, when none fits.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise BackendUnavailable(f"backend: got {backend!r}, expected auto or one of {', '.join(BACKENDS)}")
-    length = bundle.spec.length if length is None else length
     engines = [*bundle.manifest.engines]
     if backend in ONNX_BACKENDS:
         engines += _unlisted_engines(bundle, backend)
     fitting = [
-        engine
-        for engine in engines
-        if backend in ("auto", engine.backend)
-        and precision in (None, engine.precision)
-        and bundle.model_file(engine.model_file).length == length
+        engine for engine in engines if backend in ("auto", engine.backend) and precision in (None, engine.precision)
     ]
     if not fitting:
-        asked = " ".join(str(part) for part in (backend, precision, f"T={length}") if part)
+        asked = " ".join(str(part) for part in (backend, precision) if part)
         names = [engine.name for engine in failed_engines(bundle, backend, precision=precision)]
         failed = f" (failed the parity check and are not run: {', '.join(names)})" if names else ""
         raise BackendUnavailable(f"{bundle.folder} has no engine for {asked}; it has: {_listing(bundle)}{failed}")
@@ -136,17 +125,6 @@ def failed_engines(bundle: Bundle, backend: str = "auto", *, precision: str | No
         for engine in bundle.manifest.rejected
         if backend in ("auto", engine.backend) and precision in (None, engine.precision)
     ]
-
-
-def engine_lengths(bundle: Bundle, engine: Engine) -> list[int]:
-    """The T for which the bundle can be run by the same backend in the same precision, shortest first."""
-    return sorted(
-        {
-            bundle.model_file(other.model_file).length
-            for other in bundle.manifest.engines
-            if (other.backend, other.precision) == (engine.backend, engine.precision)
-        }
-    )
 
 
 def _rank(engine: Engine) -> tuple[bool, bool, float, int, int]:
@@ -169,17 +147,17 @@ def _unlisted_engines(bundle: Bundle, backend: str) -> list[Engine]:
     A precision that has a file of its own is run from that one.
     """
     listed = (*bundle.manifest.engines, *bundle.manifest.rejected)
-    known = {(engine.backend, engine.precision, bundle.model_file(engine.model_file).length) for engine in listed}
+    known = {(engine.backend, engine.precision) for engine in listed}
     graphs = [model_file for model_file in bundle.manifest.model_files if model_file.format == "onnx"]
     ways = [(model_file, model_file.precision) for model_file in graphs]
     fp32 = [model_file for model_file in graphs if model_file.precision == "fp32"]
     ways += [(a, p) for a in fp32 for name, p in sorted(_RUNS_FP32_GRAPH) if name == backend]
     engines = []
     for model_file, precision in ways:
-        way = (backend, precision, model_file.length)
+        way = (backend, precision)
         if way not in known:
             known.add(way)
-            name = entry_name(*way, bundle.spec)
+            name = f"{backend}-{precision}"
             engines.append(
                 Engine(name=name, backend=backend, precision=precision, model_file=model_file.name, status="unverified")
             )
@@ -213,7 +191,7 @@ class _Opener:
 
     def _open_onnx(self, engine: Engine) -> Backend:
         model_file = self._bundle.model_file(engine.model_file)
-        path, spec = self._bundle.path(model_file), self._bundle.spec.with_length(model_file.length)
+        path, spec = self._bundle.path(model_file), self._bundle.spec
         if engine.backend == "openvino":
             from runtime.backends.openvino import OpenVinoBackend, check_available
 
@@ -255,12 +233,11 @@ class _Opener:
         model_file = self._bundle.model_file(engine.model_file)
         check_engine(model_file)
         self._verify(model_file)
-        spec = self._bundle.spec.with_length(model_file.length)
+        spec = self._bundle.spec
         return OpenedEngine(TensorRTBackend.open(self._bundle.path(model_file), model_file, spec), engine)
 
     def _open_onnx_instead(self, engine: Engine, mismatch: EngineMismatch) -> OpenedEngine:
-        length = self._bundle.model_file(engine.model_file).length
-        engines = [r for r in matching_engines(self._bundle, length=length) if r.backend in ONNX_BACKENDS]
+        engines = [r for r in matching_engines(self._bundle) if r.backend in ONNX_BACKENDS]
         engines += _unlisted_engines(self._bundle, "onnxruntime") if not engines else []
         skipped = [f"{engine.name}: {mismatch}"]
         for other in engines:
@@ -304,5 +281,5 @@ def _warned(opened: OpenedEngine) -> OpenedEngine:
 
 def _listing(bundle: Bundle) -> str:
     engines: Sequence[Engine] = bundle.manifest.engines
-    found = [f"{r.backend} {r.precision} T={bundle.model_file(r.model_file).length} ({r.status})" for r in engines]
+    found = [f"{r.backend} {r.precision} ({r.status})" for r in engines]
     return ", ".join(found) or "none"

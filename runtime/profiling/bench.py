@@ -47,8 +47,6 @@ class Candidate:
 
     name: str
     open: Callable[[], Backend]
-    length: int
-    """T of this candidate; only candidates of one length are measured against each other."""
     status: str
     """`passed`, `not-run`, `failed`, or `reference`; `to-verify` when `verify` says it."""
     accuracy: dict[str, Any] = field(default_factory=dict)
@@ -89,18 +87,17 @@ def _engine_candidate(bundle: Bundle, engine: Engine) -> Candidate:
     def open_it() -> Backend:
         from runtime.backends import open_backend
 
-        return open_backend(bundle, engine.backend, precision=engine.precision, length=model_file.length)
+        return open_backend(bundle, engine.backend, precision=engine.precision)
 
     arguments = [str(bundle.folder), "--backend", engine.backend, "--precision", engine.precision]
     return Candidate(
         name=engine.name,
         open=open_it,
-        length=model_file.length,
         status=engine.status,
         accuracy=engine.accuracy,
         files={name: record.sha256 for name, record in records.items()},
         weight_bytes=sum(record.size for record in records.values()),
-        cold_start=(*arguments, "--length", str(model_file.length)),
+        cold_start=tuple(arguments),
     )
 
 
@@ -113,8 +110,8 @@ def bench(
 ) -> dict[str, Any]:
     """Measure all candidates and return the report, as JSON.
 
-    Candidates of one length are open at the same time, so memory must hold them all. One that can't be opened here is
-    listed with the reason. Ratios are those of a candidate's engine to the first verified candidate of its length.
+    All candidates are open at the same time, so memory must hold them all. One that can't be opened here is listed with
+    the reason. Ratios are those of a candidate's engine to the first verified candidate.
     """
     plan = plan or Plan()
     report: dict[str, Any] = {
@@ -134,21 +131,19 @@ def bench(
                 cold[candidate.name] = measure_cold_start(candidate.cold_start, repeats=plan.cold_starts)
             except CCNetError as error:
                 unable[candidate.name] = str(error)
-    for length in sorted({c.length for c in candidates}, reverse=True):
-        group = [c for c in candidates if c.length == length]
-        with contextlib.ExitStack() as stack:
-            opened: dict[str, Backend] = {}
-            for candidate in group:
-                entry = _entry(candidate, cold.get(candidate.name))
-                report["candidates"].append(entry)
-                if candidate.name in unable:
-                    entry["not_measured"] = unable[candidate.name]
-                    continue
-                backend = _open(candidate, entry, stack, progress)
-                if backend is not None:
-                    opened[candidate.name] = backend
-            if opened:
-                report["rows"] += _measure_group(spec.with_length(length), opened, plan, progress)
+    with contextlib.ExitStack() as stack:
+        opened: dict[str, Backend] = {}
+        for candidate in candidates:
+            entry = _entry(candidate, cold.get(candidate.name))
+            report["candidates"].append(entry)
+            if candidate.name in unable:
+                entry["not_measured"] = unable[candidate.name]
+                continue
+            backend = _open(candidate, entry, stack, progress)
+            if backend is not None:
+                opened[candidate.name] = backend
+        if opened:
+            report["rows"] = _measure(spec, opened, plan, progress)
     report["machine"]["load_average_after"] = machine_facts()["load_average"]
     return report
 
@@ -177,7 +172,6 @@ def _open(
 def _entry(candidate: Candidate, cold: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "name": candidate.name,
-        "length": candidate.length,
         "status": candidate.status,
         "accuracy": candidate.accuracy,
         "files": candidate.files,
@@ -188,10 +182,10 @@ def _entry(candidate: Candidate, cold: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _measure_group(
+def _measure(
     spec: ModelSpec, opened: dict[str, Backend], plan: Plan, progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Rows of all batch sizes for candidates of one length."""
+    """Measure all candidates at every batch size. Returns the rows of the report."""
     from runtime.localizer import Localizer
 
     watches = {name: Stopwatch(backend) for name, backend in opened.items()}
@@ -221,7 +215,6 @@ def _measure_group(
             rows.append(
                 {
                     "candidate": name,
-                    "length": spec.length,
                     "batch": batch,
                     "engine_ms": engine.summary(),
                     "end_to_end_ms": whole.summary(),

@@ -47,7 +47,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("bundle")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--precision")
-    parser.add_argument("--length", type=int)
     arguments = parser.parse_args(argv)
     begin = time.perf_counter_ns()
     import runtime.localizer
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     imported = time.perf_counter_ns()
     imported_bytes = rss_bytes()
     try:
-        backend = open_backend(bundle, arguments.backend, precision=arguments.precision, length=arguments.length)
+        backend = open_backend(bundle, arguments.backend, precision=arguments.precision)
         localizer = runtime.localizer.Localizer([backend], backend.spec)
         loaded = time.perf_counter_ns()
         loaded_bytes = rss_bytes()

@@ -45,7 +45,7 @@ def _accuracy(candidates: Sequence[Mapping[str, Any]]) -> str:
         facts = ", ".join(
             f"{k} {_value(v)}" for k, v in candidate["accuracy"].items() if not isinstance(v, dict | list)
         )
-        line = f"{candidate['name']} (T = {candidate['length']}): parity check {candidate['status']}"
+        line = f"{candidate['name']}: parity check {candidate['status']}"
         lines.append(line + (f"; {facts}" if facts else ""))
         if candidate["not_measured"]:
             lines.append(f"    not measured: {candidate['not_measured']}")
@@ -54,7 +54,7 @@ def _accuracy(candidates: Sequence[Mapping[str, Any]]) -> str:
 
 def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
     header = (
-        *("candidate", "T", "B", "engine p50", "p90", "p95", "p99", "mean", "end to end p50", "p99", "outside p50"),
+        *("candidate", "B", "engine p50", "p90", "p95", "p99", "mean", "end to end p50", "p99", "outside p50"),
         *("videos/s", "n", "time, first = 1 [95%]"),
     )
     lines = []
@@ -64,7 +64,6 @@ def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             [
                 row["candidate"],
-                str(row["length"]),
                 str(row["batch"]),
                 *(_ms(engine[key]) for key in ("p50", "p90", "p95", "p99", "mean")),
                 _ms(whole["p50"]),
