@@ -187,24 +187,20 @@ def make_bundle(
     engines: Sequence[Engine] | None = None,
     *,
     spec: ModelSpec = SPEC,
-    lengths: Sequence[int] = (32,),
     engine_files: Sequence[ModelFile] = (),
 ) -> Bundle:
-    """A bundle with one ONNX file per length (`onnx-fp32-t<length>`) and the given engines and engine files.
+    """Write a bundle with one ONNX file, `onnx-fp32`, the given engines and engine files.
 
-    Without `engines`: one verified ONNX Runtime engine per length. Engine files are a few arbitrary bytes.
+    Without `engines`: one verified ONNX Runtime engine. Engine files are a few arbitrary bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model_files = []
-    for length in lengths:
-        name = f"model-t{length}.onnx"
-        write_oracle_onnx(folder / name, spec.with_length(length))
-        model_files.append(onnx_model_file(length, name))
+    write_oracle_onnx(folder / "model.onnx", spec)
+    model_files = [onnx_model_file()]
     for file in engine_files:
         (folder / file.files[0]).write_bytes(b"not really an engine")
         model_files.append(file)
     if engines is None:
-        engines = [engine("onnxruntime", length=length) for length in lengths]
+        engines = [engine("onnxruntime")]
     names = [name for model_file in model_files for name in model_file.files]
     manifest = Manifest(
         schema=1,
@@ -224,13 +220,12 @@ def make_bundle(
     return read_bundle(folder)
 
 
-def onnx_model_file(length: int = 32, file: str | None = None) -> ModelFile:
+def onnx_model_file(name: str = "onnx-fp32") -> ModelFile:
     return ModelFile(
-        name=f"onnx-fp32-t{length}",
+        name=name,
         format="onnx",
-        files=(file or f"model-t{length}.onnx",),
+        files=("model.onnx",),
         precision="fp32",
-        length=length,
         max_batch=4,
         opset=17,
     )
@@ -242,28 +237,25 @@ def tensorrt_model_file(name: str = "tensorrt-fp16") -> ModelFile:
         format="tensorrt",
         files=(f"{name}.engine",),
         precision="fp16",
-        length=32,
         max_batch=4,
         profile=(1, 1, 4),
     )
 
 
-def engine(
-    backend: str, precision: str = "fp32", *, length: int = 32, model_file: str | None = None, **options: Any
-) -> Engine:
+def engine(backend: str, precision: str = "fp32", *, model_file: str = "onnx-fp32", **options: Any) -> Engine:
     values = {"status": "verified", **options}
     return Engine(
-        name=f"{backend}-{precision}-t{length}",
+        name=f"{backend}-{precision}",
         backend=backend,
         precision=precision,
-        model_file=model_file or f"onnx-fp32-t{length}",
+        model_file=model_file,
         **values,
     )
 
 
 def fill_draft(draft: Draft) -> None:
     """Put the oracle's ONNX file and one verified engine into a bundle that is being written."""
-    write_oracle_onnx(draft.folder / "model-t32.onnx")
+    write_oracle_onnx(draft.folder / "model.onnx")
     draft.add_model_file(onnx_model_file())
     draft.set_engine(engine("onnxruntime"), {"passed": True, "checks": []})
 

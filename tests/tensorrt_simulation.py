@@ -386,7 +386,7 @@ def install(monkeypatch: pytest.MonkeyPatch, sim: Simulation) -> None:
 
 ENGINE_SPEC = ModelSpec(length=16, levels=3, visual_dim=6, audio_dim=4, labels=("a", "b", "c"))
 ENGINE_FILE = ModelFile(
-    name="tensorrt-fp16", format="tensorrt", files=("e.engine",), precision="fp16", length=16, max_batch=4,
+    name="tensorrt-fp16", format="tensorrt", files=("e.engine",), precision="fp16", max_batch=4,
     library="tensorrt", library_version="10.9.0", gpu_name="Simulated GPU", compute_capabilities=("9.0",),
     profile=(1, 2, 4), onnx_sha256="0" * 64,
 )  # fmt: skip

@@ -60,7 +60,7 @@ class FakeBackend:
 
 
 def candidate(name: str, backend: FakeBackend, **changes: Any) -> Candidate:
-    facts: dict[str, Any] = {"open": lambda: backend, "length": SPEC.length, "status": "verified", **changes}
+    facts: dict[str, Any] = {"open": lambda: backend, "status": "verified", **changes}
     return Candidate(name=name, **facts)
 
 
@@ -111,7 +111,7 @@ def test_without_a_passed_parity_check_there_is_no_speed(status: str) -> None:
 def test_peers_are_verified_before_they_are_measured() -> None:
     good, bad = FakeBackend(), FakeBackend()
     verdicts: dict[int, tuple[str, dict[str, Any]]] = {
-        id(good): ("passed", {"max_logits": 1e-6}),
+        id(good): ("verified", {"max_logits": 1e-6}),
         id(bad): ("failed", {"max_logits": 0.5}),
     }
 
@@ -127,7 +127,7 @@ def test_peers_are_verified_before_they_are_measured() -> None:
         QUICK,
     )
     assert {r["candidate"] for r in report["rows"]} == {"good"}
-    assert [c["status"] for c in report["candidates"]] == ["passed", "failed"]
+    assert [c["status"] for c in report["candidates"]] == ["verified", "failed"]
     assert report["candidates"][1]["accuracy"] == {"max_logits": 0.5}
     assert bad.batches == []
 
@@ -139,15 +139,6 @@ def test_what_does_not_open_here_is_listed_and_the_rest_goes_on() -> None:
     report = bench(SPEC, [candidate("gpu", FakeBackend(), open=absent), candidate("cpu", FakeBackend())], QUICK)
     assert report["candidates"][0]["not_measured"] == "no such device"
     assert {r["candidate"] for r in report["rows"]} == {"cpu"}
-
-
-def test_lengths_are_measured_in_groups_of_their_own() -> None:
-    short = FakeBackend(SPEC.with_length(8))
-    report = bench(SPEC, [candidate("short", short, length=8), candidate("full", FakeBackend())], QUICK)
-    assert {(r["candidate"], r["length"], r["engine_ratio"]["to"]) for r in report["rows"]} == {
-        ("full", 16, "full"),
-        ("short", 8, "short"),
-    }
 
 
 def test_the_number_of_videos_is_the_same_for_every_batch() -> None:
@@ -168,7 +159,7 @@ def test_an_error_in_the_stream_is_not_counted_as_a_result() -> None:
 
 def manifest_bundle(folder: Path, backends: tuple[str, ...]) -> Bundle:
     model_file = ModelFile(
-        name="onnx-fp32", format="onnx", files=("m.onnx", "m.onnx.data"), precision="fp32", length=16, max_batch=4
+        name="onnx-fp32", format="onnx", files=("m.onnx", "m.onnx.data"), precision="fp32", max_batch=4
     )
     engines = tuple(
         Engine(
@@ -192,18 +183,18 @@ def manifest_bundle(folder: Path, backends: tuple[str, ...]) -> Bundle:
 def test_candidates_of_a_bundle(tmp_path: Path) -> None:
     bundle = manifest_bundle(tmp_path, ("onnxruntime", "openvino"))
     first, second = engine_candidates(bundle)
-    assert (first.name, first.status, first.accuracy) == ("onnxruntime-fp32", "passed", {"matched": 1.0})
+    assert (first.name, first.status, first.accuracy) == ("onnxruntime-fp32", "verified", {"matched": 1.0})
     assert first.files == {"m.onnx": "aa", "m.onnx.data": "bb"}
     assert first.weight_bytes == 12
     assert second.cold_start == (
-        str(tmp_path), "--backend", "openvino", "--precision", "fp32", "--length", "16",
+        str(tmp_path), "--backend", "openvino", "--precision", "fp32",
     )  # fmt: skip
     assert [c.name for c in engine_candidates(bundle, ["openvino"])] == ["openvino-fp32"]
 
     failed = replace(bundle.manifest.engines[1], name="openvino-int8", precision="int8", status="failed")
     bundle = replace(bundle, manifest=replace(bundle.manifest, rejected=(failed,)))
     assert [(c.name, c.status) for c in engine_candidates(bundle, ["openvino"])] == [
-        ("openvino-fp32", "passed"),
+        ("openvino-fp32", "verified"),
         ("openvino-int8", "failed"),
     ]
 

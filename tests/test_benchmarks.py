@@ -49,7 +49,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Networks]:
     made = Networks(tmp_path_factory.mktemp("work"), benchmark_config("tiny"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Networks, "eager", lambda self: Toy(self.spec))
-        patch.setattr(Networks, "module", lambda self, form, length: Toy(self.spec.with_length(length or 16)))
+        patch.setattr(Networks, "module", lambda self, form: Toy(self.spec))
         yield made
 
 
@@ -111,8 +111,8 @@ def test_growth(networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     data, named = measured(growth.run(Setting(networks, tmp_path, RULES)))
     assert set(data["timings_ms"]["stages"]) == {"read", "pack", "engine", "decode", "suppress"}
     assert "post-processing of 50 candidates p50" in named
-    assert "16 steps, full engine p50" in named
-    assert "32 steps, full engine (windows) p50" in named
+    assert "16 steps, whole p50" in named
+    assert "32 steps, windows p50" in named
     assert f"batch 2, {data['engine']} p50" in named
 
 

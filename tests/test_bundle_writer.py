@@ -57,9 +57,9 @@ def test_a_new_bundle_is_what_the_runtime_reads(tmp_path: Path) -> None:
     bundle.verify()
     assert bundle.spec == SPEC
     assert bundle.manifest.checkpoint_sha256 == "ab" * 32
-    assert {record.name for record in bundle.manifest.files} == {"model-t32.onnx", PARITY}
-    assert [r.name for r in bundle.manifest.engines] == ["onnxruntime-fp32-t32"]
-    assert '"onnxruntime-fp32-t32"' in (bundle.folder / PARITY).read_text()
+    assert {record.name for record in bundle.manifest.files} == {"model.onnx", PARITY}
+    assert [r.name for r in bundle.manifest.engines] == ["onnxruntime-fp32"]
+    assert '"onnxruntime-fp32"' in (bundle.folder / PARITY).read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle"]
 
 
@@ -121,18 +121,18 @@ def test_an_engine_is_added_and_the_rest_stays(tmp_path: Path) -> None:
     path = tmp_path / "bundle"
     old = make(path)
     (path / "notes.txt").write_text("mine")
-    graph = (path / "model-t32.onnx").stat().st_ino
+    graph = (path / "model.onnx").stat().st_ino
     with changed_bundle(path) as draft:
         (draft.folder / "tensorrt-fp16.engine").write_bytes(b"an engine")
         draft.add_model_file(tensorrt_model_file())
         draft.set_engine(engine("tensorrt", "fp16", model_file="tensorrt-fp16", status="unverified"))
-        assert [a.name for a in read_bundle(path).manifest.model_files] == ["onnx-fp32-t32"]
+        assert [a.name for a in read_bundle(path).manifest.model_files] == ["onnx-fp32"]
     bundle = read_bundle(path)
     bundle.verify()
-    assert [a.name for a in bundle.manifest.model_files] == ["onnx-fp32-t32", "tensorrt-fp16"]
+    assert [a.name for a in bundle.manifest.model_files] == ["onnx-fp32", "tensorrt-fp16"]
     assert [r.status for r in bundle.manifest.engines] == ["verified", "unverified"]
     assert bundle.manifest.created == old.manifest.created
-    assert (path / "model-t32.onnx").stat().st_ino == graph  # linked, not copied
+    assert (path / "model.onnx").stat().st_ino == graph  # linked, not copied
     assert (path / "notes.txt").read_text() == "mine"
 
 
@@ -170,7 +170,7 @@ def test_the_fastest_measured_engine_comes_first(tmp_path: Path) -> None:
         draft.set_engine(engine("openvino", speed={"ms_per_video": 2.0, "machine": "x"}))
         draft.set_engine(engine("openvino", "bf16", speed={"ms_per_video": 1.0, "machine": "x"}))
     names = [r.name for r in read_bundle(tmp_path / "bundle").manifest.engines]
-    assert names == ["openvino-bf16-t32", "openvino-fp32-t32", "onnxruntime-fp32-t32"]
+    assert names == ["openvino-bf16", "openvino-fp32", "onnxruntime-fp32"]
 
 
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
@@ -190,8 +190,8 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
 def test_model_files_must_have_files_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="missing"), new_bundle(tmp_path / "bundle", **FACTS) as draft:
         draft.add_model_file(onnx_model_file())
-    with pytest.raises(BundleError, match="belongs to 'onnx-fp32-t32'"):
-        fill_until(new_bundle(tmp_path / "b", **FACTS), onnx_model_file(16, "model-t32.onnx"))
+    with pytest.raises(BundleError, match="belongs to 'onnx-fp32'"):
+        fill_until(new_bundle(tmp_path / "b", **FACTS), onnx_model_file("onnx-fp16"))
     with pytest.raises(BundleError, match="model_file"), new_bundle(tmp_path / "b", **FACTS):
         pass
     assert not list(tmp_path.iterdir())

@@ -45,7 +45,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
     with new_bundle(folder, spec=spec, model=config.model.to_json(), checkpoint_sha256="0" * 64, versions={}) as draft:
         info = export_onnx(fused_network(network), spec, draft.folder / "model.onnx", max_batch=4)
         draft.add_model_file(
-            ModelFile(name="onnx-fp32", format="onnx", files=info.files, precision="fp32", length=64, max_batch=4)
+            ModelFile(name="onnx-fp32", format="onnx", files=info.files, precision="fp32", max_batch=4)
         )
         for backend in ("onnxruntime", "openvino"):
             draft.set_engine(engine(backend, model_file="onnx-fp32"))

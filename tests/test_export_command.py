@@ -102,9 +102,9 @@ def test_the_bundle_is_whole_verified_and_runs(exported: Path, checkpoint: Path)
     assert bundle.manifest.checkpoint_sha256 == weights
     assert bundle.manifest.model == tiny_config().model.to_json()
     (model_file,) = bundle.manifest.model_files
-    assert (model_file.name, model_file.opset, model_file.max_batch, model_file.length) == ("onnx-fp32", 20, 4, 8)
+    assert (model_file.name, model_file.opset, model_file.max_batch) == ("onnx-fp32", 20, 4)
     (engine,) = bundle.manifest.engines
-    assert (engine.name, engine.status) == ("onnxruntime-fp32", "passed")
+    assert (engine.name, engine.status) == ("onnxruntime-fp32", "verified")
     assert 0 < engine.accuracy["max_logits"] <= 1e-4
     report = json.loads((exported / PARITY).read_text())["engines"][engine.name]
     assert report["passed"]
@@ -112,7 +112,7 @@ def test_the_bundle_is_whole_verified_and_runs(exported: Path, checkpoint: Path)
     graph = onnx.load(bundle.path(model_file))
     facts = {entry.key: entry.value for entry in graph.metadata_props}
     assert facts["checkpoint_sha256"] == weights
-    assert (facts["length"], facts["opset"], facts["form"]) == ("8", "20", "fused")
+    assert (facts["opset"], facts["form"]) == ("20", "fused")
     with Localizer.load(exported) as localizer:
         localizer.batch([(v.visual, v.audio, None) for v in sample_videos(bundle.spec, 5)])
 
@@ -155,7 +155,7 @@ def test_verify_verifies_what_was_not_run_and_flips_the_parity_check(bundle: Pat
     assert main(["verify", str(bundle), "--reference", str(reference)]) == 0
     found = read_bundle(bundle)
     found.verify()
-    assert [engine.status for engine in found.manifest.engines] == ["passed"]
+    assert [engine.status for engine in found.manifest.engines] == ["verified"]
     assert main(["verify", str(bundle), "--reference", str(reference)]) == 0  # nothing left to verify
 
 
@@ -201,12 +201,11 @@ def test_an_engine_that_can_not_run_here_stays_unverified(
         pytest.skip("this machine has a GPU")
     manifest = read_bundle(bundle).manifest
     (bundle / "tensorrt-fp32.engine").write_bytes(b"plan")
-    engine = ModelFile(
+    file = ModelFile(
         name="tensorrt-fp32",
         format="tensorrt",
         files=("tensorrt-fp32.engine",),
         precision="fp32",
-        length=8,
         max_batch=4,
         library="tensorrt",
         library_version="8.6.0",
@@ -220,7 +219,7 @@ def test_an_engine_that_can_not_run_here_stays_unverified(
     from export.bundle_writer import changed_bundle
 
     with changed_bundle(bundle) as draft:
-        draft.add_model_file(engine)
+        draft.add_model_file(file)
         draft.set_engine(engine)
     before = read_bundle(bundle).manifest
     assert main(["verify", str(bundle), "--reference", str(reference)]) == 2
@@ -296,20 +295,15 @@ def test_the_ladder_keeps_what_passes(checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_shorter_lengths_half_precision_and_opset_17(checkpoint: Path, tmp_path: Path) -> None:
+def test_half_precision_and_opset_17(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    command = ["export", str(checkpoint), "--out", str(out), "--lengths", "4", "--precision", "fp32", "fp16"]
+    command = ["export", str(checkpoint), "--out", str(out), "--precision", "fp32", "fp16"]
     assert main([*command, "--opset", "17", "--videos", "6"]) == 0
     bundle = read_bundle(out)
-    assert {a.name: (a.length, a.opset) for a in bundle.manifest.model_files} == {
-        "onnx-fp32": (8, 17),
-        "onnx-fp16": (8, 17),
-        "onnx-fp32-t4": (4, 17),
-        "onnx-fp16-t4": (4, 17),
-    }
-    assert {engine.status for engine in bundle.manifest.engines} == {"passed"}
+    assert {m.name: m.opset for m in bundle.manifest.model_files} == {"onnx-fp32": 17, "onnx-fp16": 17}
+    assert {engine.status for engine in bundle.manifest.engines} == {"verified"}
     with Localizer.load(out, "onnxruntime", precision="fp16") as localizer:
-        assert [backend.spec.length for backend in localizer.backends] == [4, 8]
+        assert localizer.backends[0].precision == "fp16"
 
 
 def test_options_that_can_not_apply_are_refused(
@@ -354,11 +348,11 @@ def test_a_link_to_a_bundle_stays_a_link(bundle: Path, reference: Path) -> None:
     unverified(bundle)
     assert main(["verify", str(link), "--reference", str(reference)]) == 0
     assert link.is_symlink()
-    assert [engine.status for engine in read_bundle(bundle).manifest.engines] == ["passed"]
+    assert [engine.status for engine in read_bundle(bundle).manifest.engines] == ["verified"]
 
 
 def test_verify_from_inside_the_bundle(bundle: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unverified(bundle)
     monkeypatch.chdir(bundle)
     assert main(["verify", ".", "--reference", str(reference)]) == 0
-    assert [engine.status for engine in read_bundle(bundle).manifest.engines] == ["passed"]
+    assert [engine.status for engine in read_bundle(bundle).manifest.engines] == ["verified"]

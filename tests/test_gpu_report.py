@@ -184,7 +184,7 @@ def test_rows_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 def test_speed_and_layers_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sim = Simulation()
     install(monkeypatch, sim)
-    bundle = builders.make_bundle(tmp_path / "bundle", spec=ENGINE_SPEC, lengths=(16,))
+    bundle = builders.make_bundle(tmp_path / "bundle", spec=ENGINE_SPEC)
     model_file = dataclasses.replace(ENGINE_FILE, files=("tensorrt-fp16.engine",))
     path = write_engine(tmp_path / "work" / "tensorrt-fp16.engine")
     path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(model_file)))

@@ -37,9 +37,9 @@ def test_inspect_shows_spec_model_files_engines_gates_and_speeds(bundle: Path, c
     for part in (
         "T = 32 steps, 4 levels, 4 classes",
         "one step every 1 s; T covers 32.0 s",
-        "model-t32.onnx",
+        "model.onnx",
         "opset 17",
-        "onnxruntime-fp32-t32",
+        "onnxruntime-fp32",
         "logits_max 1.5e-06",
         "12.35",
         "7.00 (elsewhere)",
@@ -49,15 +49,15 @@ def test_inspect_shows_spec_model_files_engines_gates_and_speeds(bundle: Path, c
 
 
 def test_inspect_names_every_bad_file_and_fails(bundle: Path, capsys: Any) -> None:
-    (bundle / "model-t32.onnx").write_bytes(b"")
+    (bundle / "model.onnx").write_bytes(b"")
     assert main(["inspect", str(bundle)]) == 2
     captured = capsys.readouterr()
     assert "BAD" in captured.out
-    assert "model-t32.onnx: 0 bytes, the manifest says" in captured.out
+    assert "model.onnx: 0 bytes, the manifest says" in captured.out
     assert "1 file(s) are not what the manifest says" in captured.err
     assert main(["inspect", str(bundle), "--json"]) == 2
     report = json.loads(capsys.readouterr().out)
-    assert list(report["problems"]) == ["model-t32.onnx"]
+    assert list(report["problems"]) == ["model.onnx"]
     assert report["manifest"]["spec"]["length"] == 32
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from builders import LABELS, SPEC, OracleBackend, engine, features_with, make_bundle
+from builders import LABELS, SPEC, OracleBackend, features_with
 
 from runtime import Localizer
 from runtime.backends.base import Bool, Float32
@@ -63,15 +61,6 @@ def test_a_batch_takes_checked_features_and_arrays_with_or_without_duration() ->
     assert [detections.segments[0, 1] for detections in found] == [20.0, 20.0, 7.25]
 
 
-def test_each_video_runs_on_the_shortest_engine_that_holds_it() -> None:
-    engines = {length: OracleBackend(SPEC.with_length(length)) for length in (32, 8, 16)}
-    localizer = Localizer(list(engines.values()), SPEC)
-    videos = [features_with(n, [(0, 6, 2, 3.0)]) for n in (7, 8, 9, 16, 17, 32, 50)]
-    found = localizer.batch(videos)
-    assert {length: sum(engine.batches) for length, engine in engines.items()} == {8: 2, 16: 2, 32: 3}
-    assert [events(detections) for detections in found] == [[(0.5, 6.5, 2)]] * 7
-
-
 def test_long_videos_are_cropped_or_seen_through_windows() -> None:
     video = features_with(100, [(3, 8, 1, 3.0), (40, 60, 2, 2.0), (90, 99, 3, 1.0)])
     cropped = Localizer([OracleBackend()], SPEC)(video.visual, video.audio)
@@ -88,8 +77,6 @@ def test_settings_and_engines_that_do_not_fit_are_refused() -> None:
         Localizer([OracleBackend()], SPEC, long_videos="squeeze")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="window_overlap"):
         Localizer([OracleBackend()], SPEC, window_overlap=1.0)
-    with pytest.raises(ConfigError, match="one for each T"):
-        Localizer([OracleBackend(), OracleBackend()], SPEC)
     with pytest.raises(ConfigError, match="at least one"):
         Localizer([], SPEC)
     with pytest.raises(ConfigError, match="another network"):
@@ -120,47 +107,10 @@ def test_output_that_is_not_finite_is_an_error_and_not_an_empty_result() -> None
 
 
 def test_close_closes_every_engine() -> None:
-    engines = [OracleBackend(SPEC.with_length(length)) for length in (8, 32)]
+    engines = [OracleBackend(), OracleBackend()]
     with Localizer(engines, SPEC):
         pass
     assert [engine.closed for engine in engines] == [1, 1]
-
-
-def test_load_opens_every_length_of_the_chosen_engine(tmp_path: Path) -> None:
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    folder = tmp_path / "bundle"
-    make_bundle(folder, lengths=(32, 16))
-    video = features_with(12, [(3, 8, 1, 3.0)])
-    with Localizer.load(folder) as localizer:
-        assert [backend.spec.length for backend in localizer.backends] == [16, 32]
-        assert events(localizer(video.visual, video.audio)) == [(3.5, 8.5, 1)]
-        facts = localizer.describe()
-        assert (facts["engine"], facts["status"]) == ("onnxruntime-fp32-t32", "passed")
-        assert [engine["length"] for engine in facts["engines"]] == [16, 32]
-    with Localizer.load(folder, length=16) as localizer:
-        assert [backend.spec.length for backend in localizer.backends] == [16]
-
-
-def test_load_closes_what_it_opened_when_a_later_engine_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    make_bundle(
-        tmp_path / "bundle", lengths=(32, 16), engines=[engine("onnxruntime"), engine("onnxruntime", length=16)]
-    )
-    closed: list[int] = []
-
-    def opened(path: Any, spec: Any, **_: Any) -> Any:
-        if spec.length == 16:
-            raise EngineError("no memory left")
-        backend = OracleBackend(spec)
-        monkeypatch.setattr(backend, "close", lambda: closed.append(spec.length))
-        return backend
-
-    monkeypatch.setattr("runtime.backends.onnxruntime.OnnxRuntimeBackend.open", opened)
-    with pytest.raises(EngineError, match="no memory left"):
-        Localizer.load(tmp_path / "bundle")
-    assert closed == [32]
 
 
 def test_an_empty_duration_of_the_arrays_leaves_the_given_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def test_wrong_inputs_are_named(open_it: Open, graph: Path) -> None:
 
 def test_a_graph_of_another_network_is_refused(open_it: Open, graph: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"input 'visual' is \[.*6, 32\], the manifest says \['batch', 6, 64\]"):
-        open_it(graph, SPEC.with_length(64))
+        open_it(graph, dataclasses.replace(SPEC, length=64))
     import onnx
 
     model = onnx.load(graph)

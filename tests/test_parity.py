@@ -16,7 +16,7 @@ from builders import SPEC, OracleBackend, oracle
 
 from export.parity.compare import TITLES, compare
 from export.parity.events import FEWEST_EVENTS, match_events
-from export.parity.inputs import ParityVideo, crops, folder_inputs, stress_inputs, stress_lengths, synthetic_inputs
+from export.parity.inputs import ParityVideo, folder_inputs, stress_inputs, stress_lengths, synthetic_inputs
 from export.parity.reference import Outputs, Reference, load_reference, record, save_reference
 from export.parity.tolerances import TOLERANCES, graph_precision, tolerance
 from runtime.backends.base import Bool, Float32
@@ -201,17 +201,6 @@ def test_stress_lengths_surround_every_stride() -> None:
     assert all(word in names for word in ("silent audio", "black video", "constant", "large values"))
 
 
-def test_crops_are_videos_of_their_own(videos: list[ParityVideo]) -> None:
-    found = crops(videos, 10, SPEC)
-    assert 1 <= len(found) <= 6
-    for video in found:
-        assert video.features.steps == 10
-        assert not video.stress
-        assert video.segments.max(initial=0) <= video.duration == SPEC.time_base.covered_seconds(10)
-        assert len(video.segments) == len(video.labels)
-    assert crops(videos, SPEC.length, SPEC) == []
-
-
 def test_inputs_are_seeded_and_fit_the_network() -> None:
     first, second, other = (
         synthetic_inputs(SPEC, count=3),
@@ -252,17 +241,6 @@ def test_a_reference_file_gives_back_inputs_and_outputs(tmp_path: Path, videos: 
     np.savez(path, header=np.array({"a": 1}, dtype=object))
     with pytest.raises(ParityError, match="whole"):
         load_reference(path)
-
-
-def test_a_reference_cut_to_a_shorter_network_keeps_the_points_that_remain(videos: list[ParityVideo]) -> None:
-    full = Reference(SPEC, "", videos, record(OracleBackend(), videos))
-    short = SPEC.with_length(16)
-    cut = full.cut(16)
-    assert cut.spec == short
-    assert 0 < len(cut.videos) < len(videos)
-    assert all(video.features.steps <= 16 for video in cut.videos)
-    assert compare(OracleBackend(short), cut.outputs, cut.videos).passed
-    assert full.cut(32) is full
 
 
 def test_tolerances_are_ordered_and_unknown_precisions_refused() -> None:

@@ -25,7 +25,7 @@ pytest.importorskip("onnxruntime")
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    return make_bundle(tmp_path / "bundle", lengths=(32, 16)).folder
+    return make_bundle(tmp_path / "bundle").folder
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_all_videos_of_a_folder(bundle: Path, features: Path, tmp_path: Path, ca
         assert (event["label"], event["label_id"]) == (LABELS[i % 4], i % 4)
         assert event["score"] == pytest.approx(1 / (1 + np.exp(-3)), rel=1e-5)
     assert set(read_events(out)) == {f"v{i}" for i in range(6)}
-    assert "6 videos, 6 events, by onnxruntime-fp32-t32 (parity check: verified)" in capsys.readouterr().out
+    assert "6 videos, 6 events, by onnxruntime-fp32 (parity check: verified)" in capsys.readouterr().out
 
 
 def annotate(path: Path, videos: dict[str, tuple[float, str]]) -> Path:
@@ -147,7 +147,6 @@ def test_parquet(bundle: Path, features: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--backend", "tensorrt"], "has no engine for tensorrt"),
-        (["--length", "64"], "has no engine for auto T=64"),
         (["--batch", "99"], "batch_size: got 99, expected 1 to 4"),
         (["--window-overlap", "1"], "window_overlap"),
     ],

@@ -26,7 +26,6 @@ ENGINE = ModelFile(
     format="tensorrt-rtx",
     files=("tensorrt-rtx-fp32.engine",),
     precision="fp32",
-    length=32,
     max_batch=4,
     library_version="1.6.0",
     compute_capabilities=("8.9",),
@@ -38,7 +37,7 @@ ENGINE = ModelFile(
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     """A bundle with a verified engine whose file is no engine at all."""
-    graph = make_bundle(tmp_path / "reference").folder / "model-t32.onnx"
+    graph = make_bundle(tmp_path / "reference").folder / "model.onnx"
     verified = engine("tensorrt-rtx", model_file=ENGINE.name, accuracy={"logits_max": 1e-6}, speed={"ms_per_video": 1})
     built = dataclasses.replace(ENGINE, onnx_sha256=sha256_file(graph))
     return make_bundle(tmp_path / "bundle", [verified, engine("onnxruntime")], engine_files=[built])
@@ -75,7 +74,7 @@ def test_the_engine_is_replaced_by_a_real_one_and_waits_for_its_parity_check(bun
     rebuilt = after.model_file(ENGINE.name)
     assert after.path(rebuilt).read_bytes()[:4] == b"vtrt"
     assert (rebuilt.library_version, rebuilt.compute_capabilities) == (rtx.__version__, ())
-    assert rebuilt.onnx_sha256 == sha256_file(after.folder / "model-t32.onnx")
+    assert rebuilt.onnx_sha256 == sha256_file(after.folder / "model.onnx")
     assert rebuilt.options == {**OPTIONS.to_json(), "compute_capabilities": []}
     engines = {e.backend: (e.status, e.accuracy, e.speed) for e in after.manifest.engines}
     assert engines["tensorrt-rtx"] == ("unverified", {}, {})
@@ -107,12 +106,12 @@ def test_a_build_that_fails_leaves_the_bundle_as_it_was(
 
 def test_what_is_no_engine_or_lost_its_graph_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is an ONNX file"):
-        export.rebuild.rebuild(bundle.folder, "onnx-fp32-t32")
+        export.rebuild.rebuild(bundle.folder, "onnx-fp32")
     with pytest.raises(BundleError, match="no model file 'gone'"):
         export.rebuild.rebuild(bundle.folder, "gone")
     orphan = make_bundle(tmp_path / "orphan", [engine("onnxruntime")], engine_files=[ENGINE])
     with pytest.raises(BundleError, match="built from is not in the bundle"):
-        export.rebuild.rebuild(orphan.folder, ENGINE.name)
+        export.rebuild.rebuild(orphan.folder, BUILT.name)
 
 
 @pytest.mark.parametrize(

@@ -14,19 +14,18 @@ from builders import OracleBackend, edit_manifest, engine, make_bundle, onnx_mod
 
 from export.parity.verify import engines_to_verify
 from runtime.backends import open_backend, open_engine
-from runtime.backends.select import engine_lengths, failed_engines, matching_engines, rebuild_engine
+from runtime.backends.select import failed_engines, matching_engines, rebuild_engine
 from runtime.bundle import Bundle, Engine, ModelFile, read_bundle
 from runtime.errors import BackendUnavailable, EngineMismatch, MissingDependency
 from runtime.machine import machine_class
 
 pytest.importorskip("onnx")
 
-ENGINE = ModelFile(
+ENGINE_FILE = ModelFile(
     name="tensorrt-fp16",
     format="tensorrt",
     files=("tensorrt-fp16.engine",),
     precision="fp16",
-    length=32,
     max_batch=4,
     library="tensorrt",
     library_version="10.0",
@@ -34,7 +33,7 @@ ENGINE = ModelFile(
     compute_capabilities=("9.0",),
     profile=(1, 1, 4),
 )
-ENGINE_RUNG = engine("tensorrt", "fp16", model_file="tensorrt-fp16")
+TENSORRT_ENGINE = engine("tensorrt", "fp16", model_file="tensorrt-fp16")
 
 
 def here(backend: str, milliseconds: float) -> dict[str, Any]:
@@ -42,8 +41,8 @@ def here(backend: str, milliseconds: float) -> dict[str, Any]:
 
 
 def order(folder: Path, engines: Sequence[Engine], **asked: Any) -> list[str]:
-    engines = [ENGINE] if any(r.model_file == ENGINE.name for r in engines) else []
-    bundle = make_bundle(folder, engines, engines=engines)
+    files = [ENGINE_FILE] if any(r.model_file == ENGINE_FILE.name for r in engines) else []
+    bundle = make_bundle(folder, engines, engine_files=files)
     return [f"{r.backend} {r.precision}" for r in matching_engines(bundle, **asked)]
 
 
@@ -62,7 +61,7 @@ def test_without_measurements_the_documented_preference_decides(tmp_path: Path) 
         engine("onnxruntime"),
         engine("openvino"),
         engine("openvino", "bf16"),
-        ENGINE_RUNG,
+        TENSORRT_ENGINE,
     ]
     expected = ["tensorrt fp16", "openvino bf16", "openvino fp32", "onnxruntime fp32", "onnxruntime fp16"]
     assert order(tmp_path, engines) == expected
@@ -79,8 +78,8 @@ def test_verified_comes_before_unverified_however_fast(tmp_path: Path) -> None:
 
 def test_what_is_not_in_the_bundle_is_answered_with_what_is(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path, [engine("onnxruntime"), engine("openvino", status="unverified")])
-    held = r"it has: onnxruntime fp32 T=32 \(passed\), openvino fp32 T=32 \(unverified\)"
-    for asked in ({"backend": "tensorrt"}, {"precision": "fp16"}, {"length": 16}, {"backend": "openvino", "length": 8}):
+    held = r"it has: onnxruntime fp32 \(verified\), openvino fp32 \(unverified\)"
+    for asked in ({"backend": "tensorrt"}, {"precision": "fp16"}):
         with pytest.raises(BackendUnavailable, match=held):
             matching_engines(bundle, **asked)  # type: ignore[arg-type]
     with pytest.raises(BackendUnavailable, match="got 'onnx', expected auto or one of tensorrt"):
@@ -97,9 +96,9 @@ def test_auto_takes_the_next_one_when_a_library_is_missing_and_tells(
     bundle = make_bundle(tmp_path, [engine("openvino"), engine("onnxruntime")])
     opened = open_engine(bundle)
     assert opened.backend.name == "onnxruntime"
-    assert opened.engine.name == "onnxruntime-fp32-t32"
+    assert opened.engine.name == "onnxruntime-fp32"
     assert len(opened.skipped) == 1
-    assert "openvino-fp32-t32: " in opened.skipped[0]
+    assert "openvino-fp32: " in opened.skipped[0]
     assert "pip install 'ccnet[openvino]'" in opened.skipped[0]
     with pytest.raises(MissingDependency, match="openvino"):
         open_backend(bundle, "openvino")
@@ -129,13 +128,6 @@ def test_an_onnx_backend_that_is_no_engine_can_be_asked_for_with_a_warning(tmp_p
     assert [r.precision for r in matching_engines(bundle, "onnxruntime-cuda")] == ["fp32", "tf32"]
 
 
-def test_every_length_of_a_engine_is_found(tmp_path: Path) -> None:
-    engines = [engine("onnxruntime", length=n) for n in (32, 8, 16)] + [engine("openvino")]
-    bundle = make_bundle(tmp_path, engines, lengths=(32, 8, 16))
-    assert engine_lengths(bundle, bundle.manifest.engines[0]) == [8, 16, 32]
-    assert engine_lengths(bundle, bundle.manifest.engines[3]) == [32]
-
-
 @pytest.fixture(params=["manifest", "library"])
 def foreign_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A TensorRT that refuses every engine not built 'here': by its manifest, or only when the library opens it."""
@@ -161,7 +153,7 @@ def foreign_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Bundle:
-    return make_bundle(tmp_path / "bundle", [ENGINE_RUNG, engine("onnxruntime")], engines=[ENGINE])
+    return make_bundle(tmp_path / "bundle", [TENSORRT_ENGINE, engine("onnxruntime")], engine_files=[ENGINE_FILE])
 
 
 @pytest.mark.usefixtures("foreign_engine")
@@ -173,16 +165,16 @@ def test_a_mismatch_is_an_error_by_default(mixed: Bundle) -> None:
 @pytest.mark.usefixtures("foreign_engine")
 def test_a_mismatch_can_fall_back_to_the_onnx_file_with_a_warning(mixed: Bundle) -> None:
     pytest.importorskip("onnxruntime")
-    with pytest.warns(RuntimeWarning, match=r"built on NVIDIA H200.*running 'onnxruntime-fp32-t32' instead"):
+    with pytest.warns(RuntimeWarning, match=r"built on NVIDIA H200.*running 'onnxruntime-fp32' instead"):
         opened = open_engine(mixed, "tensorrt", on_mismatch="onnx")
     assert opened.backend.name == "onnxruntime"
-    assert "tensorrt-fp16-t32" in opened.skipped[0]
+    assert "tensorrt-fp16" in opened.skipped[0]
 
 
 @pytest.mark.usefixtures("foreign_engine")
 def test_auto_warns_about_an_engine_that_does_not_fit(mixed: Bundle) -> None:
     pytest.importorskip("onnxruntime")
-    with pytest.warns(RuntimeWarning, match="engine 'tensorrt-fp16-t32' is skipped"):
+    with pytest.warns(RuntimeWarning, match="engine 'tensorrt-fp16' is skipped"):
         opened = open_engine(mixed)
     assert opened.backend.name == "onnxruntime"
 
@@ -193,7 +185,7 @@ def test_a_rebuilt_engine_is_checked_verified_and_used(mixed: Bundle, monkeypatc
         import dataclasses
 
         rebuilt = dataclasses.replace(model_file, gpu_name="this GPU")
-        edit_manifest(bundle.folder, model_files=(onnx_model_file(32), rebuilt))
+        edit_manifest(bundle.folder, model_files=(onnx_model_file(), rebuilt))
         return read_bundle(bundle.folder)
 
     monkeypatch.setattr("runtime.backends.select.rebuild_engine", rebuild)
@@ -203,21 +195,15 @@ def test_a_rebuilt_engine_is_checked_verified_and_used(mixed: Bundle, monkeypatc
 def test_a_rebuild_that_fails_shows_what_the_command_said(mixed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.backends.select._REBUILD", (sys.executable, "-c", "raise SystemExit('no GPU')"))
     with pytest.raises(BackendUnavailable, match=r"(?s)building 'tensorrt-fp16' again failed.*no GPU"):
-        rebuild_engine(mixed, ENGINE)
+        rebuild_engine(mixed, ENGINE_FILE)
 
 
 def test_what_failed_the_parity_check_is_not_run(tmp_path: Path) -> None:
     failed = engine("openvino", "bf16", status="failed")
     bundle = make_bundle(tmp_path, [engine("openvino")])
     bundle = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, rejected=(failed,)))
-    assert [r.name for r in matching_engines(bundle, "openvino")] == ["openvino-fp32-t32", "openvino-fp16"]
-    with pytest.raises(BackendUnavailable, match=r"failed the parity check and are not run: openvino-bf16-t32"):
+    assert [r.name for r in matching_engines(bundle, "openvino")] == ["openvino-fp32", "openvino-fp16"]
+    with pytest.raises(BackendUnavailable, match=r"failed the parity check and are not run: openvino-bf16"):
         matching_engines(bundle, "openvino", precision="bf16")
     assert failed_engines(bundle, "openvino") == [failed]
     assert engines_to_verify(bundle, "openvino", "bf16") == [failed]  # it may be verified again
-
-
-def test_ways_that_are_no_engines_have_names_of_their_own(tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path, [engine("onnxruntime")], lengths=(32, 16))
-    names = [matching_engines(bundle, "openvino", precision="bf16", length=length)[0].name for length in (32, 16)]
-    assert names == ["openvino-bf16", "openvino-bf16-t16"]

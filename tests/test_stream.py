@@ -34,10 +34,10 @@ def check(results: list[Localized], count: int) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
-@pytest.mark.parametrize("lengths", [(32,), (8, 16, 32)])
+@pytest.mark.parametrize("engines", [1, 3])
 @pytest.mark.parametrize("long_videos", ["crop", "windows"])
-def test_the_stream_gives_what_single_calls_give_in_order(batch_size: int, lengths: Any, long_videos: Any) -> None:
-    localizer = Localizer([OracleBackend(SPEC.with_length(n)) for n in lengths], SPEC, long_videos=long_videos)
+def test_the_stream_gives_what_single_calls_give_in_order(batch_size: int, engines: int, long_videos: Any) -> None:
+    localizer = Localizer([OracleBackend() for _ in range(engines)], SPEC, long_videos=long_videos)
     results = list(localizer.stream(((f"v{i}", video(i)) for i in range(25)), batch_size=batch_size, workers=2))
     check(results, 25)
     for i, result in enumerate(results):
@@ -126,17 +126,6 @@ def test_memory_is_bounded_when_the_consumer_is_slow() -> None:
     assert [result.video_id for result in taken] == [f"v{i}" for i in range(50)]
     # 8 windows a batch at most held back, 8 more, and the read-ahead of 2 * 2 + 2.
     assert read <= 50 + 8 * 2 + 8 + 6
-    stream.close()
-
-
-def test_a_rare_length_is_not_held_up_for_ever() -> None:
-    """One short video whose engine never fills a batch must come out while the endless rest goes on."""
-    engines = [OracleBackend(SPEC.with_length(8)), OracleBackend(SPEC)]
-    items = itertools.chain(
-        [("short", features_with(5, [(0, 4, 1, 3.0)]))], ((f"v{i}", features_with(30)) for i in itertools.count())
-    )
-    stream = Localizer(engines, SPEC).stream(items, batch_size=4)
-    assert next(stream).video_id == "short"
     stream.close()
 
 

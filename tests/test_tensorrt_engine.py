@@ -79,7 +79,7 @@ def test_an_engine_has_the_precision_that_was_asked_for(rtx: Any, models: Path, 
 
 
 def test_facts_fit_the_manifest(rtx: Any, models: Path, tmp_path: Path) -> None:
-    model_file = build(models, tmp_path).model_file(name="tensorrt-rtx-fp32", length=ATTENTION_SPEC.length)
+    model_file = build(models, tmp_path).model_file(name="tensorrt-rtx-fp32")
     again = section_from_json(ModelFile, json.loads(json.dumps(dataclasses.asdict(model_file))), where="model_file")
     assert (again.files, again.max_batch, again.profile) == (("fp32.engine",), 4, (1, 2, 4))
 
