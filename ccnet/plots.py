@@ -144,7 +144,7 @@ def plot_bench(report: Mapping[str, Any], path: str | Path) -> None:
     latency, throughput = figure.subplots(1, 2)
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in report["rows"]:
-        groups.setdefault(f"{row['candidate']} (T = {row['length']})", []).append(row)
+        groups.setdefault(row["candidate"], []).append(row)
     for i, (name, rows) in enumerate(groups.items()):
         color = f"C{i % 10}"
         batches = [row["batch"] for row in rows]

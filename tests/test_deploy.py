@@ -153,7 +153,7 @@ def test_exports_to_onnx_within_the_node_budget(tmp_path: Path, opset: int, batc
     from export.graph.to_onnx import export_onnx
 
     eager = random_network(SIX_LEVELS)
-    spec = Config(model=SIX_LEVELS).spec(("a", "b", "c")).with_length(length)
+    spec = Config(model=SIX_LEVELS).spec(("a", "b", "c"))
     path = tmp_path / "model.onnx"
     info = export_onnx(fused_network(eager, length=length), spec, path, opset=opset, batch=batch)
     # Measured: 996; below opset 20 each of the 19 Gelu is five nodes.

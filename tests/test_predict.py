@@ -245,4 +245,4 @@ def test_an_unverified_bundle_is_warned_about_in_one_line(tmp_path: Path, featur
     folder = make_bundle(tmp_path / "unverified", [engine("onnxruntime", status="unverified")]).folder
     assert predict(folder, features, tmp_path / "events.jsonl") == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: engine 'onnxruntime-fp32-t32' was never verified")
+    assert line.startswith("warning: engine 'onnxruntime-fp32' was never verified")

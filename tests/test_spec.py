@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -83,6 +85,6 @@ def test_json_missing_key() -> None:
 
 
 def test_shapes_follow_the_length() -> None:
-    shorter = spec().with_length(32)
+    shorter = dataclasses.replace(spec(), length=32)
     assert shorter.input_shapes(3) == {"visual": (3, 48, 32), "audio": (3, 16, 32), "mask": (3, 1, 32)}
     assert shorter.output_shapes(3) == {"logits": (3, 63, 2), "offsets": (3, 63, 2, 2)}
