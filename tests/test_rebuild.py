@@ -111,7 +111,7 @@ def test_what_is_no_engine_or_lost_its_graph_is_refused(bundle: Bundle, tmp_path
         export.rebuild.rebuild(bundle.folder, "gone")
     orphan = make_bundle(tmp_path / "orphan", [engine("onnxruntime")], engine_files=[ENGINE])
     with pytest.raises(BundleError, match="built from is not in the bundle"):
-        export.rebuild.rebuild(orphan.folder, BUILT.name)
+        export.rebuild.rebuild(orphan.folder, ENGINE.name)
 
 
 @pytest.mark.parametrize(
