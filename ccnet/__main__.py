@@ -1,3 +1,5 @@
+"""`python -m ccnet`: the console command."""
+
 import sys
 
 from ccnet.cli.main import main

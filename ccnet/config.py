@@ -23,7 +23,7 @@ IouLoss = Literal["giou", "diou"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network (reference section 3). Defaults are the paper's UnAV-100 model."""
+    """The network; the defaults are the paper's UnAV-100 model."""
 
     length: int = 224
     """T: number of time steps."""
@@ -78,10 +78,10 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Training objective (reference section 6)."""
+    """The training objective: focal loss on the classes, IoU loss on the offsets."""
 
     iou: IouLoss = "giou"
-    """Offset loss: generalised IoU (the paper) or centre-distance IoU (the released code)."""
+    """Offset loss: generalised IoU (the paper) or distance IoU (the released code)."""
     offset_weight: float = 1.0
     """Weight of the offset loss."""
     focal_alpha: float = 0.25
@@ -99,7 +99,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Optimisation (reference section 6)."""
+    """Optimisation; the defaults are those of the paper's section 4."""
 
     batch_size: int = 16
     epochs: int = 40
@@ -126,7 +126,7 @@ class TrainConfig:
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     compile: bool = False
-    """torch.compile the network: worth its minutes of compilation in a long run on a GPU."""
+    """Run the network through torch.compile: worth its minutes of compilation in a long run on a GPU."""
     validate_every: int = 1
     """Epochs between validations."""
 
@@ -155,7 +155,10 @@ class Config:
     post: PostProcessing = field(default_factory=PostProcessing)
 
     def spec(self, labels: tuple[str, ...]) -> ModelSpec:
-        """What a network of this configuration, trained on `labels`, consumes and produces."""
+        """Return the inputs and outputs of a network of this configuration that is trained on `labels`.
+
+        Raises ConfigError when there are not `model.num_classes` labels.
+        """
         if len(labels) != self.model.num_classes:
             raise ConfigError(f"labels: got {len(labels)}, expected model.num_classes = {self.model.num_classes}")
         return ModelSpec(
@@ -207,7 +210,7 @@ PRESETS: Mapping[str, Config] = {
 
 
 def preset(name: str) -> Config:
-    """A preset by name. Raises ConfigError listing the known ones."""
+    """Return a preset by name. Raises ConfigError listing the known ones."""
     if name not in PRESETS:
         raise ConfigError(f"preset: got {name!r}, expected one of {', '.join(PRESETS)}")
     return PRESETS[name]
@@ -229,7 +232,7 @@ def with_overrides(config: Config, overrides: Mapping[str, str]) -> Config:
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, str]:
-    """`["--model.length", "96", "--train.epochs=3"]` -> `{"model.length": "96", "train.epochs": "3"}`."""
+    """Parse `["--model.length", "96", "--train.epochs=3"]` into `{"model.length": "96", "train.epochs": "3"}`."""
     overrides: dict[str, str] = {}
     rest = list(arguments)
     while rest:
@@ -252,7 +255,7 @@ def _known_keys(section: str, sections: Mapping[str, Any], known: list[str]) -> 
 
 
 def _parse(text: str, hint: Any, *, where: str) -> Any:
-    """Command line text as the annotated type; the type check itself is `runtime.spec.convert`."""
+    """Return command line text as the annotated type; `runtime.schema.convert` checks it."""
     if get_origin(hint) is tuple:
         return convert(text.split(","), hint, where=where)
     if hint is str or (get_origin(hint) is Literal and all(isinstance(a, str) for a in get_args(hint))):

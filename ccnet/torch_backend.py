@@ -28,8 +28,8 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class TorchBackend:
     """Any module with the network's forward contract, as a backend. Not thread-safe.
 
-    `precision` says how it computes: `fp32` keeps the TensorFloat-32 units of a GPU out of it, `tf32` lets matrix
-    matmuls and convolutions use them (GPU only), `bf16` and `fp16` are PyTorch's autocast. Outputs are float32.
+    `precision` says how it computes: `fp32` keeps the TensorFloat-32 units of a GPU out of it, `tf32` lets matmuls
+    and convolutions use them (GPU only), `bf16` and `fp16` are PyTorch's autocast. Outputs are float32.
     The module is moved to `device`; during a call it is in evaluation mode, afterwards in the mode it was found in.
 
     Raises ConfigError for an unknown precision or one the device lacks, BackendUnavailable for an absent device.

@@ -1,4 +1,4 @@
-"""`ccnet train`: features + annotations -> best/ and last/ checkpoints, resumable at any step."""
+"""`ccnet train`: train a network from features and annotations; a run can be resumed at any step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--features", required=True, metavar="DIR", help="folder of .npy feature files")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="continue the run in DIR")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, only the result")
+    parser.add_argument("--quiet", action="store_true", help="print only the result")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:

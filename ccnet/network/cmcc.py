@@ -16,7 +16,7 @@ from ccnet.network.layers import Block, CrossAttention, MaskedConv1d, sinusoidal
 
 
 class Embedding(nn.Module):
-    """Features of one modality -> model width: two masked convolutions, positions, self-attention Blocks."""
+    """Features of one modality to model width: two masked convolutions, positions, self-attention Blocks."""
 
     positions: Tensor
 
@@ -32,7 +32,7 @@ class Embedding(nn.Module):
         self.register_buffer("positions", table, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, T, C], mask [B, T, 1] -> [B, T, D]."""
+        """Embed x [B, T, C] under mask [B, T, 1] -> [B, T, D]."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = torch.relu(norm(conv(x, mask)))
         x = x + self.positions * mask
@@ -55,7 +55,7 @@ class ConsistencyGate(nn.Module):
         self.linear = nn.Linear(dim, 1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, T, D], mask [B, T, 1] -> gate [B, T / s, 1] in (0, 1)."""
+        """Compute the gate of x [B, T, D] under mask [B, T, 1] -> [B, T / s, 1] in (0, 1)."""
         attended = self.attention(self.norm_kv(x), self.norm_q(x), mask)
         return torch.sigmoid(self.linear(attended) * mask[:, :: self.attention.stride])
 
@@ -75,7 +75,7 @@ class CrossModalLayer(nn.Module):
             self.visual_gate = ConsistencyGate(dim, heads, stride=stride)
 
     def forward(self, visual: Tensor, audio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """visual, audio [B, T, D], mask [B, T, 1] -> the same of T / s steps."""
+        """Let visual and audio [B, T, D] attend to and gate each other -> both [B, T / s, D]."""
         visual_out = self.visual_block(visual, audio if self.cmi else visual, mask)
         audio_out = self.audio_block(audio, visual if self.cmi else audio, mask)
         if self.tcg:
@@ -94,7 +94,7 @@ class CMCC(nn.Module):
         )
 
     def forward(self, visual: Tensor, audio: Tensor, masks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """visual, audio [B, T, D], masks per level [B, T_l, 1] -> per level visual, audio [B, T_l, D]."""
+        """Build the levels of visual and audio [B, T, D], masks [B, T_l, 1] per level -> [B, T_l, D] per level."""
         visual_levels: list[Tensor] = []
         audio_levels: list[Tensor] = []
         input_masks = [masks[0], *masks[:-1]]

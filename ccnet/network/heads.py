@@ -15,7 +15,7 @@ from ccnet.config import ModelConfig
 from ccnet.network.layers import MaskedConv1d
 
 PRIOR = 0.01
-"""Score that every class starts from, so that the focal loss does not drown in easy negatives at the start."""
+"""Score that every class starts from, so that easy negatives do not dominate the first focal losses."""
 
 
 class Head(nn.Module):
@@ -29,7 +29,7 @@ class Head(nn.Module):
         self.output = MaskedConv1d(hidden, out_dim, bias=True)
 
     def level(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, T_l, E], mask [B, T_l, 1] -> [B, T_l, out_dim]."""
+        """Apply the head to one level: x [B, T_l, E], mask [B, T_l, 1] -> [B, T_l, out_dim]."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = torch.relu(norm(conv(x, mask)))
         out: Tensor = self.output(x, mask)
@@ -37,11 +37,13 @@ class Head(nn.Module):
 
 
 class ClassHead(Head):
+    """A logit per class."""
+
     def __init__(self, config: ModelConfig):
         super().__init__(config, config.num_classes)
 
     def forward(self, levels: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-        """Per level [B, T_l, E] -> logits [B, P, C]."""
+        """Classify the points of levels [B, T_l, E] -> logits [B, P, C]."""
         return torch.cat([self.level(x, mask) for x, mask in zip(levels, masks, strict=True)], dim=1)
 
 
@@ -53,7 +55,7 @@ class OffsetHead(Head):
         self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in range(config.levels))
 
     def forward(self, levels: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-        """Per level [B, T_l, E] -> offsets [B, P, C, 2], >= 0."""
+        """Regress the offsets of levels [B, T_l, E] -> [B, P, C, 2], >= 0."""
         offsets = [
             torch.relu(self.level(x, mask) * scale) for x, mask, scale in zip(levels, masks, self.scales, strict=True)
         ]
@@ -62,5 +64,5 @@ class OffsetHead(Head):
 
 
 def prior_bias() -> float:
-    """Logit of `PRIOR`, the initial bias of the class head."""
+    """Return the logit of `PRIOR`, the initial bias of the class head (focal loss, Lin et al. 2017, section 3.3)."""
     return -math.log((1 - PRIOR) / PRIOR)

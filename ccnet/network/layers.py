@@ -1,7 +1,7 @@
 """Building blocks of CCNet: masked convolution, masked cross attention, the transformer Block.
 
 Everything is channels-last. Shapes:  B batch   T steps   s stride   C channels   H heads   K kernel size
-A mask is [B, T, 1] bool, true where a step has content; strided layers answer on the mask `mask[:, ::s]`.
+A mask is [B, T, 1] bool, true where a step has content; the output of a strided layer has the mask `mask[:, ::s]`.
 
 Invalid steps are not zero everywhere: a masked convolution, a value, an attention output and an MLP output are
 zeroed there, but a LayerNorm writes its bias, and the convolution that follows reads it beside the last valid
@@ -26,7 +26,7 @@ class MaskedConv1d(nn.Conv1d):
         super().__init__(in_dim, out_dim, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=bias)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        """x [B, T, Cin], mask [B, T, 1] -> [B, T / s, Cout]."""
+        """Convolve x [B, T, Cin] under mask [B, T, 1] -> [B, T / s, Cout]."""
         return super().forward(x.transpose(1, 2)).transpose(1, 2) * mask[:, :: self.stride[0]]
 
 
@@ -55,7 +55,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, kv: Tensor, q: Tensor, mask: Tensor) -> Tensor:
-        """kv, q [B, T, C], mask [B, T, 1] -> [B, T / s, C], zero at invalid steps."""
+        """Attend from q to kv, both [B, T, C], under mask [B, T, 1] -> [B, T / s, C], zero at invalid steps."""
         query = self.query(self.query_norm(self.query_conv(q, mask)))
         key = self.key(self.key_norm(self.key_conv(kv, mask)))
         value = self.value(self.value_norm(self.value_conv(kv, mask)))
@@ -73,7 +73,7 @@ class CrossAttention(nn.Module):
         return merged
 
     def _split(self, x: Tensor) -> Tensor:
-        """[B, T, C] -> [B, H, T, C / H]."""
+        """Split the heads: [B, T, C] -> [B, H, T, C / H]."""
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
 
@@ -86,6 +86,7 @@ class ScaledDropPath(nn.Module):
         self.scale = nn.Parameter(torch.full((dim,), 1e-4))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scale, and in training drop, a branch x [B, T, C]."""
         x = x * self.scale
         if not self.training or self.rate == 0:
             return x
@@ -112,7 +113,7 @@ class Block(nn.Module):
         self.mlp_scale = ScaledDropPath(dim, drop_path)
 
     def forward(self, x1: Tensor, x2: Tensor, mask: Tensor) -> Tensor:
-        """x1, x2 [B, T, C], mask [B, T, 1] -> [B, T / s, C]."""
+        """Transform x1 by what x2 asks, both [B, T, C], under mask [B, T, 1] -> [B, T / s, C]."""
         attended = self.attention(self.norm_kv(x1), self.norm_q(x2), mask)
         skip = x1 if self.stride == 1 else max_pool(x1)
         mask = mask[:, :: self.stride]
@@ -122,12 +123,12 @@ class Block(nn.Module):
 
 
 def max_pool(x: Tensor) -> Tensor:
-    """[B, T, C] -> [B, T / 2, C]: maximum over three steps, stride 2, padding 1."""
+    """Take the maximum over three steps with stride 2 and padding 1: [B, T, C] -> [B, T / 2, C]."""
     return F.max_pool1d(x.transpose(1, 2), 3, stride=2, padding=1).transpose(1, 2)
 
 
 def sinusoidal_positions(length: int, dim: int) -> Tensor:
-    """Fixed position table [T, C]: angle(p, j) = p / 10000^(2 (j // 2) / C), sine on even j, cosine on odd j."""
+    """Return the fixed positions [T, C]: angle(p, j) = p / 10000^(2 (j // 2) / C), sine on even j, cosine on odd j."""
     exponent = torch.arange(dim, dtype=torch.float64) // 2 * 2 / dim
     angle = torch.arange(length, dtype=torch.float64)[:, None] * torch.exp(-math.log(10000.0) * exponent)
     even = torch.arange(dim) % 2 == 0

@@ -34,10 +34,10 @@ class CCNet(nn.Module):
         self._initialize()
 
     def forward(self, visual: Tensor, audio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """visual [B, Cv, T], audio [B, Ca, T], mask [B, 1, T] bool -> logits [B, P, C], offsets [B, P, C, 2].
+        """Localize the events of visual [B, Cv, T], audio [B, Ca, T] -> logits [B, P, C], offsets [B, P, C, 2].
 
-        The mask is a prefix of True. Offsets are distances to start and end in units of the level's stride, >= 0.
-        Raises FeatureError when the shapes are not those of the configuration.
+        mask [B, 1, T] is bool, a prefix of True. Offsets are distances to start and end, >= 0, in units of the level's
+        stride. Raises FeatureError when the shapes are not those of the configuration.
         """
         self._check(visual, audio, mask)
         masks = self.level_masks(mask)
@@ -49,7 +49,7 @@ class CCNet(nn.Module):
         return self.class_head(levels, masks), self.offset_head(levels, masks)
 
     def level_masks(self, mask: Tensor) -> list[Tensor]:
-        """mask [B, 1, T] -> per level [B, T_l, 1]."""
+        """Return the mask [B, T_l, 1] of each level from the mask [B, 1, T] of the input."""
         steps = mask.transpose(1, 2)
         return [steps[:, :: 2**level] for level in range(self.config.levels)]
 
@@ -64,7 +64,7 @@ class CCNet(nn.Module):
             raise FeatureError(f"mask: got {mask.dtype}, expected torch.bool")
 
     def _initialize(self) -> None:
-        """PyTorch's own weights, zero biases (as the baseline does), and the class prior."""
+        """Keep PyTorch's own weights; set biases to zero, as the baseline does, and the class prior."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv1d) and module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -17,9 +17,9 @@ from ccnet.network.layers import Block, MaskedConv1d, max_pool
 
 
 class CoarseToFine(nn.Module):
-    """Every level asks the next coarser one, stretched over time by a linear layer (paper Eq. 8).
+    """Every level attends to the next coarser one, stretched over time by a linear layer (paper Eq. 8).
 
-    The layers over the time axis are why a network has a fixed number of steps.
+    The linear layers over the time axis fix the number of steps of a network.
     """
 
     def __init__(self, config: ModelConfig):
@@ -29,7 +29,7 @@ class CoarseToFine(nn.Module):
         self.block = Block(2 * config.dim, config.heads, drop_path=config.drop_path)
 
     def forward(self, levels: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-        """Per level [B, T_l, E] -> the same. The coarsest level stays; the guide is always an *input* level."""
+        """Refine levels [B, T_l, E]. The coarsest one stays; the guide is always an *input* level."""
         refined = []
         for x, mask, coarser, linear in zip(levels[:-1], masks[:-1], levels[1:], self.linears, strict=True):
             guide = torch.relu(linear(coarser.transpose(1, 2))).transpose(1, 2)  # [B, T_l, E], not masked
@@ -38,7 +38,7 @@ class CoarseToFine(nn.Module):
 
 
 class FineToCoarse(nn.Module):
-    """Every level adds what its own queries find in the next finer, already updated level (paper Eq. 9)."""
+    """Every level queries the next finer, already updated level and adds the result (paper Eq. 9)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -47,7 +47,7 @@ class FineToCoarse(nn.Module):
         )
 
     def forward(self, levels: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-        """Per level [B, T_l, E] -> the same."""
+        """Update levels [B, T_l, E], from fine to coarse."""
         updated = [levels[0]]
         for x, mask, block in zip(levels[1:], masks[1:], self.blocks, strict=True):
             updated.append(x + block(max_pool(updated[-1]), x, mask))
@@ -82,7 +82,7 @@ class TemporalDependency(nn.Module):
             )
 
     def forward(self, levels: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-        """Per level [B, T_l, E] -> the same; the result replaces the level."""
+        """Relate steps and classes in levels [B, T_l, E]; the result replaces the level."""
         return [self._level(x, mask, level) for level, (x, mask) in enumerate(zip(levels, masks, strict=True))]
 
     def _level(self, x: Tensor, mask: Tensor, level: int) -> Tensor:
@@ -103,7 +103,7 @@ class TemporalDependency(nn.Module):
         return squeezed
 
     def _channels(self, x: Tensor, mask: Tensor, level: int) -> Tensor:
-        """x [B, T_l, E] -> [B, T_l, C, H], the same for no class: a Block whose sequence is the H channels.
+        """Attend over the H channels: x [B, T_l, E] -> [B, T_l, C, H].
 
         The [B, H, C * T_l] result is read as [B, C, H, T_l] without a transpose: (channel h, class c) becomes the
         (h C + c)-th pair of the other order, the step stays. Invalid steps are not zero in it.
@@ -130,12 +130,12 @@ class MTGC(nn.Module):
         )
 
     def forward(self, levels: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-        """Per level [B, T_l, E], masks [B, T_l, 1] -> the same."""
+        """Collaborate across the levels [B, T_l, E] under masks [B, T_l, 1]."""
         for stage in self.stages.values():
             levels = stage(levels, masks)
         return list(levels)
 
 
 def level_lengths(config: ModelConfig) -> list[int]:
-    """T_l of every level, the finest first."""
+    """Return T_l of every level, the finest first."""
     return [config.length // 2**level for level in range(config.levels)]

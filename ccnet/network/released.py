@@ -38,7 +38,7 @@ _PARTS = {
 
 
 def read_released(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The parameters of a released file, without `module.`: its averaged (EMA) weights where it has them.
+    """Read the parameters of a released file, names without `module.`: the averaged (EMA) weights where it has them.
 
     Also takes a file that holds a bare state dict. Nothing but tensors and plain containers is unpickled.
     Raises CheckpointError when the file is missing, damaged, of another structure, or holds other objects.
@@ -94,7 +94,7 @@ def load_released(model: CCNet, parameters: Mapping[str, Tensor], *, source: str
 
 
 def released_name(name: str, config: ModelConfig) -> str:
-    """The released name of one of our parameters, without `module.`."""
+    """Return the released name of one of our parameters, without `module.`."""
     modules = _modules(config)
     prefix = next(prefix for prefix in modules if f"{name}.".startswith(f"{prefix}."))
     rest = name[len(prefix) + 1 :]
@@ -109,7 +109,7 @@ def released_name(name: str, config: ModelConfig) -> str:
 
 
 def _modules(config: ModelConfig) -> dict[str, str]:
-    """Our module -> released module; sub-modules of a Block, gate or norm follow `_PARTS`."""
+    """Map our modules to released ones; sub-modules of a Block, gate or norm follow `_PARTS`."""
     table: dict[str, str] = {}
     for modality, letter, word in (("visual", "V", "Visual"), ("audio", "A", "Audio")):
         for i in range(2):
@@ -143,7 +143,7 @@ def _modules(config: ModelConfig) -> dict[str, str]:
 
 
 def _released_shape(name: str, value: Tensor) -> list[int]:
-    """The shape a released file holds one of our parameters in."""
+    """Return the shape in which a released file holds one of our parameters."""
     shape = list(value.shape)
     if len(shape) == 2 and ".linears." not in name and ".channel_linears." not in name:
         return [*shape, 1]  # linear layers over the channels are 1x1 convolutions there

@@ -1,1 +1,1 @@
-"""Train CCNet as the paper says."""
+"""Training as in the paper: data, targets, losses, optimisation, a loop that resumes exactly, validation."""

@@ -1,7 +1,7 @@
-"""UnAV-100 folders as training batches: checked at the start, cropped at random, padded, with targets.
+"""Training batches from a feature folder: checked at the start, cropped at random, padded, with targets.
 
-Everything random comes from (seed, epoch, index of the video), never from a worker's own state, so that a run gives
-the same batches with any number of workers and can be continued in the middle of an epoch.
+Everything random follows from (seed, epoch, index of the video), never from the state of a worker process. A run has
+the same batches with any number of workers, and can be continued in the middle of an epoch.
 
 Shapes:  B batch   T steps   n steps of one video   Cv, Ca feature widths   M events   P points   C classes
 """
@@ -33,7 +33,7 @@ _NAMED_PROBLEMS = 5
 
 
 class Batch(NamedTuple):
-    """One step's worth of videos."""
+    """The videos of one training step."""
 
     visual: Tensor
     """[B, Cv, T] float32, zero after each video's end."""
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     """Classes [B, P, C] and offsets [B, P, C, 2]."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device; from pinned memory the copy does not wait."""
+        """Copy the batch to a device; from pinned memory this does not wait."""
         visual, audio, mask, *targets = (
             tensor.to(device, non_blocking=True) for tensor in (self.visual, self.audio, self.mask, *self.targets)
         )
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One video as the network will see it."""
+    """One video, cropped."""
 
     visual: Floats
     """[n, Cv], n <= T."""
@@ -66,7 +66,7 @@ class Sample(NamedTuple):
 
 
 def check_folder(folder: str | os.PathLike[str], videos: Sequence[VideoAnnotation], config: Config) -> None:
-    """Look at every file that `videos` need: there, whole, of the configured width. Only headers and sizes are read.
+    """Check that every file of `videos` is there, whole and of the configured width. Only headers and sizes are read.
 
     Raises FeatureError with the number of bad files, the first few of them and what is wrong with each.
     """
@@ -74,7 +74,7 @@ def check_folder(folder: str | os.PathLike[str], videos: Sequence[VideoAnnotatio
     if not folder.is_dir():
         raise FeatureError(f"{folder}: no such feature folder")
     if not videos:
-        raise FeatureError(f"{folder}: no videos were asked for; expected at least one")
+        raise FeatureError(f"{folder}: got no videos, expected at least one")
     missing: list[str] = []
     damaged: list[str] = []
     layout, model = config.layout, config.model
@@ -104,7 +104,7 @@ def check_folder(folder: str | os.PathLike[str], videos: Sequence[VideoAnnotatio
 
 
 def _width(path: Path) -> int:
-    """Channels of one array file. Raises ValueError for a file that is cut off, pickled, or no [n, C] float array."""
+    """Return the channels of an array file. Raises ValueError when it is cut off, pickled or not a float [n, C]."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
         raise ValueError(f"got {array.dtype} {array.shape}, expected floats [steps, width]")
@@ -120,7 +120,7 @@ def crop(sample: Sample, steps: int, *, keep: float, time_base: TimeBase, rng: n
     """Cut a video to `steps` consecutive steps at a random place.
 
     Events are clipped to what the kept steps see (each step sees `window_frames` around its own position), and dropped
-    when less than the share `keep` of their length remains. Places where no event remains are avoided where possible.
+    when less than the share `keep` of their length remains. A place where an event remains is preferred.
     """
     length = len(sample.visual)
     half_window = 0.5 * time_base.window_frames / time_base.stride_frames
@@ -135,10 +135,10 @@ def crop(sample: Sample, steps: int, *, keep: float, time_base: TimeBase, rng: n
 
 
 class TrainingVideos(Dataset[Any]):
-    """Videos of one subset; an item is asked for as `(epoch, index)` and cropped by (seed, epoch, index)."""
+    """Videos of one subset; the item `(epoch, index)` is cropped by (seed, epoch, index)."""
 
     def __init__(self, folder: str | os.PathLike[str], videos: Sequence[VideoAnnotation], config: Config) -> None:
-        """Checks the whole folder first (see `check_folder`)."""
+        """Check the whole folder first; see `check_folder`."""
         check_folder(folder, videos, config)
         self.folder = Path(folder)
         self.videos = list(videos)
@@ -148,7 +148,7 @@ class TrainingVideos(Dataset[Any]):
         return len(self.videos)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Raises FeatureError for a file that turns out to be bad when it is read (wrong width, NaN, ...)."""
+        """Read and crop a video. Raises FeatureError for values that are bad (NaN) or a file that changed."""
         epoch, index = key
         video, model, train = self.videos[index], self.config.model, self.config.train
         visual, audio = read_video(self.folder, video.video_id, self.config.layout, model.visual_dim, model.audio_dim)
@@ -165,7 +165,7 @@ class TrainingVideos(Dataset[Any]):
 
 
 class Collate:
-    """Samples -> `Batch`, padded to T, with targets. Runs in the loading process."""
+    """Makes a `Batch` of samples, padded to T, with targets. Runs in the loading process."""
 
     def __init__(self, config: Config) -> None:
         # Class names do not matter to a batch.
@@ -219,7 +219,7 @@ class TrainingLoader:
         *,
         pin_memory: bool = False,
     ) -> None:
-        """Checks the folder; raises FeatureError when files are missing or damaged."""
+        """Check the folder first. Raises FeatureError when files are missing or damaged."""
         train: TrainConfig = config.train
         self.videos = TrainingVideos(folder, videos, config)
         self._batches = EpochBatches(len(self.videos), train.batch_size, train.seed)
@@ -237,14 +237,11 @@ class TrainingLoader:
         )
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Return the number of batches of a whole epoch."""
         return len(self._batches)
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, from `first_batch` on.
-
-        Raises FeatureError, as the reader worded it, when a video can't be used.
-        """
+        """Yield the batches of an epoch, from `first_batch` on. Raises FeatureError when a video can't be used."""
         self._batches.epoch, self._batches.first_batch = epoch, first_batch
         for batch in self._loader:
             if isinstance(batch, CCNetError):
@@ -253,12 +250,12 @@ class TrainingLoader:
 
 
 def _leave_interrupts_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the training process decides when to stop, with the batch in hand."""
+    """Ignore Ctrl-C, which reaches every process of a terminal: the training process decides when to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Guarded(Dataset[Any]):
-    """Hands a user's mistake over as a value: raised in a worker it would arrive wrapped in a traceback."""
+    """Returns a user's mistake as a value: raised in a worker, it would arrive wrapped in a traceback."""
 
     def __init__(self, videos: TrainingVideos) -> None:
         self.videos = videos

@@ -1,7 +1,7 @@
 """What a training run leaves behind: metrics.csv, steps.csv, TensorBoard events.
 
-The tables live in memory (and in the training state) and are written whole, atomically. A resumed run therefore
-continues them from the rows it had when its state was saved: nothing is counted twice, nothing is missing.
+The tables are kept in memory and in the training state, and are written whole, atomically. A resumed run continues them
+from the rows of its state, so that no row is missing or there twice.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ Row = dict[str, float | int | None]
 
 
 class Journal:
-    """The two tables of a run, and the same numbers for TensorBoard."""
+    """The two tables of a run; TensorBoard gets the same numbers."""
 
     def __init__(self, folder: Path, epochs: Sequence[Row] = (), steps: Sequence[Row] = ()) -> None:
-        """`epochs` and `steps`: rows of the state that the run resumes from."""
+        """Continue the tables from `epochs` and `steps`, the rows of the state that is resumed."""
         self.folder = folder
         self.epochs: list[Row] = [dict(row) for row in epochs]
         self.steps: list[Row] = [dict(row) for row in steps]
         self._tensorboard = _open_tensorboard(folder / TENSORBOARD_FOLDER, int(_last(self.steps, "step")))
 
     def add_steps(self, row: Row) -> None:
-        """A row of `STEP_COLUMNS`; reaches the disk with the next `write`."""
+        """Add a row of `STEP_COLUMNS`; the next `write` puts it on disk."""
         self.steps.append(row)
         self._scalars("train", row, ("learning_rate", *LOSS_COLUMNS, "samples_per_second"))
 
     def add_epoch(self, row: Row) -> None:
-        """A row of `EPOCH_COLUMNS`."""
+        """Add a row of `EPOCH_COLUMNS`; the next `write` puts it on disk."""
         self.epochs.append(row)
         self._scalars("epoch", row, EPOCH_COLUMNS[3:])
 
@@ -76,11 +76,11 @@ class Journal:
 
 
 def _open_tensorboard(folder: Path, step: int) -> Any:
-    """A writer that hides what an earlier, abandoned part of the run logged after `step`."""
+    """Return a writer that hides what an abandoned part of the run logged after `step`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
-        raise MissingDependency("tensorboard", "train", "Training") from error
+        raise MissingDependency("tensorboard", "train", "training") from error
     writer: Any = SummaryWriter  # untyped in torch
     return writer(str(folder), purge_step=step + 1 if step else None)
 

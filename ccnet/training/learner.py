@@ -1,7 +1,4 @@
-"""Learner: everything that one training step changes, and how it is turned into tensors and back.
-
-Shapes:  B batch   T steps   P points of all levels   C classes
-"""
+"""Learner: everything that a training step changes, how a step changes it, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -23,7 +20,10 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU where there is one, else the CPU. Raises BackendUnavailable for an absent device."""
+    """Return the device of `train.device`; `auto` is the first GPU where there is one, else the CPU.
+
+    Raises ConfigError for another name, BackendUnavailable for an absent device.
+    """
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -41,7 +41,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """`cpu, 2 threads` or `cuda:0, NVIDIA ...`."""
+    """Return a device as text: `cpu, 2 threads` or `cuda:0, NVIDIA ...`."""
     if device.type == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}"
     return f"cpu, {torch.get_num_threads()} threads"
@@ -87,7 +87,7 @@ class Learner:
         return torch.stack((losses.total, losses.classification, losses.offset, norm)).detach()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it but the averaged weights (which a checkpoint holds): `model/...`, `optimizer/...`, `random/...`."""
+        """Return all state but the averaged weights: `model/...`, `criterion/...`, `optimizer/...`, `random/...`."""
         state = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         state |= {f"criterion/{name}": tensor for name, tensor in self.criterion.state_dict().items()}
         for name, parameter in self.model.named_parameters():
@@ -99,11 +99,11 @@ class Learner:
         return state
 
     def scaler_state(self) -> dict[str, Any]:
-        """State of the fp16 loss scaling, as JSON; empty for other precisions."""
+        """Return the state of the fp16 loss scaling, as JSON; empty for other precisions."""
         return self._scaler.state_dict()
 
     def restore(self, tensors: dict[str, Tensor], scaler: dict[str, Any], average: CCNet, *, source: object) -> None:
-        """Inverse of `tensors`. Raises CheckpointError listing what is unknown, missing or of another shape."""
+        """Restore what `tensors` returned. Raises CheckpointError listing what is unknown, missing or misshapen."""
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "criterion": {}, "optimizer": {}, "random": {}}
         for key, tensor in tensors.items():
             group, _, name = key.partition("/")

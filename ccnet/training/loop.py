@@ -4,7 +4,8 @@
     model = load_checkpoint(result.best)
 
 The run folder holds `best/` (highest validation mAP), `last/` (newest, with the state to resume from), metrics.csv,
-steps.csv and TensorBoard events. A run that was stopped and resumed ends with the weights of one that was not.
+steps.csv and TensorBoard events. A run that was interrupted and resumed ends with exactly the weights of one that was
+not.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -40,14 +40,14 @@ from runtime.signals import StopRequest
 log = logging.getLogger(__name__)
 
 _STEPS_PER_ROW = 20
-"""The losses are fetched from the device once in so many steps: each fetch waits for the device."""
+"""Steps between two fetches of the losses, each of which waits for the device."""
 SAVING_SHARE = 0.05
-"""`last/` is written at the end of an epoch unless that would take more than this share of the run's time."""
+"""`last/` is written after an epoch unless that would take more than this share of the run's time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """Where a finished run left its checkpoints, and how it went."""
+    """The checkpoints of a finished run, and its scores."""
 
     best: Path
     """Checkpoint folder with the highest validation mAP."""
@@ -62,39 +62,38 @@ class TrainingResult:
 
 def train(
     config: Config,
-    annotations: str | os.PathLike[str],
-    features: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    annotations: str | Path,
+    features: str | Path,
+    out: str | Path,
     *,
     resume: bool = False,
     quiet: bool = False,
 ) -> TrainingResult:
     """Train on the subset `train`, validate on `validation`, write into the folder `out`.
 
-    Ctrl-C and SIGTERM save the state after the step under way and raise Interrupted; `resume=True` continues from
-    it (or from the last saved epoch after a kill). `quiet` leaves out the progress bar.
+    Ctrl-C and SIGTERM save the state after the current step and raise Interrupted; `resume=True` continues from it, or
+    after a kill from the last saved epoch. `quiet` leaves out the progress bar.
 
     Raises CheckpointError when `out` holds another run or has none to resume, AnnotationError and FeatureError for bad
     data, ConfigError for settings that do not fit the data, BackendUnavailable for an absent device, TrainingError
-    when the loss is not finite any more.
+    when the loss is no longer finite.
     """
     out = Path(out)
-    videos = read_annotations(Path(annotations))
-    labels = videos.labels
-    config.spec(labels)  # before anything is written: as many classes as the network has
+    videos = read_annotations(annotations)
+    config.spec(videos.labels)  # raises where the number of classes differs, before anything is written
     for subset in ("train", "validation"):
         if not any(len(video.labels) for video in videos.subset(subset)):
             raise AnnotationError(f"{annotations}: the videos of subset '{subset}' have no events")
     check_folder(features, videos.subset("validation"), config)
     device = choose_device(config.train.device)
-    identity = sha256_file(annotations)
-    state = open_run(out, config, annotations_sha256=identity, resume=resume)
+    annotations_sha256 = sha256_file(annotations)
+    state = open_run(out, config, annotations_sha256=annotations_sha256, resume=resume)
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         _measured_convolutions(),
         StopRequest() as stop,
     ):
-        run = _Run(config, videos, Path(features), out, device, state, identity=identity, quiet=quiet, stop=stop)
+        run = _Run(config, videos, Path(features), out, device, state, annotations_sha256, quiet=quiet, stop=stop)
         try:
             return run.finish()
         finally:
@@ -103,7 +102,7 @@ def train(
 
 @contextlib.contextmanager
 def _measured_convolutions() -> Iterator[None]:
-    """cuDNN tries its kernels on the first batch and keeps the fastest; the shapes stay the same from then on."""
+    """Let cuDNN measure its kernels on the first batch and keep the fastest: all batches have the same shapes."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
@@ -113,7 +112,7 @@ def _measured_convolutions() -> Iterator[None]:
 
 
 class _Run:
-    """One process's part of a run: from `state`, or from the start, to the end."""
+    """A run in this process: from `state`, or from the start, to the end."""
 
     def __init__(
         self,
@@ -123,8 +122,8 @@ class _Run:
         out: Path,
         device: torch.device,
         state: TrainingState | None,
+        annotations_sha256: str,
         *,
-        identity: str,
         quiet: bool,
         stop: StopRequest,
     ) -> None:
@@ -133,7 +132,7 @@ class _Run:
         self.features = features
         self.out = out
         self.device = device
-        self.identity = identity
+        self.annotations_sha256 = annotations_sha256
         self.quiet = quiet
         self.stop = stop
         on_gpu = device.type == "cuda"
@@ -152,17 +151,19 @@ class _Run:
 
     @property
     def total_epochs(self) -> int:
+        """Epochs of the whole run, warm-up included."""
         return self.config.train.warmup_epochs + self.config.train.epochs
 
     @property
     def steps_done(self) -> int:
+        """Steps since the start of the run, over all resumes."""
         return self.position.epoch * len(self.loader) + self.position.batch
 
     def finish(self) -> TrainingResult:
-        """Train what is left of the run."""
+        """Train the epochs that are left."""
         self._introduce()
         while self.position.epoch < self.total_epochs:
-            self._learn_epoch()
+            self._train_epoch()
             self._end_epoch(self._validate())
         best_map = self.position.best_map
         assert best_map is not None  # the last epoch is always validated
@@ -174,7 +175,7 @@ class _Run:
             epochs=tuple(self.journal.epochs),
         )
 
-    def _learn_epoch(self) -> None:
+    def _train_epoch(self) -> None:
         position = self.position
         text = f"epoch {position.epoch + 1}/{self.total_epochs}"
         self._window_started = time.perf_counter()
@@ -194,7 +195,7 @@ class _Run:
             position.epoch_seconds += time.perf_counter() - fetching
 
     def _timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, while counting the epoch's seconds and those among them spent waiting for data."""
+        """Yield the batches; count the epoch's seconds, and those among them spent waiting for data."""
         asked = time.perf_counter()
         for batch in batches:
             self.position.epoch_loading_seconds += time.perf_counter() - asked
@@ -204,7 +205,7 @@ class _Run:
             asked = now
 
     def _close_window(self) -> dict[str, float]:
-        """Fetch the losses since the last row (this waits for the device), and start a new row."""
+        """Fetch the losses since the last row, which waits for the device, and start a new row."""
         position = self.position
         if position.window_steps == 0:
             return {}
@@ -288,7 +289,7 @@ class _Run:
             self.learner,
             self.position,
             labels=self.annotations.labels,
-            annotations_sha256=self.identity,
+            annotations_sha256=self.annotations_sha256,
             metrics=metrics,
         )
         self._saved_at = time.perf_counter()
@@ -308,16 +309,16 @@ class _Run:
         return learning_rate(step, steps_per_epoch=len(self.loader), config=self.config.train)
 
     def _introduce(self) -> None:
-        model, train_config = self.config.model, self.config.train
+        model, settings = self.config.model, self.config.train
         parameters = sum(p.numel() for p in self.learner.model.parameters())
-        log.info(f"device: {describe_device(self.device)} (asked for: {train_config.device})")
+        log.info(f"device: {describe_device(self.device)} (train.device: {settings.device})")
         log.info(
-            f"network: {parameters / 1e6:.1f} M parameters, {train_config.precision}, T = {model.length}, "
+            f"network: {parameters / 1e6:.1f} M parameters, {settings.precision}, T = {model.length}, "
             f"{model.num_classes} classes; {len(self.loader.videos)} training videos, {len(self.loader)} steps an epoch"
         )
         if self.steps_done:
-            done = "nothing left to do" if self.position.epoch == self.total_epochs else "continuing"
-            log.info(f"{self.out}: {self.position.epoch} of {self.total_epochs} epochs done, {done}")
+            rest = "nothing left to do" if self.position.epoch == self.total_epochs else "continuing"
+            log.info(f"{self.out}: {self.position.epoch} of {self.total_epochs} epochs done, {rest}")
 
     def _report(self, row: Row) -> None:
         score = row["validation_map"]
@@ -327,5 +328,5 @@ class _Run:
             f"epoch {row['epoch']}/{self.total_epochs}  loss {row['loss']:.4f} (class "
             f"{row['classification_loss']:.4f}, offset {row['offset_loss']:.4f}){validation}{star}  "
             f"{row['samples_per_second']:.1f} videos/s, "
-            f"{100 * (row['loading_share'] or 0):.0f}% of it waiting for data"
+            f"{100 * (row['loading_share'] or 0):.0f}% of the time waiting for data"
         )

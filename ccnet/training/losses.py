@@ -1,4 +1,4 @@
-"""The training objective: focal loss on the classes, an IoU loss on the offsets (reference section 6).
+"""The training objective: focal loss on the classes, an IoU loss on the offsets.
 
 Shapes:  B batch   P points of all levels   C classes
 """
@@ -26,9 +26,9 @@ class Losses(NamedTuple):
 
 
 def sigmoid_focal_loss(logits: Tensor, classes: Tensor, *, alpha: float, gamma: float) -> Tensor:
-    """Focal loss of every element, not reduced; `classes` is 0 or 1 and both have the same shape.
+    """Compute the focal loss of every element (Lin et al. 2017, Eq. 5), not reduced; `classes` is 0 or 1.
 
-    `alpha` weighs positives against negatives (1 - alpha); `gamma` fades out what is already classified well.
+    `alpha` weighs positives against negatives (1 - alpha); `gamma` reduces the loss of what is classified well already.
     """
     probability = torch.sigmoid(logits)
     entropy = F.binary_cross_entropy_with_logits(logits, classes, reduction="none")
@@ -38,16 +38,19 @@ def sigmoid_focal_loss(logits: Tensor, classes: Tensor, *, alpha: float, gamma: 
 
 
 def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """1 - generalised IoU of segments given as distances `[..., 2]` from one shared point; not reduced.
+    """Compute 1 - generalised IoU of segments given as distances [..., 2] from a shared point, not reduced.
 
-    Two segments that contain the same point have no gap between them: their hull is their union, and the generalised
-    IoU equals the plain one.
+    Generalised IoU (Rezatofighi et al. 2019) subtracts the gap between two segments. Segments that contain the same
+    point have none, so it equals the plain IoU here.
     """
     return 1 - _intersection_over_union(predicted, target)
 
 
 def diou_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """1 - IoU + (distance of the centres / length of the hull)^2, the variant of the released code; not reduced."""
+    """Compute 1 - distance IoU (Zheng et al. 2020, Eq. 7), the variant of the released code, not reduced.
+
+    It adds (distance of the centres / length of the hull)^2 to 1 - IoU.
+    """
     hull = torch.maximum(predicted, target).sum(-1).clamp(min=_SMALLEST_LENGTH)
     shift = 0.5 * ((predicted[..., 1] - predicted[..., 0]) - (target[..., 1] - target[..., 0]))
     return 1 - _intersection_over_union(predicted, target) + (shift / hull) ** 2
@@ -75,7 +78,7 @@ class DetectionLoss(nn.Module):
         self.register_buffer("normalizer", torch.tensor(config.normalizer, dtype=torch.float32))
 
     def forward(self, logits: Tensor, offsets: Tensor, targets: Targets, valid: Tensor) -> Losses:
-        """Losses of one batch.
+        """Compute the losses of one batch.
 
         Args:
             logits: [B, P, C].

@@ -1,4 +1,4 @@
-"""The optimiser's three parts: which parameters decay, the learning rate of every step, the averaged weights."""
+"""Optimisation: which parameters decay, the learning rate of every step, the averaged weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ccnet.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW; the weights of convolutions and linear layers decay, norms, biases and scales do not (paper, section 4).
+    """Return AdamW in which convolution and linear weights decay, norms, biases and scales do not (paper, section 4).
 
     The fused kernel updates all parameters in one pass, on a CPU as well as on a GPU.
     """
@@ -30,7 +30,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
 
 
 def learning_rate(step: int, *, steps_per_epoch: int, config: TrainConfig) -> float:
-    """Rate of the 0-based `step`: linear over the warm-up epochs, then half a cosine down to the smallest rate."""
+    """Return the rate of the 0-based `step`: a linear warm-up, then half a cosine down to the smallest rate."""
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -40,6 +40,7 @@ def learning_rate(step: int, *, steps_per_epoch: int, config: TrainConfig) -> fl
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -53,7 +54,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """`average = decay * average + (1 - decay) * weights`, in one kernel launch per device."""
+        """Set `average = decay * average + (1 - decay) * weights`, in one kernel launch per device."""
         average: list[Tensor] = list(self.model.parameters())
         weights: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(average, weights, 1 - self.decay)

@@ -1,7 +1,7 @@
 """The state a run resumes from: `last/`, a checkpoint with `training.safetensors` and `training.json` in it.
 
-It is written as one folder, so that it is always the state of one moment: after a kill or on a full disk the previous
-one is still whole.
+It is written as one folder, so that its files always belong to the same step: after a kill, or on a full disk, the
+previous state is still whole.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ STATE = "training.json"
 TENSORS = "training.safetensors"
 
 _FREE_TO_CHANGE = ("train.device", "train.workers")
-"""Settings that do not belong to what is being learned; everything else has to be the same to continue a run."""
+"""Settings that do not change what is learned; all others have to be the same to continue a run."""
 
 
 @dataclass(kw_only=True)
 class Position:
-    """How far a run is, and the numbers it carries along."""
+    """How far a run is, and the sums and rows of its tables."""
 
     epoch: int = 0
     """Finished epochs."""
     batch: int = 0
-    """Batches done of the epoch that is under way."""
+    """Batches done of the current epoch."""
     best_map: float | None = None
     """Best validation mAP so far, which is the one of `best/`."""
     best_epoch: int = 0
@@ -73,7 +73,7 @@ class _Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """A state that has been read; its tensors are read by `restore`."""
+    """A state whose manifests have been read; `restore` reads its tensors."""
 
     folder: Path
     config: Config
@@ -81,7 +81,7 @@ class TrainingState:
     manifest: _Manifest = field(repr=False)
 
     def restore(self, learner: Learner) -> None:
-        """Put a fresh Learner where the run was. Raises CheckpointError when a file is damaged."""
+        """Restore a new Learner to this state. Raises CheckpointError when a file is damaged."""
         path = self.folder / TENSORS
         check_file(path, size=self.manifest.size, sha256=self.manifest.sha256, said_by=STATE)
         average = read_checkpoint(self.folder).load_model()
@@ -97,7 +97,7 @@ def save_state(
     annotations_sha256: str,
     metrics: dict[str, Any],
 ) -> None:
-    """Replace `last/`. Raises OSError, and leaves the previous state, when the disk is full."""
+    """Replace the state in `folder`. Raises OSError, and leaves the previous state, when the disk is full."""
     refuse_foreign_folder(folder)
     with atomic_folder(folder) as partial:
         write_checkpoint(partial, learner.average.model, config=learner.config, labels=labels, metrics=metrics)
@@ -116,10 +116,10 @@ def save_state(
 
 
 def open_run(out: Path, config: Config, *, annotations_sha256: str, resume: bool) -> TrainingState | None:
-    """The state to continue from, or None for a new run in `out`.
+    """Return the state to continue from, or None for a new run in `out`.
 
-    Raises CheckpointError when there is nothing to resume, when `out` holds a run that was not asked for, or one of
-    another configuration or annotation file (the differing keys are named).
+    Raises CheckpointError when there is nothing to resume, when `out` holds a run and `resume` is false, or when that
+    run has another configuration (the differing keys are named) or annotation file.
     """
     last = out / "last"
     for folder in (last, out / "best"):

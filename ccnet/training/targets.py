@@ -1,4 +1,6 @@
-"""From events on the grid to what every point of the pyramid should say (reference section 6).
+"""Targets: the class and the offsets that every point of the pyramid should have, from the events of a video.
+
+Points, ranges and the rule for overlaps are those of the baseline, DAVEL (Geng et al., CVPR 2023), which CCNet keeps.
 
 Shapes:  B batch   M events (padded)   P points of all levels   C classes   L pyramid levels
 """
@@ -16,7 +18,7 @@ from runtime.spec import PointGrid
 
 
 class Targets(NamedTuple):
-    """What the loss compares the network's output with; shaped like that output."""
+    """What the loss compares the network's outputs with; shaped like them."""
 
     classes: Tensor
     """[B, P, C] float32, 1 where the point belongs to an event of the class (multi-hot), else 0."""
@@ -25,17 +27,18 @@ class Targets(NamedTuple):
 
 
 def regression_ranges(levels: int) -> tuple[tuple[float, float], ...]:
-    """Grid steps that each level is responsible for: (0, 4), (4, 8), (8, 16), ... the last one without an end."""
+    """Return the distances in grid steps that each level regresses: (0, 4), (4, 8), (8, 16), ..., (.., inf)."""
     edges = [0.0, *(float(4 * 2**level) for level in range(levels - 1)), math.inf]
     return tuple(itertools.pairwise(edges))
 
 
 def build_targets(segments: Tensor, labels: Tensor, grid: PointGrid, num_classes: int) -> Targets:
-    """Targets of a batch of videos.
+    """Build the targets of a batch of videos.
 
     A point belongs to an event when it lies strictly inside it and the larger of its distances to start and end
     lies in the range of the point's level (both ends included, so that an event exactly on an edge is not lost).
-    Where two events of one class qualify, the shorter one gives the offsets; of equally short ones, the first.
+    Where a point belongs to two events of one class, the shorter one gives the offsets; of equally short ones, the
+    first.
 
     Args:
         segments: [B, M, 2] start and end in grid steps, float.
@@ -49,7 +52,7 @@ def build_targets(segments: Tensor, labels: Tensor, grid: PointGrid, num_classes
     ranges = torch.tensor(regression_ranges(len(grid.lengths)), device=segments.device)
     ranges = ranges.repeat_interleave(torch.tensor(grid.lengths, device=segments.device), dim=0)  # [P, 2]
 
-    # Events from short to long, so that "the shorter one wins" becomes "the lowest rank wins".
+    # Events from short to long, so that the shorter one is the one of lower rank.
     segments = segments.float()
     order = (segments[..., 1] - segments[..., 0]).argsort(dim=1, stable=True)
     segments = segments.gather(1, order[..., None].expand(-1, -1, 2))
