@@ -189,7 +189,7 @@ def test_engine_times_are_positive_and_graphs_do_not_change_them_much(small: Ten
 def test_an_engine_of_another_gpu_or_version(built: EngineInfo) -> None:
     model_file = model_file_of(built, ATTENTION_SPEC.length)
     for changes in ({"library_version": "8.5.1"}, {"compute_capabilities": ("5.0",), "gpu_name": "Other GPU"}):
-        with pytest.raises(EngineMismatch, match="ccnet export"):
+        with pytest.raises(EngineMismatch, match="ccnet rebuild"):
             TensorRTBackend.open(built.path, dataclasses.replace(model_file, **changes), ATTENTION_SPEC)
 
 

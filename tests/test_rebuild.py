@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import pytest
 from builders import edit_manifest, engine, make_bundle
 
 import export.rebuild
+from ccnet.cli.main import main
+from export.rebuild import engines_to_rebuild, rebuild
 from export.tensorrt.build import EngineInfo
 from export.tensorrt.options import EngineOptions
-from runtime.bundle import Bundle, ModelFile, read_bundle
-from runtime.errors import BundleError, ExportError
+from runtime.backends.tensorrt import cuda
+from runtime.bundle import Bundle, Engine, ModelFile, read_bundle
+from runtime.errors import BackendUnavailable, BundleError, ExportError
 from runtime.files import sha256_file
 
 pytest.importorskip("onnx")
@@ -43,10 +47,14 @@ def bundle(tmp_path: Path) -> Bundle:
     return make_bundle(tmp_path / "bundle", [verified, engine("onnxruntime")], engine_files=[built])
 
 
-def with_options(bundle: Bundle, **changes: Any) -> None:
-    """Change the options in the manifest, as a hand might."""
+def verified(bundle: Bundle) -> Engine:
+    return next(e for e in bundle.manifest.engines if e.backend == "tensorrt-rtx")
+
+
+def with_engine_file(bundle: Bundle, **changes: Any) -> None:
+    """Change the manifest entry of the engine's file."""
     files = [
-        dataclasses.replace(file, options={**file.options, **changes}) if file.name == ENGINE.name else file
+        dataclasses.replace(file, **changes) if file.name == ENGINE.name else file
         for file in bundle.manifest.model_files
     ]
     edit_manifest(bundle.folder, model_files=tuple(files))
@@ -65,10 +73,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[EngineOptions]:
     return seen
 
 
-def test_the_engine_is_replaced_by_a_real_one_and_waits_for_its_parity_check(bundle: Bundle) -> None:
+def test_the_engine_is_replaced_by_a_real_one_and_waits_for_its_parity_check(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
     rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (pip install 'ccnet[rtx]')")
-    with_options(bundle, compute_capabilities=[])  # a portable engine builds without a GPU
-    assert export.rebuild.main([str(bundle.folder), ENGINE.name]) == 0
+    with_engine_file(
+        bundle, options={**ENGINE.options, "compute_capabilities": []}
+    )  # a portable engine builds without a GPU
+    assert main(["rebuild", str(bundle.folder)]) == 0  # it is of another version
+    assert f"built with tensorrt_rtx {rtx.__version__}, unverified" in capsys.readouterr().out
     after = read_bundle(bundle.folder)
     after.verify()
     rebuilt = after.model_file(ENGINE.name)
@@ -88,30 +101,48 @@ def test_the_engine_is_replaced_by_a_real_one_and_waits_for_its_parity_check(bun
 def test_an_engine_is_built_as_it_was_and_for_this_gpu_too(
     bundle: Bundle, asked: list[EngineOptions], made_for: tuple[str, ...], expected: tuple[str, ...]
 ) -> None:
-    with_options(bundle, compute_capabilities=made_for)
+    with_engine_file(bundle, options={**ENGINE.options, "compute_capabilities": made_for})
     with pytest.raises(ExportError):
-        export.rebuild.rebuild(bundle.folder, ENGINE.name)
+        rebuild(bundle.folder, verified(bundle))
     assert asked == [dataclasses.replace(OPTIONS, compute_capabilities=expected)]
 
 
 def test_a_build_that_fails_leaves_the_bundle_as_it_was(
     bundle: Bundle, asked: list[EngineOptions], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert export.rebuild.main([str(bundle.folder), ENGINE.name]) == 2
+    assert main(["rebuild", str(bundle.folder), ENGINE.name]) == 2
     assert "node 12" in capsys.readouterr().err
     assert read_bundle(bundle.folder).manifest == bundle.manifest
     bundle.verify()
     assert [path.name for path in bundle.folder.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_what_is_no_engine_or_lost_its_graph_is_refused(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="is an ONNX file"):
-        export.rebuild.rebuild(bundle.folder, "onnx-fp32")
-    with pytest.raises(BundleError, match="no model file 'gone'"):
-        export.rebuild.rebuild(bundle.folder, "gone")
-    orphan = make_bundle(tmp_path / "orphan", [engine("onnxruntime")], engine_files=[ENGINE])
+def test_which_engines_are_rebuilt(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (pip install 'ccnet[rtx]')")
+    of_another_version = [ENGINE.name]
+    assert [e.name for e in engines_to_rebuild(bundle)] == of_another_version
+    assert [e.name for e in engines_to_rebuild(bundle, [ENGINE.name, ENGINE.name])] == of_another_version
+    for name in ("onnxruntime-fp32", "gone"):
+        with pytest.raises(BundleError, match=f"got {name}, expected TensorRT engines of it: tensorrt-rtx-fp32"):
+            engines_to_rebuild(bundle, [name])
+    with_engine_file(bundle, library_version=str(rtx.__version__))
+    monkeypatch.setattr(cuda, "probe", lambda index: cuda.Device(index, "this GPU", "8.9", 1 << 34, "13.0"))
+    assert engines_to_rebuild(read_bundle(bundle.folder)) == []
+    assert main(["rebuild", str(bundle.folder)]) == 0
+    monkeypatch.setattr(cuda, "probe", lambda index: cuda.Device(index, "this GPU", "12.0", 1 << 34, "13.0"))
+    assert [e.name for e in engines_to_rebuild(read_bundle(bundle.folder))] == [ENGINE.name]
+
+
+def test_engines_that_can_not_be_compared_with_this_machine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(BackendUnavailable, match=r"(?s)can't compare its engines.*pip install 'ccnet\[rtx\]'"):
+        engines_to_rebuild(bundle)
+
+
+def test_an_engine_without_its_graph_is_refused(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path, [engine("tensorrt-rtx", model_file=ENGINE.name)], engine_files=[ENGINE])
     with pytest.raises(BundleError, match="built from is not in the bundle"):
-        export.rebuild.rebuild(orphan.folder, ENGINE.name)
+        rebuild(bundle.folder, verified(bundle))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +156,7 @@ def test_what_is_no_engine_or_lost_its_graph_is_refused(bundle: Bundle, tmp_path
 def test_options_that_this_version_does_not_know_are_refused(
     bundle: Bundle, asked: list[EngineOptions], changes: dict[str, Any], text: str
 ) -> None:
-    with_options(bundle, **changes)
+    with_engine_file(bundle, options={**ENGINE.options, **changes})
     with pytest.raises(BundleError, match=rf"{text}.*; export the bundle again"):
-        export.rebuild.rebuild(bundle.folder, ENGINE.name)
+        rebuild(bundle.folder, verified(bundle))
     assert asked == []

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import OracleBackend, edit_manifest, engine, make_bundle, onnx_model_file
+from builders import OracleBackend, engine, make_bundle
 
 from export.parity.verify import engines_to_verify
 from runtime.backends import open_backend, open_engine
-from runtime.backends.select import failed_engines, matching_engines, rebuild_engine
-from runtime.bundle import Bundle, Engine, ModelFile, read_bundle
+from runtime.backends.select import failed_engines, matching_engines
+from runtime.bundle import Bundle, Engine, ModelFile
 from runtime.errors import BackendUnavailable, EngineMismatch, MissingDependency
 from runtime.machine import machine_class
 
@@ -177,25 +177,6 @@ def test_auto_warns_about_an_engine_that_does_not_fit(mixed: Bundle) -> None:
     with pytest.warns(RuntimeWarning, match="engine 'tensorrt-fp16' is skipped"):
         opened = open_engine(mixed)
     assert opened.backend.name == "onnxruntime"
-
-
-@pytest.mark.usefixtures("foreign_engine")
-def test_a_rebuilt_engine_is_checked_verified_and_used(mixed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    def rebuild(bundle: Bundle, model_file: ModelFile) -> Bundle:
-        import dataclasses
-
-        rebuilt = dataclasses.replace(model_file, gpu_name="this GPU")
-        edit_manifest(bundle.folder, model_files=(onnx_model_file(), rebuilt))
-        return read_bundle(bundle.folder)
-
-    monkeypatch.setattr("runtime.backends.select.rebuild_engine", rebuild)
-    assert open_backend(mixed, "tensorrt", on_mismatch="rebuild").name == "tensorrt"
-
-
-def test_a_rebuild_that_fails_shows_what_the_command_said(mixed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.backends.select._REBUILD", (sys.executable, "-c", "raise SystemExit('no GPU')"))
-    with pytest.raises(BackendUnavailable, match=r"(?s)building 'tensorrt-fp16' again failed.*no GPU"):
-        rebuild_engine(mixed, ENGINE_FILE)
 
 
 def test_what_failed_the_parity_check_is_not_run(tmp_path: Path) -> None:

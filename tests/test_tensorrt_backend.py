@@ -273,7 +273,7 @@ def test_an_engine_for_another_machine_is_refused_before_it_is_read(
 ) -> None:
     with pytest.raises(EngineMismatch, match=text) as caught:
         TensorRTBackend.open(engine_path, dataclasses.replace(ENGINE_FILE, **changes), ENGINE_SPEC)  # type: ignore[arg-type]
-    assert "ccnet export CHECKPOINT --out BUNDLE --format tensorrt --precision fp16" in str(caught.value)
+    assert "ccnet rebuild BUNDLE" in str(caught.value)
     assert "on_mismatch='onnx'" in str(caught.value)
     assert sim.engines == 0
 

@@ -19,6 +19,7 @@ COMMANDS = (
     "train",
     "import_weights",
     "export",
+    "rebuild",
     "verify",
     "reference",
     "predict",

@@ -54,7 +54,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-mismatch",
         choices=get_args(OnMismatch),
         default="error",
-        help="an engine made for another library version or GPU: fail, run the ONNX file, or build it again here",
+        help="an engine made for another library version or GPU: fail ('ccnet rebuild' helps), or run the ONNX file",
     )
 
 

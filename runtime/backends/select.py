@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from runtime.backends.base import Backend
-from runtime.bundle import Bundle, Engine, ModelFile, read_bundle
+from runtime.bundle import Bundle, Engine, ModelFile
 from runtime.errors import BackendUnavailable, EngineMismatch
 from runtime.machine import machine_class
 
-OnMismatch = Literal["error", "onnx", "rebuild"]
+OnMismatch = Literal["error", "onnx"]
 
 ONNX_BACKENDS = ("onnxruntime-cuda", "openvino", "onnxruntime")
 TENSORRT_BACKENDS = ("tensorrt", "tensorrt-rtx")
@@ -26,8 +24,6 @@ BACKENDS = (*TENSORRT_BACKENDS, *ONNX_BACKENDS)
 _GPU_PRECISIONS = ("fp16", "bf16", "int8", "tf32", "fp32")
 _CPU_PRECISIONS = ("int8", "bf16", "fp32", "fp16", "tf32")
 _EXACT_FIRST = ("fp32", "tf32", "fp16", "bf16", "int8")
-
-_REBUILD = (sys.executable, "-m", "export.rebuild")
 
 # (backend, precision) that run a graph typed with another precision.
 _RUNS_FP32_GRAPH = {("openvino", "bf16"), ("openvino", "fp16"), ("onnxruntime-cuda", "tf32")}
@@ -69,9 +65,8 @@ def open_engine(
     Speeds count where they were measured on this class of machine; the others follow in the order of `BACKENDS`. A
     engine that was never verified is taken only when no verified one can run, with a RuntimeWarning. Asking for one of
     `ONNX_BACKENDS` by name runs any ONNX file of the bundle, with that warning where it is not among the engines.
-    `threads`: CPU threads of one operator. `on_mismatch`: for
-    an engine of another library version or GPU: raise EngineMismatch, run the bundle's ONNX file instead (with a
-    RuntimeWarning), or build the engine again here (the bundle is updated).
+    `threads`: CPU threads of one operator. `on_mismatch`: for an engine of another library version or GPU, raise
+    EngineMismatch, or run the bundle's ONNX file instead (with a RuntimeWarning). `ccnet rebuild` builds it again.
 
     Raises BackendUnavailable (listing what the bundle has and why each could not be taken), MissingDependency,
     EngineMismatch, BundleError when a file was altered, EngineError when an engine does not load.
@@ -220,11 +215,7 @@ class _Opener:
         except EngineMismatch as error:
             if self._on_mismatch == "onnx":
                 return self._open_onnx_instead(engine, error)
-            if self._on_mismatch == "error":
-                raise
-        self._bundle = rebuild_engine(self._bundle, self._bundle.model_file(engine.model_file))
-        self._verified.clear()
-        return self._open_engine(next(r for r in self._bundle.manifest.engines if r.name == engine.name))
+            raise
 
     def _open_engine(self, engine: Engine) -> OpenedEngine:
         """Raises EngineMismatch before the plan is read, or from the library, which knows best what it can run."""
@@ -253,20 +244,6 @@ class _Opener:
         if model_file.name not in self._verified:
             self._bundle.verify(model_file)
             self._verified.add(model_file.name)
-
-
-def rebuild_engine(bundle: Bundle, model_file: ModelFile) -> Bundle:
-    """Build an engine of the bundle again for this machine, from the bundle's ONNX file, and read the bundle anew.
-
-    Runs `export.rebuild` in a process of its own, because the runtime must not import the exporter. Raises
-    BackendUnavailable with that command's output when it fails.
-    """
-    command = [*_REBUILD, str(bundle.folder), model_file.name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        shown = (done.stderr or done.stdout).strip()
-        raise BackendUnavailable(f"building '{model_file.name}' again failed ({' '.join(command[1:])}):\n{shown}")
-    return read_bundle(bundle.folder)
 
 
 def _warned(opened: OpenedEngine) -> OpenedEngine:

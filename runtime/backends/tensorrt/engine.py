@@ -1,7 +1,7 @@
 """A TensorRT engine on this machine: does it fit, load it once, make execution contexts for it.
 
 Everything that can be known without the library is compared first: an engine of another version or GPU is refused
-with the way out, instead of with whatever the library would say, or do.
+with what to do, instead of with whatever the library would say, or do.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from runtime.errors import BundleError, EngineError, EngineMismatch
 from runtime.files import atomic_file
 
 RTX_MAGIC = b"vtrt"
+HINT = "build it again here ('ccnet rebuild BUNDLE') or run the ONNX graph instead (on_mismatch='onnx')"
 
 
 def check_engine(model_file: ModelFile, device: int = 0) -> cuda.Device:
@@ -38,12 +39,12 @@ def check_engine(model_file: ModelFile, device: int = 0) -> cuda.Device:
         package = str(trt.__name__).replace("_", "-")
         raise EngineMismatch(
             f"engine '{model_file.name}' was built with {trt.__name__} {built[0]}, here is {built[1]}: "
-            f"{_way_out(model_file)}, or pip install '{package}=={built[0]}'"
+            f"{HINT}, or pip install '{package}=={built[0]}'"
         )
     found = cuda.probe(device)
     wanted = f"built for {_target(model_file)}, here is {found.name} (compute capability {found.compute_capability})"
     if not _gpu_fits(model_file, found):
-        raise EngineMismatch(f"engine '{model_file.name}' was {wanted}: {_way_out(model_file)}")
+        raise EngineMismatch(f"engine '{model_file.name}' was {wanted}: {HINT}")
     return found
 
 
@@ -71,13 +72,6 @@ def _target(model_file: ModelFile) -> str:
     if model_file.options.get("hardware_compatible"):
         return "Ampere or newer GPUs"
     return f"{model_file.gpu_name} ({capabilities})" if model_file.gpu_name else capabilities
-
-
-def _way_out(model_file: ModelFile) -> str:
-    return (
-        f"build it here ('ccnet export CHECKPOINT --out BUNDLE --format {model_file.format} --precision "
-        f"{model_file.precision}') or run the ONNX graph instead (on_mismatch='onnx')"
-    )
 
 
 def check_file(path: Path, model_file: ModelFile) -> None:
@@ -130,12 +124,12 @@ class LoadedEngine:
                 if validity == self.trt.EngineValidity.INVALID and self._foreign(diagnostics):
                     raise EngineMismatch(
                         f"{self.path}: TensorRT-RTX {self.trt.__version__} can't run this engine on {self.device.name} "
-                        f"(compute capability {self.device.compute_capability}): {_way_out(model_file)}"
+                        f"(compute capability {self.device.compute_capability}): {HINT}"
                     )
             engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise EngineError(f"{self.path}: the library can't load this engine:\n{messages.errors()}\n"
-                              f"The file is damaged or of another release or GPU: {_way_out(model_file)}")  # fmt: skip
+                              f"The file is damaged or of another release or GPU: {HINT}")  # fmt: skip
         return engine
 
     def _foreign(self, diagnostics: Any) -> bool:
