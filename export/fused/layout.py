@@ -12,84 +12,72 @@ from torch import Tensor
 
 KERNEL = 3
 ALIGNMENT = 8
-"""Points of a level are a multiple of this: engines else copy operands of matrix matmuls into padded ones."""
+"""Points of a level are a multiple of this: engines would otherwise copy the operands of matmuls into padded ones."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Points of some levels side by side, the finest first; every level a multiple of ALIGNMENT, for the matmuls.
+    """The points of some levels side by side, the finest level first, each padded to a multiple of ALIGNMENT.
 
-    Points behind a level's steps are never valid. Behind the steps of a network that was cut to fewer of them, the
-    first such point is a *halo*, which stands for all the padding that was cut off: what an invalid step holds
-    depends on biases, time-axis layers and valid steps alone, so the halo holds what the first cut step would hold,
-    and valid points beside it see what they saw before. No valid point ever reads the other ones.
+    Padding points stand behind the steps of their level. They are never valid, and no step reads them.
     """
 
     steps: tuple[int, ...]
-    """Steps per level that an input can fill."""
-    trained: tuple[int, ...]
-    """Steps per level of the trained network."""
+    """Steps of each level."""
 
     @property
-    def cut(self) -> bool:
-        return self.steps != self.trained
-
-    @property
-    def lengths(self) -> list[int]:
-        """Points per level."""
-        return [-(-(n + self.cut) // ALIGNMENT) * ALIGNMENT for n in self.steps]
+    def sizes(self) -> list[int]:
+        """Points of each level."""
+        return [-(-steps // ALIGNMENT) * ALIGNMENT for steps in self.steps]
 
     @property
     def num_points(self) -> int:
-        return sum(self.lengths)
+        return sum(self.sizes)
 
     def part(self, start: int, stop: int | None = None) -> Layout:
-        """The layout of some consecutive levels alone."""
-        return Layout(self.steps[start:stop], self.trained[start:stop])
+        """Return the layout of some consecutive levels alone."""
+        return Layout(self.steps[start:stop])
 
     def level(self) -> Tensor:
-        """[P] level of every point, counted from the first one of this layout."""
-        return torch.repeat_interleave(torch.arange(len(self.steps)), torch.tensor(self.lengths))
+        """Return the level [P] of every point, counted from the first one of this layout."""
+        return torch.repeat_interleave(torch.arange(len(self.steps)), torch.tensor(self.sizes))
 
     def position(self) -> Tensor:
-        """[P] place of every point in its level."""
-        return torch.cat([torch.arange(n) for n in self.lengths])
+        """Return the position [P] of every point in its level."""
+        return torch.cat([torch.arange(size) for size in self.sizes])
 
     def is_step(self) -> Tensor:
-        """[P] bool: the point is a step that an input can fill."""
+        """Return which points [P] bool are steps; the others are padding."""
         return self.position() < torch.tensor(self.steps)[self.level()]
 
-    def is_trained(self) -> Tensor:
-        """[P] bool: the trained network has this step, too; elsewhere a point is there for alignment alone."""
-        return self.position() < torch.tensor(self.trained)[self.level()]
-
     def other_level(self) -> Tensor:
-        """[P, P] float: 1 where the two points are of different levels, else 0."""
+        """Return [P, P] float: 1 where two points are of different levels, else 0."""
         return (self.level()[:, None] != self.level()).float()
 
     def taps(self) -> Tensor:
-        """[K, P] the points that a kernel-3 convolution reads; P, a zero row, outside the trained level."""
-        start = torch.arange(self.num_points) - self.position()
-        return self._taps(self.position(), start, torch.tensor(self.lengths)[self.level()], self.level())
+        """Return the points [K, P] that a kernel-3 convolution reads; P, a zero row, stands for no step."""
+        steps, start = torch.tensor(self.steps)[self.level()], torch.arange(self.num_points) - self.position()
+        return _taps(self.position(), steps, start, zero_row=self.num_points)
 
     def strided_taps(self, level: int) -> Tensor:
-        """[K, points of `level` + 1] the points of `level` that a stride-2 convolution reads; else its length."""
-        points = 2 * torch.arange(self.lengths[level + 1])
-        return self.part(level, level + 1)._taps(points, torch.tensor(0), torch.tensor(self.lengths[level]), None)
+        """Return the points [K, points of `level` + 1] of `level` that a convolution of stride 2 reads.
 
-    def _taps(self, position: Tensor, start: Tensor, length: Tensor, level: Tensor | None) -> Tensor:
-        trained = torch.tensor(self.trained)[level if level is not None else 0]
-        taps = position + torch.arange(-1, 2)[:, None]
-        inside = (taps >= 0) & (taps < torch.minimum(length, trained))
-        return torch.where(inside, start + taps, self.num_points)
+        The number of points of `level`, a zero row, stands for no step.
+        """
+        centre = 2 * torch.arange(self.sizes[level + 1])
+        return _taps(centre, torch.tensor(self.steps[level]), torch.tensor(0), zero_row=self.sizes[level])
 
     def pool_taps(self, level: int) -> Tensor:
-        """[K, points of `level` + 1] the points of `level` that max-pooling reads."""
-        taps = 2 * torch.arange(self.lengths[level + 1]) + torch.arange(-1, 2)[:, None]
-        return taps.clamp(0, self.lengths[level] - 1)
+        """Return the points [K, points of `level` + 1] of `level` that max-pooling reads."""
+        taps = 2 * torch.arange(self.sizes[level + 1]) + torch.arange(-1, 2)[:, None]
+        return taps.clamp(0, self.sizes[level] - 1)
 
 
 def sequence_taps(length: int) -> Tensor:
-    """[K, length] the places that a kernel-3 convolution reads in a plain sequence; `length`, a zero row, outside."""
-    taps = torch.arange(length) + torch.arange(-1, 2)[:, None]
-    return torch.where((taps >= 0) & (taps < length), taps, length)
+    """Return the places [K, length] of a sequence that a kernel-3 convolution reads; `length` is a zero row."""
+    return _taps(torch.arange(length), torch.tensor(length), torch.tensor(0), zero_row=length)
+
+
+def _taps(centre: Tensor, steps: Tensor, start: Tensor, *, zero_row: int) -> Tensor:
+    taps = centre + torch.arange(-1, 2)[:, None]
+    return torch.where((taps >= 0) & (taps < steps), start + taps, zero_row)
