@@ -137,7 +137,7 @@ def _class_names(table: LabelTable) -> tuple[str, ...]:
         raise BadRecord("there is no event in it; expected at least one")
     if count > len(table.names):
         missing = _first_missing(table.names, count)
-        raise BadRecord(f"label ids go up to {count - 1} but {missing} never occur(s); expected 0..C-1 without a gap")
+        raise BadRecord(f"label ids go up to {count - 1} but {missing} never occur; expected 0..C-1 without a gap")
     return tuple(table.names[label_id] for label_id in range(count))
 
 

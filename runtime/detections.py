@@ -56,7 +56,7 @@ class Detections:
         return len(self.scores)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """One object an event, best first: segment (seconds), label, label_id, score."""
+        """Return an object per event, best first: segment (seconds), label, label_id, score."""
         names = self.label_names
         rows = zip(self.segments.tolist(), self.labels.tolist(), self.scores.tolist(), strict=True)
         return [{"segment": s, "label": names[i], "label_id": i, "score": score} for s, i, score in rows]
@@ -117,7 +117,7 @@ def write_parquet(path: str | Path, records: Iterable[tuple[str, float, Detectio
 
 
 def read_events(path: str | Path, label_names: Sequence[str] | None = None) -> dict[str, Detections]:
-    """Read an events file -> detections by video id, in file order.
+    """Read an events file. Returns the detections by video id, in file order.
 
     With `label_names` (index = label id) every event must fit them; without, the names are gathered from the file, and
     ids that never occur are called `class <id>`. Events out of order are sorted, best first.

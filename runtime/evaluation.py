@@ -1,4 +1,4 @@
-"""Predicted events against an annotation file: the paper's mAP table, AP per class, and recall by event duration.
+"""Evaluation of predicted events: the paper's mAP table, AP per class, and recall by event duration (Fig. 3).
 
 Shapes:  K tIoU thresholds   C classes   N predictions   M ground-truth events
 """
@@ -51,7 +51,7 @@ class Bucket:
 
     @property
     def recall(self) -> float | None:
-        """Share of the events that some prediction found; None where there is no such event."""
+        """Share of the events that are found; None where there is none."""
         return self.found / self.events if self.events else None
 
 
@@ -94,7 +94,7 @@ class Evaluation:
         return {name: None if math.isnan(c[0]) else c for name, c in zip(self.labels, columns, strict=True)}
 
     def table(self) -> str:
-        """The paper's columns in percent, the duration buckets, and what was counted."""
+        """Format the paper's columns in percent, the duration buckets, and what was counted."""
         header = "".join(f"{t:>7}" for t in REPORTED)
         values = "".join(f"{100 * self.map_at[t]:7.1f}" for t in REPORTED)
         lines = [f"tIoU     {header}   Avg.", f"mAP (%)  {values}{100 * self.average_map:7.1f}", ""]
@@ -104,13 +104,13 @@ class Evaluation:
             lines.append(f"events of {name:<11} {b.events:6}   found (tIoU > {BUCKET_TIOU}): {share}")
         counted = f"{self.subset}: {self.videos} videos, {self.predictions} predicted events"
         if self.missing:
-            counted += f"; {self.missing} video(s) without predictions"
+            counted += f"; {self.missing} without predictions"
         if self.outside:
-            counted += f"; {self.outside} predicted video(s) of other subsets left out"
+            counted += f"; {self.outside} of other subsets left out"
         return "\n".join([*lines, counted])
 
     def per_class_table(self) -> str:
-        """One line a class: events, AP in percent at the paper's thresholds, and the average."""
+        """Format a line per class: events, AP in percent at the paper's thresholds, and the average."""
         width = max(len(name) for name in self.labels)
         lines = [f"{'class':<{width}}  events" + "".join(f"{t:>7}" for t in REPORTED) + "   Avg."]
         for (name, values), events in zip(self.per_class.items(), self.class_events, strict=True):
@@ -122,6 +122,7 @@ class Evaluation:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
+        """Return all numbers as JSON values."""
         return {
             "subset": self.subset,
             "average_map": self.average_map,
@@ -188,19 +189,20 @@ def evaluate(predictions: Mapping[str, Detections], annotations: Annotations, su
     """Score predictions, by video id, on one subset of an annotation file.
 
     A video of the subset without predictions counts as one in which nothing was found; predictions for videos of other
-    subsets are left out; both are counted in the result. Raises PredictionError for a video that the annotation
-    file does not have or a class that is not the annotations', AnnotationError for an unknown or event-less subset.
+    subsets are left out; both are counted in the result. Raises PredictionError for a video that the annotation file
+    does not have, or a class that is not one of its classes; AnnotationError for an unknown subset or one without
+    events.
     """
     videos = annotations.subset(subset)
     _check_videos(predictions, annotations)
     truth = _flatten([video.segments for video in videos], [video.labels for video in videos])
     if len(truth.labels) == 0:
-        raise AnnotationError(f"{annotations.path}: subset {subset!r} has {len(videos)} videos but not a single event")
+        raise AnnotationError(f"{annotations.path}: subset {subset!r} has {len(videos)} videos but no event")
     present = [(i, predictions[video.video_id]) for i, video in enumerate(videos) if video.video_id in predictions]
-    for index, found in present:
-        _check_labels(found, annotations, videos[index].video_id)
-    pred = _flatten([found.segments for _, found in present], [found.labels for _, found in present])
-    scores = np.concatenate([np.empty(0, np.float32), *(found.scores for _, found in present)])
+    for index, detections in present:
+        _check_labels(detections, annotations, videos[index].video_id)
+    pred = _flatten([d.segments for _, d in present], [d.labels for _, d in present])
+    scores = np.concatenate([np.empty(0, np.float32), *(d.scores for _, d in present)])
     number_of = np.array([index for index, _ in present], np.int64)
     ap = average_precision(
         number_of[pred.video],
@@ -245,15 +247,16 @@ def _check_videos(predictions: Mapping[str, Detections], annotations: Annotation
     if unknown:
         shown = ", ".join(map(show, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise PredictionError(
-            f"{len(unknown)} predicted video(s) are not in {annotations.path}: {shown}; expected only videos it has"
+            f"{annotations.path} does not have the predicted videos {shown} ({len(unknown)} in all); "
+            "expected predictions of its videos"
         )
 
 
-def _check_labels(found: Detections, annotations: Annotations, video_id: str) -> None:
-    if found.label_names == annotations.labels:
+def _check_labels(detections: Detections, annotations: Annotations, video_id: str) -> None:
+    if detections.label_names == annotations.labels:
         return
-    for label_id in np.unique(found.labels).tolist():
-        name = found.label_names[label_id]
+    for label_id in np.unique(detections.labels).tolist():
+        name = detections.label_names[label_id]
         expected = annotations.labels[label_id] if label_id < len(annotations.labels) else None
         if name != expected:
             raise PredictionError(
@@ -276,7 +279,7 @@ def _buckets(videos: Sequence[VideoAnnotation], predictions: Mapping[str, Detect
 
 
 def _found(video: VideoAnnotation, predicted: Detections | None) -> npt.NDArray[np.bool_]:
-    """[M] whether some prediction of the event's class has a tIoU above `BUCKET_TIOU` with it."""
+    """Return [M] bool: whether a prediction of the event's class has a tIoU above `BUCKET_TIOU` with it."""
     if predicted is None or len(predicted) == 0:
         return np.zeros(len(video.labels), np.bool_)
     start = np.maximum(video.segments[:, None, 0], predicted.segments[None, :, 0])

@@ -80,7 +80,7 @@ def test_missing_and_outside_videos_are_counted() -> None:
     result = evaluate(predictions, TRUTH, "test")
     assert (result.videos, result.missing, result.outside, result.predictions) == (3, 2, 1, 2)
     assert result.map_at[0.5] == pytest.approx((1 / 3 + 1) / 2)
-    assert "2 video(s) without predictions; 1 predicted video(s) of other subsets left out" in result.table()
+    assert "2 without predictions; 1 of other subsets left out" in result.table()
     nothing = evaluate({}, TRUTH, "test")
     assert (nothing.average_map, nothing.missing) == (0.0, 3)
 
@@ -102,7 +102,9 @@ def test_table_and_json() -> None:
 
 
 def test_refuses_what_does_not_fit() -> None:
-    with pytest.raises(PredictionError, match=r"1 predicted video\(s\) are not in annotations.json: 'zzz'"):
+    with pytest.raises(
+        PredictionError, match=r"annotations.json does not have the predicted videos 'zzz' \(1 in all\)"
+    ):
         evaluate({"zzz": found()}, TRUTH, "test")
     with pytest.raises(PredictionError, match="predicted class 'hen' has id 1, which in annotations.json is 'cat'"):
         evaluate({"a": found((0, 1, 1, 0.5), names=("dog", "hen"))}, TRUTH, "test")
@@ -110,7 +112,7 @@ def test_refuses_what_does_not_fit() -> None:
         evaluate({"a": found((0, 1, 3, 0.5), names=(*NAMES, "pig"))}, TRUTH, "test")
     with pytest.raises(AnnotationError, match="no video of subset 'validation'"):
         evaluate({}, TRUTH, "validation")
-    with pytest.raises(AnnotationError, match="subset 'test' has 1 videos but not a single event"):
+    with pytest.raises(AnnotationError, match="subset 'test' has 1 videos but no event"):
         evaluate({}, annotations(video("c", [])), "test")
     # A class list that differs only where nothing was predicted is fine.
     assert evaluate({"a": found((0, 5, 0, 0.5), names=("dog",))}, TRUTH, "test").predictions == 1
@@ -195,7 +197,7 @@ def test_command_on_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     captured = capsys.readouterr()
     assert "warning: 1 of 4 videos failed and count as videos in which nothing was found" in captured.err
     assert "v3: " in captured.err
-    assert "1 video(s) without predictions" in captured.out
+    assert "1 without predictions" in captured.out
 
     for path in features.iterdir():
         path.write_bytes(b"")

@@ -43,7 +43,7 @@ def test_inspect_shows_spec_model_files_engines_gates_and_speeds(bundle: Path, c
         "logits_max 1.5e-06",
         "12.35",
         "7.00 (elsewhere)",
-        "unverified: built, but never verified; 'ccnet verify BUNDLE'",
+        "unverified: built, never compared with the eager network; 'ccnet verify BUNDLE'",
     ):
         assert part in text
 

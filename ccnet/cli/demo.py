@@ -1,4 +1,4 @@
-"""`ccnet demo`: the whole job on synthetic features, by the same commands a user types, in minutes on two cores.
+"""`ccnet demo`: run the whole job on synthetic features, with the commands a user types, in minutes on two cores.
 
 Exit status: 0 when the trained network reaches the goal on the test subset and the untrained one is far from it, 1 when
 it does not.
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 GOAL = 0.60
 """Test mAP (Avg over tIoU 0.1:0.1:0.9) that the trained network has to reach."""
 UNTRAINED_LIMIT = 0.05
-"""The untrained network must stay below this: otherwise the test would verify nothing."""
+"""The untrained network has to stay below this; otherwise the goal would show nothing."""
 PRESET = "demo"
 DIFFICULTY = 0.25
 VIDEOS = {"train": 480, "validation": 40, "test": 80}
@@ -40,9 +40,9 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="synthesize, train, export, predict, evaluate, bench and draw, on a small set",
-        description="Synthesizes a small set of videos with real durations and overlaps, trains a small network, "
-        "exports it through the parity check, predicts and evaluates in a process without PyTorch, measures its speed "
-        f"and draws one video. Fails when the test mAP stays below {GOAL}.",
+        description="Synthesizes a small set of videos with realistic durations and overlaps, trains a small network, "
+        "exports it, predicts and evaluates in a process without PyTorch, measures its speed and draws one video. "
+        f"Exit status 1 when the test mAP stays below {GOAL}.",
     )
     parser.add_argument("--out", default="demo", metavar="DIR", help="folder for everything (default: %(default)s)")
 
@@ -50,13 +50,13 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     out = Path(arguments.out)
     if out.is_dir() and any(out.iterdir()) and not (out / "annotations.json").exists():
-        raise CCNetError(f"{out}: a folder with other files in it; give --out a new one")
+        raise CCNetError(f"{out}: holds other files; give --out a new folder")
     demo = _Demo(out, PRESETS[PRESET])
     return demo.run()
 
 
 class _Demo:
-    """The steps, in the order they run; every file lies in one folder."""
+    """The steps, in the order in which they run. All files are in one folder."""
 
     def __init__(self, out: Path, config: Config) -> None:
         self.out, self.config = out, config
@@ -84,8 +84,8 @@ class _Demo:
         trained = float(json.loads(self.scores.read_text(encoding="utf-8"))["average_map"])
         reached = trained >= GOAL and untrained < UNTRAINED_LIMIT
         print(
-            f"test mAP (Avg.): untrained {untrained:.3f} (has to be below {UNTRAINED_LIMIT}), trained {trained:.3f} "
-            f"(has to be {GOAL:.2f} at least): {'reached' if reached else 'NOT REACHED'}"
+            f"test mAP (Avg.): untrained {untrained:.3f} (expected below {UNTRAINED_LIMIT}), trained {trained:.3f} "
+            f"(expected {GOAL:.2f} or more): {'reached' if reached else 'NOT REACHED'}"
         )
         print(f"picture: {self.picture}\nbundle:  {self.bundle}\nnext:    ccnet inspect {self.bundle}")
         return 0 if reached else 1
@@ -95,7 +95,7 @@ class _Demo:
         from runtime.files import write_json
 
         counts = ", ".join(f"{count} {subset}" for subset, count in VIDEOS.items())
-        self._log(f"a set of {counts} videos with the durations and overlaps of UnAV-100: {self.annotations}")
+        self._log(f"{counts} videos with the durations and overlaps of UnAV-100: {self.annotations}")
         write_json(self.annotations, demo_annotations(VIDEOS, self.config.model.num_classes, seed=SEED))
         where = ("--annotations", self.annotations, "--out", self.features)
         self._command("synthesize", "--preset", PRESET, *where, "--difficulty", DIFFICULTY, "--seed", SEED)
@@ -123,7 +123,7 @@ class _Demo:
         self._command("train", "--preset", PRESET, *where, *resume)
 
     def _draw(self) -> None:
-        """The test video whose gates move most, among those with the most classes: the one with the most to tell."""
+        """Draw the test video whose gates move most, among those with the most classes."""
         from ccnet.checkpoint import read_checkpoint
         from ccnet.plots import Shown, draw_timeline, read_gates
         from ccnet.synthetic.features import FeatureSynthesizer, SynthesisSettings
@@ -160,7 +160,7 @@ class _Demo:
     def _command(self, *words: object, torch: bool = True) -> None:
         """Run `ccnet ...`; `torch=False`: in a process of its own in which PyTorch can't be imported.
 
-        Raises CCNetError when it fails; the command has said why by then.
+        Raises CCNetError when it fails; the command has reported why.
         """
         from ccnet.cli.main import main
 

@@ -1,4 +1,4 @@
-"""`ccnet doctor`: which engines can be used on this machine, and what each of the others lacks."""
+"""`ccnet doctor`: show which engines this machine can run, and what each of the others lacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Exit status 0 when at least one backend can be used here, else 1."""
+    """Return 0 when at least one backend can be used here, else 1."""
     report = examine()
     if arguments.json:
         print(json.dumps(report, indent=2))
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """`{"machine": facts, "backends": {name: {"usable", "detail"}}, "tools": {...}}`; never raises."""
+    """Return `{"machine": facts, "backends": {name: {"usable", "detail"}}, "tools": {...}}`; never raises."""
     return {
         "machine": machine_facts(),
         "backends": {name: _tried(PROBES[name]) for name in BACKENDS},
@@ -95,7 +95,7 @@ def _tensorrt_library(format: Any) -> str:
 
 
 def _package(name: str, extra: str, purpose: str) -> Callable[[], str]:
-    """A package that is only looked up, not imported: some take seconds."""
+    """Return a probe that looks a package up without importing it, which can take seconds."""
 
     def probe() -> str:
         try:
@@ -141,7 +141,7 @@ def _text(report: dict[str, Any]) -> str:
         *(
             [f"gpu         {g['name']}, driver {g['driver_version']}, {g['memory.total']}" for g in gpus]
             if gpus
-            else ["gpu         none found (nvidia-smi is absent, or shows none)"]
+            else ["gpu         none (nvidia-smi is absent, or shows none)"]
         ),
         "",
     ]

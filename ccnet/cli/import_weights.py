@@ -1,4 +1,4 @@
-"""`ccnet import-weights`: turn the authors' released weights into a checkpoint of this project."""
+"""`ccnet import-weights`: turn the authors' released weights into a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def register(subparsers: Any) -> None:
         "import-weights",
         help="turn a released .pth.tar into a checkpoint",
         description="Load a released checkpoint strictly (every unknown, missing or misshapen name is listed) and "
-        "write it as a checkpoint of this project. Settings that differ from the preset: --section.field value.",
+        "write it as a checkpoint. Settings that differ from the preset: --section.field value.",
     )
     parser.add_argument("file", type=Path, help="the released .pth.tar, or a saved state dict")
     parser.add_argument("--preset", required=True, help="unav100, unav100_onepeace or demo")
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     config = with_overrides(preset(arguments.preset), parse_overrides(overrides))
     labels = _labels(arguments.annotations, config.model.num_classes)
-    config.spec(labels)  # fails here, before anything is loaded, when their number does not fit
+    config.spec(labels)  # raises where their number differs, before anything is loaded
 
     from ccnet.checkpoint import save_checkpoint
     from ccnet.network.model import CCNet
