@@ -38,6 +38,7 @@ OPTIONS: dict[str, set[str]] = {
         "--workspace-mib",
         *PARITY_OPTIONS,
     },
+    "rebuild": set(),
     "verify": {"--backend", "--checkpoint", "--polygraphy", "--precision", "--reference", *PARITY_OPTIONS},
     "reference": {"--out", *PARITY_OPTIONS},
     "predict": {"--annotations", "--features", "--on-error", "--out", "--quiet", "--subset", *ENGINE_OPTIONS},
