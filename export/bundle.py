@@ -6,6 +6,7 @@ Read downward: `make_bundle`, then its steps in order.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +30,19 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ccnet.checkpoint import Checkpoint
+    from ccnet.config import ModelConfig
     from ccnet.network.model import CCNet
 
-Form = Literal["fused", "reference"]
+Graph = Literal["fused", "reference"]
 Say = Callable[[str], None]
+
+log = logging.getLogger(__name__)
 
 AUTO = "auto"
 _LADDER = ("fp32", "tf32", "bf16", "fp16")
 """What `auto` tries, as far as this machine has it."""
+_REFERENCE_LADDER = ("fp32", "tf32")
+"""The same for the reference graph, which has fp32 types alone."""
 _ONNX_WAYS: dict[str, tuple[tuple[str, str], ...]] = {
     "fp32": (("onnxruntime", "fp32"),),
     "tf32": (("onnxruntime-cuda", "tf32"),),
@@ -67,7 +73,8 @@ class Request:
     max_batch: int = 32
     opt_batch: int = 1
     """Batch size that engines are tuned for."""
-    form: Form = "fused"
+    graph: Graph | None = None
+    """The network in few operations made for engines, or as it is; None: fused, or reference where it is ablated."""
     engine: EngineOptions = dataclasses.field(default_factory=EngineOptions)
     """Of every engine; its format, precision and profile are set for each."""
 
@@ -84,12 +91,18 @@ class Request:
             raise ConfigError(f"{given}: for engines only; got format onnx, expected tensorrt or tensorrt-rtx with it")
         if not 1 <= self.opt_batch <= self.max_batch:
             raise ConfigError(f"opt-batch: got {self.opt_batch}, expected 1 to max-batch ({self.max_batch})")
-        if self.form == "reference" and set(self.precisions) - {"fp32", "tf32", AUTO}:
-            raise ConfigError("form: the reference graph has fp32 only; use the fused network")
+        if self.graph == "reference" and set(self.precisions) - {*_REFERENCE_LADDER, AUTO}:
+            given = " ".join(self.precisions)
+            raise ConfigError(f"precision: got {given}, expected fp32, tf32 or auto: the reference graph has fp32 only")
 
     @property
     def automatic(self) -> bool:
         return AUTO in self.precisions
+
+    @property
+    def ladder(self) -> tuple[str, ...]:
+        """Precisions of engines that `auto` tries."""
+        return _REFERENCE_LADDER if self.graph == "reference" else _LADDER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +128,8 @@ def make_bundle(
     out = Path(out)
     refuse_foreign(out)
     config = checkpoint.config
+    if request.graph is None:
+        request = dataclasses.replace(request, graph=_graph_for(config.model))
     with new_bundle(
         out,
         spec=checkpoint.spec,
@@ -140,10 +155,21 @@ def make_bundle(
         return dataclasses.replace(result, skipped={**not_built, **result.skipped})
 
 
+def _graph_for(config: ModelConfig) -> Graph:
+    """Return the graph of a network of this structure; an ablated one gets the reference graph, and a warning."""
+    from export.fused.network import unfusable
+
+    reason = unfusable(config)
+    if reason is None:
+        return "fused"
+    log.warning("%s: writing the reference graph, which is slower than the fused network of the paper", reason)
+    return "reference"
+
+
 def _graphs(request: Request) -> list[str]:
     """Types of the graphs to write. The ladder and int8 graphs start from fp32."""
     engines = any(format != "onnx" for format in request.formats)
-    wanted = (_LADDER if engines else ("fp32",)) if request.automatic else request.precisions
+    wanted = (request.ladder if engines else ("fp32",)) if request.automatic else request.precisions
     graphs = {"fp32"} if request.automatic or "int8" in wanted else set()
     if request.automatic and "onnx" in request.formats and _runs_int8():
         graphs.add("int8")
@@ -161,9 +187,9 @@ def _add_graph(draft: Draft, checkpoint: Checkpoint, model: CCNet, request: Requ
     if precision == "int8":
         _add_int8(draft, request, name, say)
         return
-    say(f"writing {file} ({precision}, {request.form} form, opset {request.opset})")
+    say(f"writing {file} ({precision}, {request.graph} graph, opset {request.opset})")
     info = export_onnx(
-        _form(model, request.form, precision),
+        _module(model, request, precision),
         checkpoint.spec,
         draft.folder / file,
         opset=request.opset,
@@ -171,13 +197,13 @@ def _add_graph(draft: Draft, checkpoint: Checkpoint, model: CCNet, request: Requ
         metadata={
             "checkpoint_sha256": checkpoint.weights_sha256,
             "precision": precision,
-            "form": request.form,
+            "graph": str(request.graph),
             "opset": str(request.opset),
             "ccnet_version": __version__,
         },
     )
     say(f"  {info.nodes} nodes, {info.weight_bytes / 1e6:.0f} MB of weights, {info.seconds:.0f} s")
-    facts = {"form": request.form, "nodes": info.nodes, "weight_bytes": info.weight_bytes}
+    facts = {"graph": request.graph, "nodes": info.nodes, "weight_bytes": info.weight_bytes}
     draft.add_model_file(
         ModelFile(
             name=name,
@@ -206,7 +232,7 @@ def _add_int8(draft: Draft, request: Request, name: str, say: Say) -> None:
         say(f"  left out: {error}")
         return
     say(f"  {info.matmuls} matmuls in int8, {info.weight_bytes / 1e6:.0f} MB of weights")
-    facts = {"form": request.form, "nodes": info.nodes, "weight_bytes": info.weight_bytes}
+    facts = {"graph": request.graph, "nodes": info.nodes, "weight_bytes": info.weight_bytes}
     draft.add_model_file(
         ModelFile(
             name=name,
@@ -234,8 +260,8 @@ def _runs_int8() -> bool:
     return True
 
 
-def _form(model: CCNet, form: Form, precision: str) -> nn.Module:
-    if form == "reference":
+def _module(model: CCNet, request: Request, precision: str) -> nn.Module:
+    if request.graph == "reference":
         return model
     from export.fused.network import fused_network
     from export.parity.tolerances import torch_dtype
@@ -263,7 +289,7 @@ def _onnx_engines(request: Request) -> list[Engine]:
 def _engines(request: Request) -> Iterator[tuple[TensorRTFormat, str]]:
     for format in request.formats:
         if format != "onnx":
-            for precision in _LADDER if request.automatic else request.precisions:
+            for precision in request.ladder if request.automatic else request.precisions:
                 yield format, precision
 
 

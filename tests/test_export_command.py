@@ -112,7 +112,7 @@ def test_the_bundle_is_whole_verified_and_runs(exported: Path, checkpoint: Path)
     graph = onnx.load(bundle.path(model_file))
     facts = {entry.key: entry.value for entry in graph.metadata_props}
     assert facts["checkpoint_sha256"] == weights
-    assert (facts["opset"], facts["form"]) == ("20", "fused")
+    assert (facts["opset"], facts["graph"]) == ("20", "fused")
     with Localizer.load(exported) as localizer:
         localizer.batch([(v.visual, v.audio, None) for v in sample_videos(bundle.spec, 5)])
 
@@ -260,7 +260,7 @@ def test_polygraphy_is_asked_and_its_answer_judged(
         (["--precision", "fp8"], "precision"),
         (["--precision", "auto", "fp16"], "auto alone"),
         (["--opt-batch", "9", "--max-batch", "8"], "opt-batch"),
-        (["--form", "reference", "--precision", "fp16"], "reference graph"),
+        (["--graph", "reference", "--precision", "fp16"], "reference graph"),
         (["--features", "nowhere"], "nowhere"),
         (["--device", "cuda:77"], "cuda:77"),
     ],
@@ -269,6 +269,43 @@ def test_bad_requests_say_what_is_wrong_before_any_work(
     checkpoint: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", str(checkpoint), "--out", str(tmp_path / "bundle"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a network without gates."""
+    from ccnet.checkpoint import save_checkpoint
+    from ccnet.network.model import CCNet
+
+    config = with_overrides(tiny_config(), {"model.tcg": "false"})
+    path = tmp_path_factory.mktemp("checkpoint") / "ablated"
+    save_checkpoint(path, CCNet(config.model).eval(), config=config, labels=("a", "b", "c", "d"))
+    return path
+
+
+def test_an_ablated_network_becomes_the_reference_graph_with_a_warning(
+    ablated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bundle"
+    assert main(["export", str(ablated), "--out", str(out), "--videos", "2"]) == 0
+    assert "warning: model.tcg = false: writing the reference graph" in capsys.readouterr().err
+    (model_file,) = read_bundle(out).manifest.model_files
+    assert model_file.build["graph"] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--graph", "fused"], "model.tcg = false: the fused network has no such form; use --graph reference"),
+        (["--precision", "fp16"], "the reference graph has fp32 only"),
+    ],
+)
+def test_an_ablated_network_has_no_fused_graph_and_fp32_alone(
+    ablated: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(ablated), "--out", str(tmp_path / "bundle"), "--videos", "1", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

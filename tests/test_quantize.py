@@ -44,7 +44,7 @@ def graph(tmp_path: Path) -> Path:
     model = helper.make_model(
         helper.make_graph(nodes, "g", inputs, outputs, tensors), opset_imports=[helper.make_opsetid("", 17)]
     )
-    helper.set_model_props(model, {"form": "fused"})
+    helper.set_model_props(model, {"graph": "fused"})
     model.ir_version = 8
     onnx.save(model, str(tmp_path / "fp32.onnx"))
     return tmp_path / "fp32.onnx"
@@ -72,7 +72,7 @@ def test_only_large_matmuls_are_quantized(graph: Path, tmp_path: Path) -> None:
     assert types["large.int8"] == onnx.TensorProto.INT8
     assert types["small"] == onnx.TensorProto.FLOAT
     assert "large" not in types
-    assert {p.key: p.value for p in model.metadata_props} == {"form": "fused", "precision": "int8"}
+    assert {p.key: p.value for p in model.metadata_props} == {"graph": "fused", "precision": "int8"}
     assert (graph.stat().st_size - info.weight_bytes) > 0.7 * 4 * 256 * 256
 
 
@@ -189,7 +189,7 @@ def making(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(TOLERANCES, "int8", loose)
 
     def make(out: Path, *precisions: str) -> Any:
-        request = Request(precisions=precisions, max_batch=4)
+        request = Request(precisions=precisions, max_batch=4, graph="fused")
         return make_bundle(checkpoint, model, reference, out, request, say=lambda _: None)  # type: ignore[arg-type]
 
     return make

@@ -36,7 +36,12 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--opset", type=int, default=20, help="ONNX opset, 17 to 23 (17 for TensorRT 8.6)")
     parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="largest batch")
     parser.add_argument("--opt-batch", type=int, default=1, metavar="N", help="batch that engines are tuned for")
-    parser.add_argument("--form", choices=["fused", "reference"], default="fused", help="how to write the network")
+    parser.add_argument(
+        "--graph",
+        choices=["fused", "reference"],
+        help="fused: in few operations made for engines; reference: as trained, fp32 only, for networks that have no "
+        "fused one (default: fused where it is possible)",
+    )
     add_video_arguments(parser)
     engine = parser.add_argument_group("engines")
     engine.add_argument("--compute-capability", nargs="+", default=[], metavar="X.Y", help="RTX: GPUs to build for")
@@ -76,7 +81,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         opset=arguments.opset,
         max_batch=arguments.max_batch,
         opt_batch=arguments.opt_batch,
-        form=arguments.form,
+        graph=arguments.graph,
         engine=_engine_options(arguments),
     )
     checkpoint = read_checkpoint(arguments.checkpoint)
