@@ -33,7 +33,7 @@ OPTIONS: dict[str, set[str]] = {
     "train": {"--annotations", "--features", "--out", "--preset", "--quiet", "--resume"},
     "import-weights": {"--annotations", "--out", "--preset"},
     "export": {
-        *("--compute-capability", "--form", "--format", "--hardware-compatible", "--max-batch", "--opset"),
+        *("--compute-capability", "--format", "--graph", "--hardware-compatible", "--max-batch", "--opset"),
         *("--opt-batch", "--optimization-level", "--out", "--precision", "--timing-cache", "--version-compatible"),
         "--workspace-mib",
         *PARITY_OPTIONS,
