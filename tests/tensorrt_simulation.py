@@ -1,8 +1,8 @@
 """Small stand-ins for `tensorrt` and `cuda.bindings.runtime`, backed by numpy, for machines without a GPU.
 
-They keep the rules that the backend must respect: work on a stream happens when the stream is synchronized, a recorded
-graph runs nothing while it is recorded, the first run of a context can't be recorded, a refused run is only a False,
-memory is checked and counted. `Simulation` holds all state and the faults to inject.
+They keep the rules that the backend must respect: work on a stream happens when the stream is synchronized, a graph
+runs nothing while it is captured, the first run of a context can't be captured, a refused run is only a False, memory
+is checked and counted. `Simulation` holds all state and the faults to inject.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,38 +38,33 @@ class Simulation:
     """CUDA call -> status that it returns instead of working."""
     refuse_runs: bool = False
     """execute_async_v3 returns False."""
-    record_nothing: bool = False
-    """While recording, execute_async_v3 returns True and records nothing: the replay leaves stale output."""
+    capture_nothing: bool = False
+    """While capturing, execute_async_v3 returns True and puts nothing into the graph: a replay leaves stale output."""
     refuse_inputs: bool = False
-    version: str = "10.9.0"
 
     device_memory: dict[int, np.ndarray] = field(default_factory=dict)
     pinned: dict[int, np.ndarray] = field(default_factory=dict)
     streams: dict[int, list[Operation]] = field(default_factory=dict)
-    recording: dict[int, list[Operation]] = field(default_factory=dict)
-    recording_threads: set[int] = field(default_factory=set)
     graphs: dict[int, list[Operation]] = field(default_factory=dict)
     events: dict[int, float] = field(default_factory=dict)
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    """Held during each CUDA call: threads share the simulated device."""
+    captures: dict[int, tuple[int, list[Operation]]] = field(default_factory=dict)
+    """Stream -> the thread that captures it, and the graph so far."""
     contexts: int = 0
     engines: int = 0
     launches: int = 0
     plain_runs: int = 0
     clock: float = 0.0
-    _next: int = 0x10000
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """Held during each CUDA call: threads share the device."""
+    _last: int = 0
 
     def handle(self) -> int:
-        self._next += 0x10000
-        return self._next
+        """A new number, far enough from the others to be an address in device memory."""
+        self._last += 1
+        return self._last << 40
 
     def put(self, stream: int, operation: Operation) -> None:
-        (self.recording[stream] if stream in self.recording else self.streams[stream]).append(operation)
-
-    def run(self, stream: int) -> None:
-        queue, self.streams[stream] = self.streams[stream], []
-        for operation in queue:
-            operation()
+        (self.captures[stream][1] if stream in self.captures else self.streams[stream]).append(operation)
 
     def bytes_at(self, pointer: int, nbytes: int) -> np.ndarray:
         """Memory of the device (bounds checked) or of the host."""
@@ -80,164 +76,142 @@ class Simulation:
 
     @property
     def held(self) -> dict[str, int]:
-        """What is still allocated."""
+        """What is still allocated, without what there is none of."""
         names = ("device_memory", "pinned", "streams", "graphs", "events")
-        return {name: len(getattr(self, name)) for name in names} | {"contexts": self.contexts, "engines": self.engines}
+        counts = {name: len(getattr(self, name)) for name in names}
+        counts |= {"contexts": self.contexts, "engines": self.engines}
+        return {name: count for name, count in counts.items() if count}
 
 
-class Stream(int):
-    pass
+class Cuda:
+    """The CUDA runtime calls; `bindings` wraps each so that it returns (status, *results)."""
+
+    cudaStreamNonBlocking = 1
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal="thread-local")
+
+    def __init__(self, sim: Simulation) -> None:
+        self._sim = sim
+        self.cudaFree, self.cudaFreeHost = sim.device_memory.pop, sim.pinned.pop
+        self.cudaGraphDestroy = self.cudaGraphExecDestroy = sim.graphs.pop
+        self.cudaEventDestroy = sim.events.pop
+
+    def _hold(self, kind: str, thing: Any) -> int:
+        handle = self._sim.handle()
+        getattr(self._sim, kind)[handle] = thing
+        return handle
+
+    def cudaGetDeviceProperties(self, index: int) -> Any:
+        major, minor = self._sim.capability
+        return SimpleNamespace(name=self._sim.gpu_name.encode(), major=major, minor=minor, totalGlobalMem=1 << 34)
+
+    def cudaSetDevice(self, index: int) -> None:
+        assert index == 0
+
+    def cudaDriverGetVersion(self) -> int:
+        return 13000
+
+    def cudaMemGetInfo(self) -> tuple[int, int]:
+        return (1 << 34) - sum(map(len, self._sim.device_memory.values())), 1 << 34
+
+    def cudaMalloc(self, nbytes: int) -> int:
+        capturing = {thread for thread, _ in self._sim.captures.values()}
+        assert threading.get_ident() not in capturing, "allocation while capturing"
+        return self._hold("device_memory", np.full(nbytes, 0xAA, np.uint8))
+
+    def cudaHostAlloc(self, nbytes: int, flags: int) -> int:
+        memory = np.full(nbytes, 0xAA, np.uint8)
+        self._sim.pinned[memory.ctypes.data] = memory
+        return int(memory.ctypes.data)
+
+    def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: Any, stream: int) -> None:
+        sim = self._sim
+        sim.put(stream, lambda: np.copyto(sim.bytes_at(target, nbytes), sim.bytes_at(source, nbytes)))
+
+    def cudaMemsetAsync(self, pointer: int, byte: int, nbytes: int, stream: int) -> None:
+        self._sim.put(stream, lambda: self._sim.bytes_at(pointer, nbytes).fill(byte))
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> int:
+        return self._hold("streams", [])
+
+    def cudaStreamSynchronize(self, stream: int) -> None:
+        assert stream not in self._sim.captures, "synchronization while capturing"
+        queue, self._sim.streams[stream] = self._sim.streams[stream], []
+        for operation in queue:
+            operation()
+
+    def cudaStreamDestroy(self, stream: int) -> None:
+        assert not self._sim.streams.pop(stream) or self._sim.faults, "stream destroyed with work on it"
+
+    def cudaStreamBeginCapture(self, stream: int, mode: str) -> None:
+        assert mode == "thread-local"
+        self._sim.captures[stream] = (threading.get_ident(), [])
+
+    def cudaStreamEndCapture(self, stream: int) -> int:
+        return self._hold("graphs", self._sim.captures.pop(stream)[1])
+
+    def cudaGraphInstantiate(self, graph: int, flags: int) -> int:
+        return self._hold("graphs", list(self._sim.graphs[graph]))
+
+    def cudaGraphUpload(self, executable: int, stream: int) -> None:
+        assert executable in self._sim.graphs
+
+    def cudaGraphLaunch(self, executable: int, stream: int) -> None:
+        self._sim.launches += 1
+        for operation in self._sim.graphs[executable]:
+            self._sim.put(stream, operation)
+
+    def cudaEventCreateWithFlags(self, flags: int) -> int:
+        return self._hold("events", 0.0)
+
+    def cudaEventRecord(self, event: int, stream: int) -> None:
+        def stamp() -> None:  # the clock advances half a millisecond from one event to the next
+            self._sim.clock += 0.5
+            self._sim.events[event] = self._sim.clock
+
+        self._sim.put(stream, stamp)
+
+    def cudaEventSynchronize(self, event: int) -> None:
+        for stream in list(self._sim.streams):
+            self.cudaStreamSynchronize(stream)
+
+    def cudaEventElapsedTime(self, begin: int, end: int) -> float:
+        return self._sim.events[end] - self._sim.events[begin]
 
 
-def cuda_module(sim: Simulation) -> types.ModuleType:
-    """`cuda.bindings.runtime`: every function returns (status, *results)."""
-    module = types.ModuleType("cuda.bindings.runtime")
+def bindings(sim: Simulation) -> types.ModuleType:
+    """`cuda.bindings.runtime`."""
+    cuda, module = Cuda(sim), types.ModuleType("cuda.bindings.runtime")
 
-    def offer(function: Callable[..., Any]) -> None:
+    def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
         def call(*arguments: Any) -> tuple[Any, ...]:
-            status = sim.faults.get(function.__name__, 0)
-            if status:
-                return (status, *([0] if function.__name__ != "cudaMemGetInfo" else [0, 0]))
+            if status := sim.faults.get(name, 0):
+                return (status, 0)
             with sim.lock:
                 result = function(*arguments)
             return (0, *result) if isinstance(result, tuple) else (0,) if result is None else (0, result)
 
-        setattr(module, function.__name__, call)
+        return call
 
-    def cudaHostAlloc(nbytes: int, flags: int) -> int:
-        memory = np.full(nbytes, 0xAA, np.uint8)
-        sim.pinned[memory.ctypes.data] = memory
-        return int(memory.ctypes.data)
-
-    def cudaMalloc(nbytes: int) -> int:
-        assert threading.get_ident() not in sim.recording_threads, "allocation while recording"
-        pointer = sim.handle() << 20
-        sim.device_memory[pointer] = np.full(nbytes, 0xAA, np.uint8)
-        return pointer
-
-    def cudaMemcpyAsync(target: int, source: int, nbytes: int, kind: Any, stream: Stream) -> None:
-        def copy() -> None:
-            sim.bytes_at(target, nbytes)[:] = sim.bytes_at(source, nbytes)
-
-        sim.put(stream, copy)
-
-    def cudaMemsetAsync(pointer: int, byte: int, nbytes: int, stream: Stream) -> None:
-        sim.put(stream, lambda: sim.bytes_at(pointer, nbytes).fill(byte))
-
-    def cudaStreamCreateWithFlags(flags: int) -> Stream:
-        stream = Stream(sim.handle())
-        sim.streams[stream] = []
-        return stream
-
-    def cudaStreamSynchronize(stream: Stream) -> None:
-        assert stream not in sim.recording, "synchronization while recording"
-        sim.run(stream)
-
-    def cudaStreamBeginCapture(stream: Stream, mode: str) -> None:
-        assert mode == "thread-local"
-        sim.recording[stream] = []
-        sim.recording_threads.add(threading.get_ident())
-
-    def cudaStreamEndCapture(stream: Stream) -> int:
-        graph = sim.handle()
-        sim.graphs[graph] = sim.recording.pop(stream)
-        sim.recording_threads.discard(threading.get_ident())
-        return graph
-
-    def cudaGraphInstantiate(graph: int, flags: int) -> int:
-        executable = sim.handle()
-        sim.graphs[executable] = list(sim.graphs[graph])
-        return executable
-
-    def cudaGraphLaunch(executable: int, stream: Stream) -> None:
-        sim.launches += 1
-        for operation in sim.graphs[executable]:
-            sim.put(stream, operation)
-
-    def cudaEventCreateWithFlags(flags: int) -> int:
-        event = sim.handle()
-        sim.events[event] = 0.0
-        return event
-
-    def cudaEventRecord(event: int, stream: Stream) -> None:
-        def stamp() -> None:
-            sim.clock += 0.5
-            sim.events[event] = sim.clock
-
-        sim.put(stream, stamp)
-
-    def cudaEventSynchronize(event: int) -> None:
-        for stream in list(sim.streams):
-            sim.run(stream)
-
-    def cudaEventElapsedTime(begin: int, end: int) -> float:
-        return sim.events[end] - sim.events[begin]
-
-    def cudaGetDeviceProperties(index: int) -> Any:
-        major, minor = sim.capability
-        return types.SimpleNamespace(name=sim.gpu_name.encode(), major=major, minor=minor, totalGlobalMem=1 << 34)
-
-    def cudaGraphDestroy(graph: int) -> None:
-        del sim.graphs[graph]
-
-    def cudaGraphExecDestroy(executable: int) -> None:
-        del sim.graphs[executable]
-
-    def cudaFree(pointer: int) -> None:
-        del sim.device_memory[pointer]
-
-    def cudaFreeHost(pointer: int) -> None:
-        del sim.pinned[pointer]
-
-    def cudaStreamDestroy(stream: Stream) -> None:
-        assert not sim.streams.pop(stream) or sim.faults, "stream destroyed with work on it"
-
-    def cudaEventDestroy(event: int) -> None:
-        del sim.events[event]
-
-    def cudaGraphUpload(executable: int, stream: Stream) -> None:
-        assert executable in sim.graphs
-
-    def cudaSetDevice(index: int) -> None:
-        assert index == 0
-
-    def cudaDriverGetVersion() -> int:
-        return 13000
-
-    def cudaMemGetInfo() -> tuple[int, int]:
-        return (1 << 34) - sum(map(len, sim.device_memory.values())), 1 << 34
-
-    for function in list(locals().values()):
-        if isinstance(function, types.FunctionType) and function.__name__.startswith("cuda"):
-            offer(function)
-    module.cudaGetDeviceCount = lambda: (sim.device_status, 0 if sim.device_status else 1)  # type: ignore[attr-defined]
-    module.cudaGetErrorString = lambda status: (0, f"simulated fault {int(status)}".encode())  # type: ignore[attr-defined]
-    module.cudaStreamNonBlocking = 1  # type: ignore[attr-defined]
-    kinds = types.SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
-    module.cudaMemcpyKind = kinds  # type: ignore[attr-defined]
-    module.cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal="thread-local")  # type: ignore[attr-defined]
+    for name in dir(cuda):
+        if name.startswith("cuda"):
+            value = getattr(cuda, name)
+            setattr(module, name, wrapped(name, value) if callable(value) else value)
+    values: dict[str, Any] = {
+        "cudaGetDeviceCount": lambda: (sim.device_status, 0 if sim.device_status else 1),
+        "cudaGetErrorString": lambda status: (0, f"simulated fault {int(status)}".encode()),
+    }
+    module.__dict__.update(values)
     return module
 
 
-class DataType(enum.Enum):
-    FLOAT = 0
-    HALF = 1
-    BOOL = 4
-    BF16 = 7
-
-
-class TensorIOMode(enum.Enum):
-    INPUT = 1
-    OUTPUT = 2
-
-
-class Severity(enum.Enum):
-    ERROR = 1
-    WARNING = 2
+DataType = enum.Enum("DataType", ["FLOAT", "HALF", "BOOL", "BF16"])
+TensorIOMode = enum.Enum("TensorIOMode", ["INPUT", "OUTPUT"])
+Severity = enum.Enum("Severity", ["ERROR", "WARNING"])
 
 
 class ILogger:
-    pass
+    def log(self, severity: Severity, msg: str) -> None: ...
 
 
 class IProfiler:
@@ -246,36 +220,32 @@ class IProfiler:
 
 def expected_outputs(inputs: dict[str, np.ndarray], outputs: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """What the simulated network computes: one number per video, spread over the points and classes."""
-    visual, audio, mask = (inputs[name] for name in ("visual", "audio", "mask"))
-    number = visual.mean((1, 2)) + 2 * audio.mean((1, 2)) + mask.mean((1, 2))
+    number = sum(weight * array.reshape(len(array), -1).mean(1) for weight, array in enumerate(inputs.values(), 1))
     found = {}
     for index, (name, shape) in enumerate(outputs.items()):
         ramp = np.arange(np.prod(shape[1:]), dtype=np.float32).reshape(shape[1:]) * 0.01
-        found[name] = (number.reshape(-1, *[1] * (len(shape) - 1)) + ramp + index).astype(np.float32)
+        found[name] = (np.reshape(number, (-1, *[1] * (len(shape) - 1))) + ramp + index).astype(np.float32)
     return found
 
 
-def plan_bytes(inputs: dict[str, Any], outputs: dict[str, Any], magic: bytes = b"ftrt") -> bytes:
-    """A simulated engine file. `inputs` and `outputs` map names to (shape with -1, type name)."""
-    return magic + json.dumps({"inputs": inputs, "outputs": outputs}).encode()
-
-
 class Context:
+    """IExecutionContext."""
+
+    profiler: Any = None
+    enqueue_emits_profile = True
+
     def __init__(self, sim: Simulation, plan: dict[str, Any], log: ILogger) -> None:
         self._sim, self._plan, self._log = sim, plan, log
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._ran = False
         self._scratch = 0
-        self.profiler: Any = None
-        self.enqueue_emits_profile = True
         sim.contexts += 1
 
     def __del__(self) -> None:
         self._sim.contexts -= 1
 
     def set_device_memory(self, pointer: int, size: int) -> None:
-        assert pointer in self._sim.device_memory
         self._scratch = pointer
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -295,35 +265,38 @@ class Context:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        sim, recording = self._sim, stream in self._sim.recording
+        sim, capturing = self._sim, stream in self._sim.captures
         assert self._scratch in sim.device_memory
-        if sim.refuse_runs or (recording and not self._ran):
-            self._log.log(Severity.ERROR, "simulated refusal")  # type: ignore[attr-defined]
+        if sim.refuse_runs or (capturing and not self._ran):
+            self._log.log(Severity.ERROR, "simulated refusal")
             return False
         self._ran = True
-        sim.plain_runs += not recording
-        if not (recording and sim.record_nothing):
+        sim.plain_runs += not capturing
+        if not (capturing and sim.capture_nothing):
             sim.put(stream, self._compute)
         return True
 
     def _compute(self) -> None:
-        batch = self._shapes["visual"][0]
         inputs = {}
         for name, (_, kind) in self._plan["inputs"].items():
             dtype, shape = np.dtype(np.bool_ if kind == "BOOL" else np.float32), self._shapes[name]
             memory = self._sim.bytes_at(self._addresses[name], int(np.prod(shape)) * dtype.itemsize)
             inputs[name] = memory.view(dtype).reshape(shape)
+        batch = len(next(iter(inputs.values())))
         shapes = {name: (batch, *shape[1:]) for name, (shape, _) in self._plan["outputs"].items()}
         for name, values in expected_outputs(inputs, shapes).items():
             self._sim.bytes_at(self._addresses[name], values.nbytes)[:] = values.reshape(-1).view(np.uint8)
 
 
 class Engine:
+    """ICudaEngine."""
+
+    device_memory_size_v2 = 4096
+
     def __init__(self, sim: Simulation, plan: dict[str, Any], log: ILogger) -> None:
         self._sim, self._plan, self._log = sim, plan, log
         self._all = plan["inputs"] | plan["outputs"]
         self.num_io_tensors = len(self._all)
-        self.device_memory_size_v2 = 4096
         sim.engines += 1
 
     def __del__(self) -> None:
@@ -332,13 +305,13 @@ class Engine:
     def get_tensor_name(self, index: int) -> str:
         return list(self._all)[index]
 
-    def get_tensor_mode(self, name: str) -> TensorIOMode:
-        return TensorIOMode.INPUT if name in self._plan["inputs"] else TensorIOMode.OUTPUT
+    def get_tensor_mode(self, name: str) -> enum.Enum:
+        return TensorIOMode["INPUT" if name in self._plan["inputs"] else "OUTPUT"]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._all[name][0])
 
-    def get_tensor_dtype(self, name: str) -> DataType:
+    def get_tensor_dtype(self, name: str) -> enum.Enum:
         return DataType[self._all[name][1]]
 
     def create_execution_context(self, strategy: str) -> Context:
@@ -346,11 +319,8 @@ class Engine:
         return Context(self._sim, self._plan, self._log)
 
 
-def tensorrt_module(sim: Simulation) -> types.ModuleType:
-    module: Any = types.ModuleType("tensorrt")
-    module.__version__ = sim.version
-    module.ILogger, module.IProfiler, module.TensorIOMode = ILogger, IProfiler, TensorIOMode
-    module.ExecutionContextAllocationStrategy = types.SimpleNamespace(USER_MANAGED="user")
+def tensorrt_module(sim: Simulation) -> Any:
+    """`tensorrt`, as far as the runtime uses it."""
 
     class Runtime:
         def __init__(self, logger: ILogger) -> None:
@@ -358,30 +328,26 @@ def tensorrt_module(sim: Simulation) -> types.ModuleType:
             self._logger = logger
 
         def deserialize_cuda_engine(self, blob: Any) -> Engine | None:
-            content = bytes(memoryview(blob))
             try:
-                return Engine(sim, json.loads(content[4:]), self._logger)
+                return Engine(sim, json.loads(bytes(memoryview(blob))[4:]), self._logger)
             except ValueError:
-                self._logger.log(Severity.ERROR, "plan.header.size == blobSize failed")  # type: ignore[attr-defined]
+                self._logger.log(Severity.ERROR, "plan.header.size == blobSize failed")
                 return None
 
-    module.Runtime = Runtime
-    return module  # type: ignore[no-any-return]
+    module: Any = types.ModuleType("tensorrt")
+    module.__version__ = "10.9.0"
+    module.ILogger, module.IProfiler, module.TensorIOMode, module.Runtime = ILogger, IProfiler, TensorIOMode, Runtime
+    module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
+    return module
 
 
 def install(monkeypatch: pytest.MonkeyPatch, sim: Simulation) -> None:
     """Put the stand-ins where `import tensorrt` and `from cuda.bindings import runtime` find them."""
     from runtime.backends.tensorrt import cuda
 
-    bindings = types.ModuleType("cuda.bindings")
-    bindings.runtime = cuda_module(sim)  # type: ignore[attr-defined]
-    package = types.ModuleType("cuda")
-    package.bindings = bindings  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cuda", package)
-    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", bindings.runtime)
+    module = bindings(sim)
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_module(sim))
-    monkeypatch.setattr(cuda, "bindings", lambda: bindings.runtime)
+    monkeypatch.setattr(cuda, "bindings", lambda: module)
 
 
 ENGINE_SPEC = ModelSpec(length=16, levels=3, visual_dim=6, audio_dim=4, labels=("a", "b", "c"))
@@ -393,10 +359,13 @@ ENGINE_FILE = ModelFile(
 """Of an engine that `write_engine` writes."""
 
 
-def write_engine(path: Path, spec: ModelSpec = ENGINE_SPEC, magic: bytes = b"ftrt") -> Path:
-    types = {"visual": "FLOAT", "audio": "FLOAT", "mask": "BOOL"}
-    inputs = {n: ([-1, *s[1:]], types[n]) for n, s in spec.input_shapes(1).items()}
-    outputs = {n: ([-1, *s[1:]], "FLOAT") for n, s in spec.output_shapes(1).items()}
+def write_engine(path: Path, magic: bytes = b"ftrt") -> Path:
+    """Write an engine file of the simulation: its tensors with their shapes (batch -1) and types."""
+    shapes = {"inputs": ENGINE_SPEC.input_shapes(1), "outputs": ENGINE_SPEC.output_shapes(1)}
+    plan = {
+        kind: {n: ([-1, *s[1:]], "BOOL" if n == "mask" else "FLOAT") for n, s in of_kind.items()}
+        for kind, of_kind in shapes.items()
+    }
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(plan_bytes(inputs, outputs, magic))
+    path.write_bytes(magic + json.dumps(plan).encode())
     return path
