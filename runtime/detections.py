@@ -12,14 +12,15 @@ Shapes:  N events of one video
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from runtime.errors import MissingDependency, PredictionError
 from runtime.files import atomic_file
@@ -35,6 +36,9 @@ from runtime.records import (
     parse_json,
 )
 from runtime.schema import show
+
+_ROW_GROUP = 100_000
+"""Events that go into one row group of a Parquet file."""
 
 _Arrays = tuple[npt.NDArray[np.float64], npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
@@ -62,21 +66,39 @@ class Detections:
         return [{"segment": s, "label": names[i], "label_id": i, "score": score} for s, i, score in rows]
 
 
-def write_events(path: str | Path, records: Iterable[tuple[str, float, Detections]]) -> int:
+Record: TypeAlias = tuple[str, float, Detections]
+"""(video id, duration in seconds, events)."""
+
+
+def write_events(path: str | Path, records: Iterable[Record]) -> int:
     """Write `(video id, duration in seconds, detections)` records as they come. Returns the number of videos.
 
-    The file appears under its name only when the last record has been written; memory holds one video at a time.
+    The file appears under its name only when the last record has been written; memory holds one video at a time. Raises
+    PredictionError for a number that is not finite, and for text that is not Unicode.
     """
     count = 0
-    with atomic_file(path, "w") as stream:
+    with atomic_file(path, "wb") as stream:
         for video_id, duration, detections in records:
-            line = {"video_id": video_id, "duration": float(duration), "events": detections.to_json()}
-            stream.write(json.dumps(line, allow_nan=False) + "\n")
+            stream.write(event_line(video_id, duration, detections))
             count += 1
     return count
 
 
-def write_parquet(path: str | Path, records: Iterable[tuple[str, float, Detections]]) -> int:
+def event_line(video_id: str, duration: float, detections: Detections) -> bytes:
+    """Return the line of a video in an events file, with the line break. Raises as `write_events`."""
+    line = {"video_id": video_id, "duration": float(duration), "events": detections.to_json()}
+    try:
+        text = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError as error:  # a lone surrogate, as in the name of a file that is not UTF-8
+        raise PredictionError(f"video {video_id!r}: can't be written as JSON ({error})") from None
+    if b"null" in text:  # what is not finite, or a part of a name
+        numbers = (duration, *detections.segments.flat, *detections.scores)
+        if not all(math.isfinite(number) for number in numbers):
+            raise PredictionError(f"video {video_id!r}: its events hold a number that is not finite")
+    return text
+
+
+def write_parquet(path: str | Path, records: Iterable[Record]) -> int:
     """Like `write_events`, as a Parquet file of one row an event; a video without events has no row.
 
     Columns: video_id, duration, start, end (seconds), label, label_id, score. Needs the extra `parquet`
@@ -90,30 +112,44 @@ def write_parquet(path: str | Path, records: Iterable[tuple[str, float, Detectio
     kinds = (pa.string(), pa.float64(), pa.float64(), pa.float64(), pa.string(), pa.int64(), pa.float32())
     names = ("video_id", "duration", "start", "end", "label", "label_id", "score")
     schema = pa.schema(list(zip(names, kinds, strict=True)))
+
+    def table(group: Sequence[Record]) -> Any:
+        ids, durations, found = zip(*group, strict=True)
+        video = np.repeat(np.arange(len(group)), [len(detections) for detections in found])
+        segments = np.concatenate([detections.segments for detections in found])
+        labels = np.concatenate([detections.labels for detections in found])
+        columns = (
+            pa.array(ids, pa.string()).take(pa.array(video)),
+            np.array(durations, np.float64)[video],
+            segments[:, 0],
+            segments[:, 1],
+            pa.array(found[0].label_names, pa.string()).take(pa.array(labels)),
+            labels,
+            np.concatenate([detections.scores for detections in found]),
+        )
+        arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
+        return pa.Table.from_arrays(arrays, schema=schema)
+
     count = 0
-    rows: list[list[Any]] = [[] for _ in names]
     with atomic_file(path, "wb") as stream, pq.ParquetWriter(stream, schema) as writer:
-
-        def flush() -> None:
-            columns = [pa.array(values, kind) for values, kind in zip(rows, kinds, strict=True)]
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-            for values in rows:
-                values.clear()
-
-        for video_id, duration, detections in records:
-            labels = detections.labels.tolist()
-            rows[0] += [video_id] * len(labels)
-            rows[1] += [float(duration)] * len(labels)
-            rows[2] += detections.segments[:, 0].tolist()
-            rows[3] += detections.segments[:, 1].tolist()
-            rows[4] += [detections.label_names[i] for i in labels]
-            rows[5] += labels
-            rows[6] += detections.scores.tolist()
-            count += 1
-            if len(rows[0]) >= 100_000:
-                flush()
-        flush()
+        for group in _row_groups(records):
+            writer.write_table(table(group))
+            count += len(group)
     return count
+
+
+def _row_groups(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Return records in groups of about `_ROW_GROUP` events, each with one list of class names."""
+    group: list[Record] = []
+    events = 0
+    for record in records:
+        if group and (events >= _ROW_GROUP or record[2].label_names != group[0][2].label_names):
+            yield group
+            group, events = [], 0
+        group.append(record)
+        events += len(record[2])
+    if group:
+        yield group
 
 
 def read_events(path: str | Path, label_names: Sequence[str] | None = None) -> dict[str, Detections]:

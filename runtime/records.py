@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ OVERRUN_SECONDS = 0.01
 (The published UnAV-100 file needs none of it.)"""
 
 _LABEL_IDS = 1 << 20
+
+_PLAIN_NAME = re.compile(r"[^/\\\x00-\x1f\ud800-\udfff]+").fullmatch
+"""A surrogate alone stands for a byte of a file name that is not UTF-8; no file can carry it on."""
 
 
 class BadRecord(Exception):
@@ -49,12 +53,11 @@ def check_list(value: Any, name: str) -> None:
 
 def check_video_id(video_id: Any) -> str:
     """Return a video id, which is a part of file names."""
-    plain = isinstance(video_id, str) and video_id not in ("", ".", "..")
-    if not plain or any(c in "/\\" or ord(c) < 32 for c in video_id):
+    if not isinstance(video_id, str) or video_id in (".", "..") or not _PLAIN_NAME(video_id):
         raise BadRecord(
             f"video id: got {show(video_id)}, expected a name without path separators and control characters"
         )
-    return str(video_id)
+    return video_id
 
 
 def check_duration(value: Any) -> float:

@@ -1,4 +1,4 @@
-"""The runtime in an environment that has numpy and ONNX Runtime, and nothing else: no torch, no exporter."""
+"""The runtime in an environment that has numpy, orjson and ONNX Runtime, and nothing else: no torch, no exporter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = ("numpy", "onnxruntime")
+LIBRARIES = ("numpy", "orjson", "onnxruntime")
 ABSENT = ("torch", "onnx", "onnxscript", "safetensors", "openvino", "tensorrt", "tensorrt_rtx", "tqdm", "export")
 
 

@@ -43,6 +43,29 @@ def test_events_read_back_bit_by_bit(tmp_path: Path) -> None:
     assert json.loads(path.read_text().splitlines()[1]) == {"video_id": "b c-é", "duration": 30.0, "events": []}
 
 
+def test_what_json_can_not_carry_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    good = detections(0, 3)
+    for i, bad in enumerate((np.nan, np.inf)):
+        segments = good.segments.copy()
+        segments[1, i] = bad
+        broken = Detections(segments, good.scores, good.labels, NAMES)
+        with pytest.raises(PredictionError, match="video 'b': its events hold a number that is not finite"):
+            write_events(path, [("a", 30.0, good), ("b", 30.0, broken)])
+    with pytest.raises(PredictionError, match="video 'b': its events hold a number that is not finite"):
+        write_events(path, [("b", np.nan, good)])
+    with pytest.raises(PredictionError, match="can't be written as JSON"):
+        write_events(path, [("not UTF-8: \udcff", 30.0, good)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_class_may_be_called_null(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    one = Detections(np.array([[1.0, 2.5]]), np.array([0.5], np.float32), np.array([1]), ("null", "[null,null]"))
+    write_events(path, [("null", 9.0, one)])
+    assert read_events(path)["null"].to_json() == one.to_json()
+
+
 def test_to_json_names_the_fields() -> None:
     one = Detections(np.array([[1.0, 2.5]]), np.array([0.5], np.float32), np.array([1]), NAMES)
     assert one.to_json() == [{"segment": [1.0, 2.5], "label": "cat", "label_id": 1, "score": 0.5}]
@@ -145,3 +168,30 @@ def test_parquet_without_its_package_names_the_extra(tmp_path: Path, monkeypatch
     with pytest.raises(MissingDependency, match=r"pip install 'ccnet\[parquet\]'"):
         write_parquet(tmp_path / "events.parquet", [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parquet_is_written_in_row_groups_each_of_one_list_of_classes(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "events.parquet"
+    many = detections(0, 40_000)
+    others = Detections(many.segments[:2], many.scores[:2], np.array([1, 0]), ("hen", "pig"))
+    records = [("a", 30.0, many), ("b", 30.0, many), ("c", 30.0, many), ("d", 30.0, many), ("e", 30.0, others)]
+    assert write_parquet(path, records) == 5
+    file = parquet.ParquetFile(path)
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [120_000, 40_000, 2]
+    assert file.read_row_group(2)["label"].to_pylist() == ["pig", "hen"]
+    assert file.read_row_group(1)["video_id"].unique().to_pylist() == ["d"]
+    table = file.read_row_group(0)
+    assert table["label"].to_pylist()[40_000:80_000] == [NAMES[i] for i in many.labels]
+    np.testing.assert_array_equal(table["start"].to_numpy(), np.tile(many.segments[:, 0], 3))
+
+
+def test_a_parquet_file_without_events_has_its_columns(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "events.parquet"
+    assert write_parquet(path, [("a", 30.0, detections(0, 0))]) == 1
+    assert write_parquet(tmp_path / "none.parquet", []) == 0
+    for file in (path, tmp_path / "none.parquet"):
+        table = parquet.read_table(file)
+        assert table.num_rows == 0
+        assert table.column_names == ["video_id", "duration", "start", "end", "label", "label_id", "score"]
