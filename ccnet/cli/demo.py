@@ -129,16 +129,14 @@ class _Demo:
         from ccnet.synthetic.features import FeatureSynthesizer, SynthesisSettings
         from runtime.annotations import read_annotations
         from runtime.detections import read_events
-        from runtime.features import read_video
+        from runtime.features import FeatureFiles
 
         annotations = read_annotations(self.annotations)
         checkpoint = read_checkpoint(self.training / "best")
         spec, model = checkpoint.spec, checkpoint.load_model()
         videos = sorted(annotations.subset("test"), key=lambda video: -len(set(video.labels.tolist())))[:_CANDIDATES]
         gates = {
-            video.video_id: read_gates(
-                model, spec, read_video(self.features, video.video_id, spec.layout, spec.visual_dim, spec.audio_dim)
-            )
+            video.video_id: read_gates(model, spec, FeatureFiles(self.features, video.video_id).read(spec))
             for video in videos
         }
         video = max(videos, key=lambda video: gates[video.video_id].audio.std() + gates[video.video_id].visual.std())
