@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -446,6 +447,15 @@ def random_network(config: ModelConfig, seed: int = 0) -> CCNet:
             base = 1.0 if name.endswith(("weight", "scale")) or ".scales." in name else 0.0
             torch.nn.init.normal_(parameter, base, 0.3)
     return model
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A network, and the ONNX file of its fused network."""
+
+    network: CCNet
+    spec: ModelSpec
+    path: Path
 
 
 def random_batch(config: ModelConfig, lengths: list[int], seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,14 +1,72 @@
-"""Shared fixtures: the reference data, which lie beside a checkout where they are available."""
+"""Shared fixtures: the reference data beside a checkout, and what takes long to make."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from builders import shared_path
+from builders import Exported, random_network, shared_path
+
+if TYPE_CHECKING:
+    from benchmarks.networks import Networks
 
 
 @pytest.fixture(scope="session")
 def annotations_file() -> Path:
     """The published UnAV-100 annotation file."""
     return shared_path("data/unav100_annotations.json")
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all test processes of this session share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "session"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_networks(session_folder: Path) -> Networks:
+    """The benchmarks' tiny network. A graph takes many seconds to export, so every test takes it from `tiny_graph`."""
+    from benchmarks.networks import Networks, benchmark_config
+
+    return Networks(session_folder / "tiny", benchmark_config("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_graph(tiny_networks: Networks) -> Callable[[str], Path]:
+    """The ONNX file of a form of the tiny network (see `Networks.graph`), exported by the first process that asks."""
+    from filelock import FileLock
+
+    def graph(form: str) -> Path:
+        tiny_networks.folder.mkdir(exist_ok=True)
+        with FileLock(tiny_networks.folder / "checkpoint.lock"):
+            assert tiny_networks.checkpoint.is_dir()
+        with FileLock(tiny_networks.folder / f"{form}.lock"):
+            return tiny_networks.graph(form)
+
+    return graph
+
+
+@pytest.fixture(scope="session")
+def six_levels(session_folder: Path) -> Exported:
+    """A network of as many levels as the published one, whose graph has as many nodes, with small weights."""
+    from filelock import FileLock
+
+    from ccnet.config import Config, ModelConfig
+    from export.fused.network import fused_network
+    from export.graph.to_onnx import export_onnx
+
+    config = Config(
+        model=ModelConfig(length=64, visual_dim=12, audio_dim=8, dim=16, num_classes=3, head_dim=16, tdm_dim=8)
+    )
+    network, spec = random_network(config.model), config.spec(("a", "b", "c"))
+    path = session_folder / "six_levels.onnx"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            export_onnx(fused_network(network), spec, path, max_batch=4)
+    return Exported(network, spec, path)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from builders import engine
+from builders import Exported, engine
 
 from runtime.backends import open_backend
 from runtime.bundle import ModelFile
@@ -22,46 +22,32 @@ pytest.importorskip("onnxruntime")
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
-    """(network, spec, bundle folder) of a small random CCNet with its fused network as ONNX."""
-    from ccnet.config import Config, ModelConfig
-    from ccnet.network.model import CCNet
+def bundle(six_levels: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a bundle of the six-level network."""
     from export.bundle_writer import new_bundle
-    from export.fused.network import fused_network
-    from export.graph.to_onnx import export_onnx
 
-    config = Config(
-        model=ModelConfig(
-            length=64, visual_dim=12, audio_dim=8, dim=16, heads=2, num_classes=3, head_dim=16, tdm_dim=8, self_layers=1
-        )
-    )
-    torch.manual_seed(0)
-    network = CCNet(config.model).eval()
-    with torch.no_grad():
-        for parameter in network.parameters():  # scales start at 1e-4: no branch may hide behind one
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    spec = config.spec(("a", "b", "c"))
     folder = tmp_path_factory.mktemp("end_to_end") / "bundle"
-    with new_bundle(folder, spec=spec, model=config.model.to_json(), checkpoint_sha256="0" * 64, versions={}) as draft:
-        info = export_onnx(fused_network(network), spec, draft.folder / "model.onnx", max_batch=4)
+    model = six_levels.network.config.to_json()
+    with new_bundle(folder, spec=six_levels.spec, model=model, checkpoint_sha256="0" * 64, versions={}) as draft:
+        shutil.copy(six_levels.path, draft.folder / "model.onnx")
         draft.add_model_file(
-            ModelFile(name="onnx-fp32", format="onnx", files=info.files, precision="fp32", max_batch=4)
+            ModelFile(name="onnx-fp32", format="onnx", files=("model.onnx",), precision="fp32", max_batch=4)
         )
         for backend in ("onnxruntime", "openvino"):
             draft.set_engine(engine(backend, model_file="onnx-fp32"))
-    return network, spec, folder
+    return folder
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_the_runtime_finds_the_events_of_eager_pytorch(exported: tuple[Any, Any, Path], backend: str) -> None:
+def test_the_runtime_finds_the_events_of_eager_pytorch(six_levels: Exported, bundle: Path, backend: str) -> None:
     from ccnet.torch_backend import TorchBackend
 
     pytest.importorskip(backend)
-    network, spec, folder = exported
+    spec = six_levels.spec
     videos = [sample_videos(spec, 1, steps=steps, seed=steps)[0] for steps in (1, 17, 63, 64, 90)]
     with (
-        Localizer([TorchBackend(network, spec)], spec, long_videos="windows") as eager,
-        Localizer.load(folder, backend, long_videos="windows") as deployed,
+        Localizer([TorchBackend(six_levels.network, spec)], spec, long_videos="windows") as eager,
+        Localizer.load(bundle, backend, long_videos="windows") as deployed,
     ):
         expected, found = eager.batch(videos), deployed.batch(videos)
     for want, got in zip(expected, found, strict=True):
@@ -75,10 +61,10 @@ def test_the_runtime_finds_the_events_of_eager_pytorch(exported: tuple[Any, Any,
             assert np.abs(got.segments[same] - segment).max(axis=1).min() < 1e-2
 
 
-def test_a_video_does_not_depend_on_its_batch(exported: tuple[Any, Any, Path]) -> None:
-    _, spec, folder = exported
+def test_a_video_does_not_depend_on_its_batch(six_levels: Exported, bundle: Path) -> None:
+    spec = six_levels.spec
     videos = [sample_videos(spec, 1, steps=steps, seed=steps)[0] for steps in (5, 64, 33)]
-    with Localizer.load(folder, "onnxruntime") as localizer:
+    with Localizer.load(bundle, "onnxruntime") as localizer:
         together = localizer.batch(videos)
         for video, found in zip(videos, together, strict=True):
             alone = localizer(video.visual, video.audio)
@@ -86,9 +72,9 @@ def test_a_video_does_not_depend_on_its_batch(exported: tuple[Any, Any, Path]) -
             np.testing.assert_allclose(found.scores, alone.scores, atol=1e-5)
 
 
-def test_the_manifest_decides_precision_and_largest_batch(exported: tuple[Any, Any, Path]) -> None:
+def test_the_manifest_decides_precision_and_largest_batch(bundle: Path) -> None:
     from runtime.bundle import read_bundle
 
-    with open_backend(read_bundle(exported[2]), "onnxruntime") as backend:
+    with open_backend(read_bundle(bundle), "onnxruntime") as backend:
         assert backend.precision == "fp32"
         assert backend.max_batch == 4

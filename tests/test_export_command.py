@@ -90,6 +90,21 @@ def bundle(exported: Path, tmp_path: Path) -> Path:
     return tmp_path / "bundle"
 
 
+@pytest.fixture
+def exporter(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exporter that takes no time: whatever the precision, it hands out the graph of `exported`."""
+
+    def copy(module: object, spec: object, path: Path, **options: object) -> OnnxInfo:
+        shutil.copy(exported / "model.onnx", path)
+        return graph_info(path)
+
+    monkeypatch.setattr(export.graph.to_onnx, "export_onnx", copy)
+
+
+def graph_info(path: Path) -> OnnxInfo:
+    return OnnxInfo(path=path, files=(path.name,), opset=20, nodes=1, operators={}, weight_bytes=1, seconds=0.0)
+
+
 def unverified(folder: Path) -> None:
     engines = read_bundle(folder).manifest.engines
     edit_manifest(folder, engines=tuple(dataclasses.replace(r, status="unverified", accuracy={}) for r in engines))
@@ -142,7 +157,7 @@ def test_a_miss_is_exit_status_3_and_no_bundle(
         bias = next(tensor for tensor in model.graph.initializer if tensor.name == "heads.class_bias")
         bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(1e-3), bias.name))
         onnx.save(model, path)
-        return OnnxInfo(path=path, files=(path.name,), opset=20, nodes=1, operators={}, weight_bytes=1, seconds=0.0)
+        return graph_info(path)
 
     monkeypatch.setattr(export.graph.to_onnx, "export_onnx", wrong_graph)
     assert main(["export", str(checkpoint), "--out", str(tmp_path / "bundle"), "--videos", "2"]) == 3
@@ -319,8 +334,8 @@ def test_a_foreign_folder_is_refused_before_any_work(
     assert (tmp_path / "thesis.tex").exists()
 
 
-@pytest.mark.slow
-def test_the_ladder_keeps_what_passes(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("exporter")
+def test_auto_keeps_the_engines_that_pass(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     assert main(["export", str(checkpoint), "--out", str(out), "--precision", "auto", "--videos", "6"]) == 0
     manifest = read_bundle(out).manifest
@@ -331,13 +346,13 @@ def test_the_ladder_keeps_what_passes(checkpoint: Path, tmp_path: Path) -> None:
     assert not {engine.name for engine in manifest.engines} & {engine.name for engine in manifest.rejected}
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # an export
 def test_half_precision_and_opset_17(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    command = ["export", str(checkpoint), "--out", str(out), "--precision", "fp32", "fp16"]
+    command = ["export", str(checkpoint), "--out", str(out), "--precision", "fp16"]
     assert main([*command, "--opset", "17", "--videos", "6"]) == 0
     bundle = read_bundle(out)
-    assert {m.name: m.opset for m in bundle.manifest.model_files} == {"onnx-fp32": 17, "onnx-fp16": 17}
+    assert {m.name: m.opset for m in bundle.manifest.model_files} == {"onnx-fp16": 17}
     assert {engine.status for engine in bundle.manifest.engines} == {"verified"}
     with Localizer.load(out, "onnxruntime", precision="fp16") as localizer:
         assert localizer.backends[0].precision == "fp16"
@@ -362,21 +377,23 @@ def test_options_that_can_not_apply_are_refused(
         assert message in capsys.readouterr().err
 
 
-def test_the_ladder_goes_on_without_an_engine_that_can_not_be_built(
+@pytest.mark.usefixtures("exporter")
+def test_auto_goes_on_without_an_engine_that_can_not_be_built(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def build_engine(onnx_path: Path, out_path: Path, options: EngineOptions) -> None:
         raise ExportError(f"no kernels for {options.precision}")
 
     monkeypatch.setattr(export.bundle, "build_engine", build_engine)
-    monkeypatch.setattr(export.bundle, "_LADDER", ("fp32",))
-    monkeypatch.setattr(export.bundle, "_ONNX_LADDER", (("onnxruntime", "fp32"),))
-    monkeypatch.setattr(export.bundle, "_runs_int8", lambda: False)
     out = tmp_path / "bundle"
     command = ["export", str(checkpoint), "--out", str(out), "--videos", "3", "--format", "onnx", "tensorrt"]
     assert main([*command, "--precision", "auto"]) == 0
-    assert [engine.name for engine in read_bundle(out).manifest.engines] == ["onnxruntime-fp32"]
-    assert "tensorrt-fp32: not run here: no kernels for fp32" in capsys.readouterr().out
+    engines = read_bundle(out).manifest.engines
+    assert "onnxruntime-fp32" in {engine.name for engine in engines}
+    assert "tensorrt" not in {engine.backend for engine in engines}
+    printed = capsys.readouterr().out
+    for precision in ("fp32", "tf32", "bf16", "fp16"):
+        assert f"tensorrt-{precision}: not run here: no kernels for {precision}" in printed
 
 
 def test_a_link_to_a_bundle_stays_a_link(bundle: Path, reference: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,17 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (pip i
 
 from benchmarks import rtx_engines
 from benchmarks.arguments import Setting
-from benchmarks.networks import Networks, benchmark_config
+from benchmarks.networks import Networks
 from runtime.profiling.timing import Rules
 
 
-@pytest.mark.slow  # four exports
-def test_plans_of_every_form_are_counted(tmp_path: Path) -> None:
-    setting = Setting(Networks(tmp_path / "work", benchmark_config("tiny")), tmp_path, Rules(seconds=0, calls=1))
+@pytest.mark.slow  # the exports
+def test_plans_of_every_form_are_counted(
+    tiny_networks: Networks, tiny_graph: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for _, form, _ in rtx_engines.ENGINES:
+        tiny_graph(form)
+    setting = Setting(tiny_networks, tmp_path, Rules(seconds=0, calls=1))
     path = rtx_engines.run(setting)
     named = {m["name"]: m["value"] for m in json.loads(path.read_text())["measurements"]}
     assert named["fused fp32 / kernels"] < named["reference / kernels"]

@@ -92,6 +92,14 @@ def test_computes_what_the_module_computes_at_every_batch_size(tmp_path: Path, o
         ]
 
 
+@pytest.mark.parametrize("max_batch", [1, 2])
+def test_a_small_largest_batch_leaves_the_batch_axis_free(tmp_path: Path, max_batch: int) -> None:
+    """The exporter takes an axis of up to 2 for three different ones, as its example has 2 videos."""
+    path = tmp_path / "model.onnx"
+    export_onnx(toy(), SPEC, path, max_batch=max_batch)
+    audit(path, SPEC, opset=20, batch=None)
+
+
 def test_nothing_about_the_building_machine_is_left_in_the_file(tmp_path: Path) -> None:
     info = export_onnx(toy(), SPEC, tmp_path / "model.onnx")
     content = info.path.read_bytes()

@@ -12,11 +12,9 @@ import pytest
 onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
 
-from benchmarks.networks import benchmark_config, labels, random_network  # noqa: E402
-from export.fused.network import fused_network  # noqa: E402
-from export.graph.to_onnx import export_onnx  # noqa: E402
+from benchmarks.networks import Networks  # noqa: E402
 from export.parity.inputs import stress_inputs  # noqa: E402
-from export.parity.tolerances import TOLERANCES, GraphPrecision, torch_dtype  # noqa: E402
+from export.parity.tolerances import TOLERANCES, GraphPrecision  # noqa: E402
 from runtime.backends.openvino import OpenVinoBackend  # noqa: E402
 from runtime.errors import BackendUnavailable  # noqa: E402
 from runtime.features import pack  # noqa: E402
@@ -62,16 +60,13 @@ def on_openvino(path: Path) -> Run:
     ],
 )
 def test_typed_graphs_compute_the_network(
-    precision: GraphPrecision, engine: Callable[[Path], Run], tmp_path: Path
+    precision: GraphPrecision,
+    engine: Callable[[Path], Run],
+    tiny_graph: Callable[[str], Path],
+    tiny_networks: Networks,
 ) -> None:
-    config = benchmark_config("tiny")
-    spec = config.spec(labels(config))
-    network = random_network(config)
-    path = tmp_path / "model.onnx"
-    export_onnx(
-        fused_network(network, dtype=torch_dtype(precision)), spec, path, opset=22 if precision == "bf16" else 20
-    )
-    run = engine(path)
+    run = engine(tiny_graph("fused" if precision == "fp32" else precision))
+    network, spec = tiny_networks.eager(), tiny_networks.spec
     limits = TOLERANCES[precision]
     worst: list[float] = []
     for video in stress_inputs(spec):
@@ -92,13 +87,11 @@ def test_typed_graphs_compute_the_network(
     assert (max(worst) > 1e-4) == (precision != "fp32")
 
 
-def test_openvino_does_not_run_a_half_precision_graph_as_fp32(tmp_path: Path) -> None:
+def test_openvino_does_not_run_a_half_precision_graph_as_fp32(
+    tiny_graph: Callable[[str], Path], tiny_networks: Networks
+) -> None:
     openvino = pytest.importorskip("openvino")
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this processor has no bfloat16 arithmetic; OpenVINO computes in float32 here, as asked")
-    config = benchmark_config("tiny")
-    spec = config.spec(labels(config))
-    path = tmp_path / "model.onnx"
-    export_onnx(fused_network(random_network(config), dtype=torch.bfloat16), spec, path)
     with pytest.raises(BackendUnavailable, match="asked for fp32, but this graph is typed in another precision"):
-        OpenVinoBackend.open(path, spec, precision="fp32")
+        OpenVinoBackend.open(tiny_graph("bf16"), tiny_networks.spec, precision="fp32")
