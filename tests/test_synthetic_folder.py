@@ -160,12 +160,14 @@ def test_the_command(annotations, tmp_path, capsys):
     assert len(list(tmp_path.glob("train_*.npy"))) == 6
     for wrong, message in (
         (["--difficulty", "2", *settings], "difficulty: got 2.0"),
-        (["--limit", "0", *settings], "--limit: got 0"),
         ([], "model.num_classes: got 100"),
         (["--model.width", "3", *settings], "unknown configuration key 'model.width'"),
     ):
         assert main([*command, *wrong]) == 2
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--limit", "0", *settings])
+    assert "argument --limit: got '0', expected an integer of 1 or more" in capsys.readouterr().err
 
 
 def test_the_former_name_of_the_command(annotations, tmp_path, capsys):

@@ -345,6 +345,16 @@ def test_a_damaged_state(data: Data, tmp_path: Path, monkeypatch, name: str) -> 
         data.train(tmp_path / "run", resume=True)
 
 
+def test_a_state_of_another_schema(data: Data, tmp_path: Path, monkeypatch) -> None:
+    interrupt_at(monkeypatch, 1)
+    with pytest.raises(Interrupted):
+        data.train(tmp_path / "run")
+    path = tmp_path / "run" / "last" / "training.json"
+    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2', 1))
+    with pytest.raises(CheckpointError, match=r"training\.json\.schema: got 2, expected 1; .* start the run again"):
+        data.train(tmp_path / "run", resume=True)
+
+
 def test_something_else_in_the_place_of_a_checkpoint(data: Data, tmp_path: Path) -> None:
     (tmp_path / "run" / "best").mkdir(parents=True)
     (tmp_path / "run" / "best" / "photo.jpg").write_bytes(b"dear to somebody")

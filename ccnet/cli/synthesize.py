@@ -7,6 +7,7 @@ import os
 import time
 from typing import Any
 
+from ccnet.cli.options import positive
 from ccnet.config import PRESETS, parse_overrides, preset, with_overrides
 
 TAKES_OVERRIDES = True
@@ -26,7 +27,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the .npy files")
     parser.add_argument("--preset", default="unav100", choices=sorted(PRESETS), help="default: %(default)s")
     parser.add_argument("--subset", nargs="+", metavar="NAME", help="train, validation, test; default: all videos")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N of these videos")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N of these videos")
     parser.add_argument(
         "--difficulty",
         type=float,
@@ -38,7 +39,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="default: %(default)s")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: all cores"
+        "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes; default: all cores"
     )
 
 
@@ -46,12 +47,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from ccnet.synthetic.features import SynthesisSettings
     from ccnet.synthetic.folder import synthesize_folder
     from runtime.annotations import read_annotations
-    from runtime.errors import ConfigError
 
-    for name in ("limit", "workers"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name}: got {value}, expected an integer >= 1")
     config = with_overrides(preset(arguments.preset), parse_overrides(overrides))
     annotations = read_annotations(arguments.annotations)
     videos = list(annotations.videos.values())

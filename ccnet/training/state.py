@@ -26,8 +26,9 @@ from ccnet.config import Config
 from ccnet.training.learner import Learner
 from runtime.errors import CheckpointError, ConfigError
 from runtime.files import atomic_folder, recover_folder, sha256_file, write_json
-from runtime.schema import section_from_json
+from runtime.schema import require, section_from_json
 
+SCHEMA = 1
 STATE = "training.json"
 TENSORS = "training.safetensors"
 
@@ -105,7 +106,7 @@ def save_state(
         tensors: dict[str, Tensor] = learner.tensors()
         save_tensors(path, tensors)
         manifest = _Manifest(
-            schema=1,
+            schema=SCHEMA,
             position=dataclasses.asdict(position),
             scaler=learner.scaler_state(),
             annotations_sha256=annotations_sha256,
@@ -157,6 +158,7 @@ def read_state(folder: Path) -> TrainingState:
     try:
         manifest = section_from_json(_Manifest, json.loads(path.read_text(encoding="utf-8")), where=STATE)
         position = section_from_json(Position, manifest.position, where=f"{STATE}.position")
+        require(manifest.schema == SCHEMA, f"{STATE}.schema", manifest.schema, str(SCHEMA))
     except (UnicodeDecodeError, json.JSONDecodeError, ConfigError) as error:
         raise CheckpointError(
             f"{path}: {error}; the state is damaged or of another version, start the run again"
