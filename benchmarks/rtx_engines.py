@@ -70,14 +70,14 @@ def run(setting: Setting) -> Path:
 
 
 def page(facts: dict[str, dict[str, Any]]) -> str:
-    """The Markdown page."""
-    plain_seconds = facts["reference"]["seconds"]
+    """Write the Markdown page."""
+    reference_seconds = facts["reference"]["seconds"]
     rows = [
         [
             name,
             f"{built['nodes']:,}",
             *(f"{_shown(key, built[key]):,.4g}" for key in COLUMNS),
-            f"{plain_seconds / built['seconds']:.1f}x",
+            f"{reference_seconds / built['seconds']:.1f}x",
         ]
         for name, built in facts.items()
     ]

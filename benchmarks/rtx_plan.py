@@ -106,7 +106,7 @@ def read_plan(path: Path, version: str) -> RtxPlan:
 
 
 def _blocks(view: memoryview) -> list[str]:
-    """Texts of all compiled graphs; small ones without a fixed target are parts that a larger one calls."""
+    """Return the texts of all compiled graphs; small ones without a fixed target are parts that a larger one calls."""
     texts = []
     for match in _BLOCK.finditer(view):
         start = match.start() + _HEADER_BYTES
@@ -116,7 +116,7 @@ def _blocks(view: memoryview) -> list[str]:
 
 
 def _schedule(text: str) -> list[tuple[str, str, str]]:
-    """(kind, name, whole line) of every kernel in the schedule."""
+    """Return (kind, name, whole line) of every kernel in the schedule."""
     start = text.find("\nmain {")
     body = text[start : text.find("\n}", start)]
     found = []

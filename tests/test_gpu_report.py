@@ -18,9 +18,8 @@ from benchmarks.gpu.page import measurements, page
 from benchmarks.gpu.report import Stage
 from export.parity.inputs import stress_inputs, synthetic_inputs
 from export.parity.reference import Reference, record, save_reference
-from runtime.backends.tensorrt.backend import TensorRTBackend
 from runtime.bundle import read_bundle
-from runtime.errors import ExportError
+from runtime.errors import EngineError, ExportError
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "batches": [1, 2], "seconds": 0.0}
 
@@ -72,6 +71,7 @@ def test_dry_run_names_every_stage_and_does_nothing(
     ):
         assert f"{stage} " in printed
     assert not (tmp_path / "out").exists()
+    assert (gpu_report.ROOT / "tests" / "test_gpu.py").is_file()  # where stages run and the GPU tests are looked for
 
 
 def test_a_day_without_a_gpu(arguments: list[str], tmp_path: Path) -> None:
@@ -159,26 +159,24 @@ def test_a_failed_parity_check_fails_its_stage(arguments: list[str], tmp_path: P
     assert outcome["result"] == {"passed": False}
 
 
-def test_rows_of_any_backend() -> None:
-    with builders.OracleBackend(max_batch=2) as backend:
-        rows = gpu_stages.time_backend(backend, builders.SPEC, SETTINGS | {"batches": [1, 2, 4]})
-    assert [row["batch"] for row in rows] == [1, 2]  # 4 is above what the backend takes
-    for row in rows:
-        assert row["infer_ms"]["n"] >= 10
-        assert row["end_to_end_ms"]["p50"] >= row["infer_ms"]["min"]
-        assert row["videos_per_second"] > 0
-        assert row["end_to_end_videos_per_second"] > 0
-        assert "engine_ms" not in row
+def test_a_backend_is_timed_only_if_its_parity_check_passed() -> None:
+    settings = SETTINGS | {"batches": [1, 2, 4]}
+    found = gpu_stages.time_backend(builders.OracleBackend(max_batch=2), settings, verified=True)
+    assert [row["batch"] for row in found["rows"]] == [1, 2]  # 4 is above what the backend takes
+    for row in found["rows"]:
+        assert row["end_to_end_ms"]["p50"] >= row["engine_ms"]["min"]
+        assert row["stream_videos_per_second"]["per_second"] > 0
+        assert "device_ms" not in row
+    assert gpu_stages.time_backend(builders.OracleBackend(), settings, verified=False)["rows"] == []
 
 
-def test_rows_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    sim = Simulation()
-    install(monkeypatch, sim)
-    path = write_engine(tmp_path / "b" / "e.engine")
-    with TensorRTBackend.open(path, ENGINE_FILE, ENGINE_SPEC) as backend:
-        (row,) = gpu_stages.time_backend(backend, ENGINE_SPEC, SETTINGS | {"batches": [2]})
-    assert row["engine_ms"]["p50"] == pytest.approx(0.5)
-    assert row["videos_per_second"] > 0
+def test_a_verified_backend_that_can_not_be_measured_is_an_error() -> None:
+    class Broken(builders.OracleBackend):
+        def describe(self) -> dict[str, Any]:
+            raise EngineError("the device is gone")
+
+    with pytest.raises(EngineError, match="not measured: the device is gone"):
+        gpu_stages.time_backend(Broken(), SETTINGS, verified=True)
 
 
 def test_speed_and_layers_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -198,7 +196,9 @@ def test_speed_and_layers_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path
     speed = gpu_stages.speed(settings)
     assert [row["batch"] for row in speed["rows"]] == [1, 2]
     assert speed["describe"]["cuda_graphs"] == {1: "replayed", 2: "replayed"}
-    assert all(row["engine_ms_without_graph"]["n"] == 100 for row in speed["rows"])
+    for row in speed["rows"]:
+        assert row["device_ms"]["p50"] == row["device_ms_without_graph"]["p50"] == pytest.approx(0.5)
+        assert row["stream_videos_per_second"]["per_second"] > 0
     layers = gpu_stages.layers(settings)
     assert layers["1"] == {"total_ms": 2.5, "layers": 2, "slowest": [("slow", 2.0), ("quick", 0.5)]}
     assert sim.held == {}
@@ -220,14 +220,16 @@ def summary(p50: float) -> dict[str, float]:
     return {"p50": p50, "p99": 2 * p50}
 
 
-ROW = {"batch": 1, "infer_ms": summary(1.5), "engine_ms": summary(1.0), "videos_per_second": 800.0}
+RATE = {"stream_videos_per_second": {"per_second": 800.0}}
+ROW = {"batch": 1, "engine_ms": summary(1.5), "device_ms": summary(1.0), **RATE}
 DONE: dict[str, Any] = {
     "copy": {"status": "done", "result": {"bytes": 1 << 30, "bytes_per_second": 3.9e12}},
     "matmuls": {"status": "done", "result": {"side": 8192, "operations_per_second": {"fp16": 7.9e14}}},
     "tensorrt fp16 build": {"status": "done", "seconds": 60.0, "result": {"engine": {
-        "seconds": 58.0, "engine_bytes": 500 << 20, "scratch_bytes": 80 << 20, "delivered_precisions": {"fp16": 300}}}},
+        "seconds": 58.0, "engine_bytes": 500 << 20, "delivered_precisions": {"fp16": 300}}}},
     "tensorrt fp16 parity check": {"status": "done", "result": {"passed": True}},
-    "tensorrt fp16 speed": {"status": "done", "result": {"rows": [ROW]}},
+    "tensorrt fp16 speed": {"status": "done", "result": {
+        "rows": [ROW], "describe": {"scratch_bytes": 80 << 20}}},
     "tensorrt fp16 layers": {"status": "done", "result": {
         "1": {"total_ms": 1.0, "layers": 2, "slowest": [["conv", 0.75], ["norm", 0.25]]}}},
     "tensorrt bf16 build": {"status": "failed", "error": "ExportError: tensorrt 8.6.0 does not support | bfloat16"},
@@ -237,10 +239,10 @@ DONE: dict[str, Any] = {
 
 def test_page() -> None:
     text = page({"commit": "abc"}, DONE)
-    assert "| tensorrt fp16 | 58 s | 500 MiB | 80 MiB | {'fp16': 300} | passed |" in text
+    assert "| tensorrt fp16 | 58 s | 500 MiB | 80 MiB | {'fp16': 300} | verified |" in text
     assert "| batch 1, tensorrt fp16 | 1.000 / 2.000 |  | 1.500 / 3.000 |  | 800 |" in text
     assert "3900 GB/s" in text
-    assert "fp16 product of 8192 x 8192: 790.0 TFLOP/s" in text
+    assert "fp16 matmul of 8192 x 8192: 790.0 TFLOP/s" in text
     assert "| conv | 0.7500 | 75.0% |" in text
     assert "does not support / bfloat16" in text
     assert "batch 1, torch eager" not in text  # its parity check failed: no speed without proof
@@ -248,8 +250,8 @@ def test_page() -> None:
 
 def test_measurements() -> None:
     assert {m.name: m.value for m in measurements(DONE)} == {
-        "batch 1 / tensorrt fp16 / engine p50": 1.0,
-        "batch 1 / tensorrt fp16 / infer p50": 1.5,
+        "batch 1 / tensorrt fp16 / device p50": 1.0,
+        "batch 1 / tensorrt fp16 / engine p50": 1.5,
         "batch 1 / tensorrt fp16 / throughput": 800.0,
     }
 

@@ -9,24 +9,30 @@ from benchmarks.results import Measurement, markdown_table
 
 Outcomes = Mapping[str, Mapping[str, Any]]
 
+TIMES = {
+    "device_ms": "device",
+    "device_ms_without_graph": "device, no graph",
+    "engine_ms": "engine",
+    "end_to_end_ms": "end to end",
+}
+"""Times of a row: on the device alone, from host arrays to host arrays, from features to events."""
+
 
 def measurements(done: Outcomes) -> list[Measurement]:
-    """Numbers that can be compared between two reports."""
+    """Return the numbers that can be compared between two reports."""
     found = []
     for name, row in _rows(done):
         batch = f"batch {row['batch']} / {name}"
-        for key, label in (("engine_ms", "engine p50"), ("infer_ms", "infer p50"), ("end_to_end_ms", "end to end p50")):
+        for key, label in TIMES.items():
             if key in row:
-                found.append(Measurement(name=f"{batch} / {label}", value=row[key]["p50"], unit="ms"))
-        rate = Measurement(
-            name=f"{batch} / throughput", value=row["videos_per_second"], unit="videos/s", better="higher"
-        )
-        found.append(rate)
+                found.append(Measurement(name=f"{batch} / {label} p50", value=row[key]["p50"], unit="ms"))
+        rate = row["stream_videos_per_second"]["per_second"]
+        found.append(Measurement(name=f"{batch} / throughput", value=rate, unit="videos/s", better="higher"))
     return found
 
 
 def page(facts: Mapping[str, Any], done: Outcomes) -> str:
-    """Markdown: verdicts first, then speed, roofline, layers, and what became of each stage."""
+    """Write the page as Markdown: engines and their parity first, then speed, roofline, layers, and every stage."""
     sections = [
         f"# Engines on a GPU\n\nCommit {facts['commit']}. Written by `python -m benchmarks.gpu.report`.",
         _engines(done),
@@ -44,7 +50,7 @@ def _result(done: Outcomes, name: str) -> Mapping[str, Any]:
 
 
 def _rows(done: Outcomes) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(way to run, row) of everything that was timed and whose parity check did not fail."""
+    """Yield (name, row) of everything that was timed and whose parity check did not fail."""
     for name in done:
         result = _result(done, name)
         if result.get("status", {}).get("passed", True):
@@ -59,15 +65,16 @@ def _engines(done: Outcomes) -> str:
             engine = name.removesuffix(" build")
             facts = _result(done, name).get("engine", {})
             status = done.get(f"{engine} parity check", {})
-            verdict = "passed" if status.get("status") == "done" else str(status.get("error", "not run"))
+            parity = "verified" if status.get("status") == "done" else str(status.get("error", "not run"))
+            described = _result(done, f"{engine} speed").get("describe", {})
             rows.append(
                 [
                     engine,
                     f"{facts['seconds']:.0f} s" if facts else str(outcome.get("error", ""))[:120],
                     _mebibytes(facts.get("engine_bytes")),
-                    _mebibytes(facts.get("scratch_bytes")),
-                    str(facts.get("delivered_precisions") or "not told"),
-                    verdict[:160],
+                    _mebibytes(described.get("scratch_bytes")),
+                    str(facts.get("delivered_precisions") or "unknown"),
+                    parity[:160],
                 ]
             )
     if not rows:
@@ -79,13 +86,16 @@ def _engines(done: Outcomes) -> str:
 def _speeds(done: Outcomes) -> str:
     rows = []
     for name, row in sorted(_rows(done), key=lambda item: item[1]["batch"]):
-        columns = ("engine_ms", "engine_ms_without_graph", "infer_ms", "end_to_end_ms")
-        times = [f"{row[c]['p50']:.3f} / {row[c]['p99']:.3f}" if c in row else "" for c in columns]
-        rows.append([f"batch {row['batch']}, {name}", *times, f"{row['videos_per_second']:.0f}"])
+        times = [f"{row[key]['p50']:.3f} / {row[key]['p99']:.3f}" if key in row else "" for key in TIMES]
+        rate = row["stream_videos_per_second"]["per_second"]
+        rows.append([f"batch {row['batch']}, {name}", *times, f"{rate:.0f}"])
     if not rows:
         return ""
-    header = ["Way", "Engine, graph", "Engine, no graph", "Host to host", "Features to events", "Videos/s"]
-    note = "Milliseconds per batch, p50 / p99. Videos/s with copies overlapped, host arrays to outputs."
+    header = ["Batch and engine", *(label.capitalize() for label in TIMES.values()), "Videos/s"]
+    note = (
+        "Milliseconds per batch, p50 / p99: on the device alone; engine: host arrays to host arrays; end to end: "
+        "features to events. Videos/s of `Localizer.stream`, where these overlap."
+    )
     return f"## Speed\n\n{note}\n\n" + markdown_table(header, rows)
 
 
@@ -97,7 +107,7 @@ def _roofline(done: Outcomes) -> str:
             f"- copy of {_mebibytes(copy['bytes'])}: {copy['bytes_per_second'] / 1e9:.0f} GB/s, read and written"
         )
     for precision, rate in matmuls.get("operations_per_second", {}).items():
-        lines.append(f"- {precision} product of {matmuls['side']} x {matmuls['side']}: {rate / 1e12:.1f} TFLOP/s")
+        lines.append(f"- {precision} matmul of {matmuls['side']} x {matmuls['side']}: {rate / 1e12:.1f} TFLOP/s")
     return "## Roofline of this machine, same run\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -110,7 +120,7 @@ def _layers(done: Outcomes) -> str:
                 total = f"{found['total_ms']:.3f} ms in {found['layers']} layers"
                 title = f"{name.removesuffix(' layers')}, batch {batch}: {total}"
                 parts.append(f"### {title}\n\n" + markdown_table(["Layer", "ms", "share"], rows))
-    return "## Slowest layers (plain runs, profiled)\n\n" + "\n\n".join(parts) if parts else ""
+    return "## Slowest layers (profiled without CUDA graphs)\n\n" + "\n\n".join(parts) if parts else ""
 
 
 def _stages(done: Outcomes) -> str:

@@ -1,6 +1,6 @@
 """Everything there is to do on a GPU, in one go: `python -m benchmarks.gpu.report --checkpoint C --out DIR`.
 
-Builds and gates engines of every precision that the installed libraries have, runs the GPU tests, times engines and
+Builds and verifies engines of every precision that the installed libraries have, runs the GPU tests, times engines and
 their peers beside the roofline measured in the same run, profiles layers. Each stage is a process of its own: a stage
 that fails, crashes or runs out of time is recorded with its error, the rest goes on, and the report is written again
 after each. The TensorRT side (`benchmarks.gpu.stages`) needs no torch; the torch side (`benchmarks.gpu.torch_stages`)
@@ -25,7 +25,7 @@ from benchmarks.results import write_result
 from runtime.files import write_json
 from runtime.machine import machine_facts
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SPARE_SECONDS = 5.0
@@ -46,7 +46,7 @@ class Stage:
 
 
 def plan(options: argparse.Namespace) -> list[Stage]:
-    """All stages, those first on which others build or whose result matters most."""
+    """Return all stages, those first on which others build or whose result matters most."""
     stages = [Stage("machine", "tensorrt", "machine", 60), Stage("copy", "tensorrt", "copy", 60)]
     torch = options.torch_python is not None
     if torch:
@@ -158,7 +158,7 @@ def _command(
 
 def _tests_outcome(status: int, stdout: str, output: str) -> dict[str, Any]:
     summary = next((line for line in reversed(stdout.splitlines()) if line.strip()), "no output")
-    if status == 0:  # all skipped is no proof
+    if status == 0:  # all skipped proves nothing
         ran = "passed" in summary
         return {"status": "done" if ran else "skipped", "result": {"summary": summary, "output": output}}
     return {"status": "failed", "error": f"pytest ended with {status}: {summary}", "output": output}

@@ -14,9 +14,7 @@ import itertools
 import json
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +29,11 @@ from runtime.backends.tensorrt import cuda
 from runtime.backends.tensorrt.backend import TensorRTBackend
 from runtime.backends.tensorrt.library import load_library
 from runtime.bundle import Bundle, ModelFile, read_bundle
-from runtime.errors import BackendUnavailable, CCNetError, ExportError, MissingDependency
-from runtime.features import pack
+from runtime.errors import BackendUnavailable, CCNetError, EngineError, ExportError, MissingDependency
 from runtime.files import write_json
 from runtime.machine import machine_facts
-from runtime.profiling.timing import Rules, measure, steady_rate
-from runtime.profiling.workload import sample_videos
+from runtime.profiling.bench import Candidate, Plan, bench
+from runtime.profiling.timing import Rules, Timing, measure
 from runtime.schema import section_from_json
 from runtime.spec import ModelSpec
 
@@ -54,7 +51,7 @@ SLOWEST = 10
 
 
 def machine(settings: Settings) -> dict[str, Any]:
-    """Processor, libraries, GPU and its processes."""
+    """Return the facts of the machine: processor, libraries, GPU and its processes."""
     facts = machine_facts()
     if settings["device"] == "cuda":
         facts["cuda"] = dataclasses.asdict(cuda.probe())
@@ -68,7 +65,7 @@ def machine(settings: Settings) -> dict[str, Any]:
 
 
 def copy(settings: Settings) -> dict[str, Any]:
-    """Bytes per second of a large copy, read and write counted: the roof for reading weights."""
+    """Measure bytes per second of a large copy, read and write counted: the roof for reading weights."""
     if settings["device"] == "cpu":
         source = np.ones(COPY_BYTES >> 4, np.uint8)
         target = np.empty_like(source)
@@ -87,7 +84,8 @@ def copy(settings: Settings) -> dict[str, Any]:
             cuda.call("cudaMemcpyAsync", second.pointer, first.pointer, COPY_BYTES, kind, stream.handle)
 
         milliseconds = [stream.milliseconds(work) for _ in range(23)][3:]
-    return {"bytes": COPY_BYTES, "bytes_per_second": 2 * COPY_BYTES / (float(np.median(milliseconds)) / 1e3)}
+    timing = Timing(np.asarray(milliseconds) / 1e3)
+    return {"bytes": COPY_BYTES, "bytes_per_second": 2 * COPY_BYTES / timing.median}
 
 
 def build(settings: Settings) -> dict[str, Any]:
@@ -115,40 +113,37 @@ def build_here(graph: Path, out: Path, options: EngineOptions, *, gpu: bool = Tr
 
 
 def status(settings: Settings) -> dict[str, Any]:
-    """Parity of a built engine with the recorded outputs of the eager network."""
+    """Compare a built engine with the recorded outputs of the eager network."""
     path, model_file, spec = _engine(settings)
     return check_engine_file(path, model_file, spec, Path(settings["reference"]))
 
 
 def check_engine_file(path: Path, model_file: ModelFile, spec: ModelSpec, reference: Path) -> dict[str, Any]:
-    """Compare an engine with a file of `ccnet reference`; `passed` and the differences."""
+    """Compare an engine with a file of `ccnet reference`. Returns `passed` and the differences."""
     with TensorRTBackend.open(path, model_file, spec) as backend:
         return check_backend(backend, reference)
 
 
 def check_backend(backend: Backend, reference: Path) -> dict[str, Any]:
-    """Compare any backend with a file of `ccnet reference`; `passed` and the differences."""
+    """Compare any backend with a file of `ccnet reference`. Returns `passed` and the differences."""
     recorded = load_reference(reference)
     return compare(backend, recorded.outputs, recorded.videos).to_json()
 
 
 def speed(settings: Settings) -> dict[str, Any]:
-    """Times of a built engine for every batch size, with CUDA graphs and, engine only, without."""
+    """Time a built engine at every batch size, on the device alone both with CUDA graphs and without."""
     path, model_file, spec = _engine(settings)
     begin = time.perf_counter()
     with TensorRTBackend.open(path, model_file, spec) as backend:
-        load_seconds = time.perf_counter() - begin
-        rows = time_backend(backend, spec, settings)
-        facts = backend.describe()
-        memory = cuda.memory_info()
+        found = {"load_seconds": time.perf_counter() - begin, **time_backend(backend, settings, verified=True)}
     with TensorRTBackend.open(path, model_file, spec, cuda_graph=False) as backend:
-        for row in rows:
-            row["engine_ms_without_graph"] = _summary(backend.engine_milliseconds(row["batch"]))
-    return {"rows": rows, "load_seconds": load_seconds, "free_bytes": memory[0], "describe": facts}
+        for row in found["rows"]:
+            row["device_ms_without_graph"] = _device_time(backend, row["batch"])
+    return found
 
 
 def layers(settings: Settings) -> dict[str, Any]:
-    """The slowest layers of a built engine at batch 1 and at the largest batch."""
+    """Profile a built engine: its slowest layers at batch 1 and at the largest batch."""
     path, model_file, spec = _engine(settings)
     found: dict[str, Any] = {}
     with TensorRTBackend.open(path, model_file, spec) as backend:
@@ -161,77 +156,50 @@ def layers(settings: Settings) -> dict[str, Any]:
 
 
 def onnxruntime(settings: Settings) -> dict[str, Any]:
-    """Parity check and times of ONNX Runtime on the same graph: CUDA provider, or CPU where the stages run on one."""
+    """Verify and time ONNX Runtime on the same graph: its CUDA provider, or the CPU where the stages run on one."""
     from runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     bundle, graph = _graph(settings)
-    spec = bundle.spec
-    largest = max(settings["batches"])
     begin = time.perf_counter()
     with OnnxRuntimeBackend.open(
-        bundle.path(graph), spec, device=settings["device"], precision=settings["precision"], max_batch=largest
+        bundle.path(graph),
+        bundle.spec,
+        device=settings["device"],
+        precision=settings["precision"],
+        max_batch=max(settings["batches"]),
     ) as backend:
-        load_seconds = time.perf_counter() - begin
-        found: dict[str, Any] = {"load_seconds": load_seconds, "describe": backend.describe()}
-        if settings.get("reference"):
-            found["status"] = check_backend(backend, Path(settings["reference"]))
-        return found | {"rows": time_backend(backend, spec, settings)}
+        return {"load_seconds": time.perf_counter() - begin, **check_and_time(backend, settings)}
 
 
-def time_backend(backend: Backend, spec: ModelSpec, settings: Settings) -> list[dict[str, Any]]:
-    """One row per batch size: host arrays to outputs, device time, end to end, throughput with overlap."""
-    return [
-        _row(backend, spec, batch, settings["seconds"]) for batch in settings["batches"] if batch <= backend.max_batch
-    ]
+def check_and_time(backend: Backend, settings: Settings) -> dict[str, Any]:
+    """Run the parity check on a backend, where there is a reference, and time it unless it fails; close it."""
+    if not settings.get("reference"):
+        return time_backend(backend, settings, verified=True)
+    status = check_backend(backend, Path(settings["reference"]))
+    return {"status": status, **time_backend(backend, settings, verified=status["passed"])}
 
 
-def _row(backend: Backend, spec: ModelSpec, batch: int, seconds: float) -> dict[str, Any]:
-    rules = Rules(warmup_seconds=min(0.3, seconds), seconds=seconds, calls=10)
-    videos = sample_videos(spec, batch)
-    inputs = pack(videos, spec)
-    row: dict[str, Any] = {"batch": batch, "infer_ms": measure(lambda: backend.infer(*inputs), rules).summary()}
-    if isinstance(backend, TensorRTBackend):
-        row["engine_ms"] = _summary(backend.engine_milliseconds(batch))
-        with backend.fork() as fork, contextlib.closing(_side_by_side((backend, fork), inputs)) as batches:
-            row["videos_per_second"] = steady_rate(batches, rules).per_second * batch
-    else:
-        row["videos_per_second"] = steady_rate(iter(lambda: backend.infer(*inputs), None), rules).per_second * batch
-    row.update(_end_to_end(backend, spec, videos, batch, rules))
-    return row
+def time_backend(backend: Backend, settings: Settings, *, verified: bool) -> dict[str, Any]:
+    """Time a backend as `ccnet bench` does, an engine on the device alone too, and close it.
+
+    Raises EngineError when a verified backend can't be measured.
+    """
+    batches = tuple(batch for batch in settings["batches"] if batch <= backend.max_batch)
+    engine = backend if isinstance(backend, TensorRTBackend) else None
+    device = {batch: _device_time(engine, batch) for batch in batches} if engine else {}
+    seconds = settings["seconds"]
+    plan = Plan(rules=Rules(warmup_seconds=min(0.3, seconds), seconds=seconds), batches=batches)
+    candidate = Candidate(name=backend.name, open=lambda: backend, status="verified" if verified else "failed")
+    report = bench(backend.spec, [candidate], plan)
+    (entry,) = report["candidates"]
+    if verified and entry["not_measured"]:
+        raise EngineError(f"{backend.name}: not measured: {entry['not_measured']}")
+    rows = [row | ({"device_ms": device[row["batch"]]} if device else {}) for row in report["rows"]]
+    return {"describe": entry["engine"], "rows": rows}
 
 
-def _side_by_side(backends: Sequence[Backend], inputs: tuple[Any, Any, Any]) -> Generator[None, None, None]:
-    """Yield once for each of endless batches, taken in turn by `backends`, so that copies overlap inference."""
-    turns = itertools.cycle(backends)
-    with ThreadPoolExecutor(len(backends)) as pool:
-        pending = deque(pool.submit(next(turns).infer, *inputs) for _ in backends)
-        while True:
-            pending.popleft().result()
-            pending.append(pool.submit(next(turns).infer, *inputs))
-            yield
-
-
-def _end_to_end(backend: Backend, spec: ModelSpec, videos: list[Any], batch: int, rules: Rules) -> dict[str, Any]:
-    """Host features to events; the reason instead where post-processing is not installed."""
-    from runtime.localizer import Localizer
-
-    try:
-        localizer = Localizer([backend], spec)
-        found = {"end_to_end_ms": measure(lambda: localizer.batch(videos), rules).summary()}
-        rate = steady_rate(iter(localizer.stream(_named(videos), batch_size=batch)), rules)
-    except CCNetError as error:
-        return {"end_to_end_failed": str(error)}
-    return found | {"end_to_end_videos_per_second": rate.per_second}
-
-
-def _named(videos: list[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"video {index}", video) for index, video in enumerate(itertools.cycle(videos)))
-
-
-def _summary(milliseconds: Any) -> dict[str, float | int]:
-    from runtime.profiling.timing import Timing
-
-    return Timing(np.asarray(milliseconds, np.float64) / 1e3).summary()
+def _device_time(backend: TensorRTBackend, batch: int) -> dict[str, float | int]:
+    return Timing(backend.engine_milliseconds(batch) / 1e3).summary()
 
 
 def _graph(settings: Settings) -> tuple[Bundle, ModelFile]:
@@ -267,7 +235,7 @@ def main(argv: list[str], stages: dict[str, Callable[[Settings], dict[str, Any]]
     try:
         result = {"status": "done", "result": (stages or STAGES)[name](settings)}
     except CCNetError as error:
-        # a library that is not installed, or that has no such precision, is a fact about it and no failure
+        # a library that is not installed, or that has no such precision, is a fact about it, not a failure
         absent = isinstance(error, MissingDependency | Absent) or "does not support" in str(error)
         result = {"status": "absent" if absent else "failed", "error": f"{type(error).__name__}: {error}"}
     write_json(result_path, result)

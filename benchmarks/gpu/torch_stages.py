@@ -11,29 +11,30 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import numpy as np
-
-from benchmarks.gpu.stages import Settings, check_backend, main, time_backend
+from benchmarks.gpu.stages import Settings, check_and_time, main
 from runtime.bundle import ModelFile
 from runtime.errors import ExportError
 from runtime.machine import library_versions
+from runtime.profiling.timing import Rules, measure
 
 MATRIX = 8192
 CPU_MATRIX = 512
+REPEATS = 10
 BF16_OPSET = 22
 """The first in which every operator of the network may be bfloat16."""
 
 
 def matmuls(settings: Settings) -> dict[str, Any]:
-    """Operations per second of a large square matmul in each precision: the arithmetic roof."""
+    """Measure operations per second of a large square matmul in each precision: the arithmetic roof."""
     import torch
 
     cpu = settings["device"] == "cpu"
     side = CPU_MATRIX if cpu else MATRIX
     found: dict[str, float] = {}
+    rules = Rules(warmup_seconds=0, warmup_calls=1, seconds=0, calls=5)
     for name, dtype in (
         ("fp16", torch.float16),
         ("bf16", torch.bfloat16),
@@ -42,33 +43,24 @@ def matmuls(settings: Settings) -> dict[str, Any]:
     ):
         torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
         a, b = (torch.randn(side, side, device=settings["device"]).to(dtype) for _ in range(2))
-        seconds = [_seconds(lambda: a @ b, settings["device"]) for _ in range(12)][2:]  # noqa: B023 - called at once
-        found[name] = 2 * side**3 / float(np.median(seconds))
+        found[name] = REPEATS * 2 * side**3 / measure(partial(_multiply, a, b), rules).median
     return {"side": side, "operations_per_second": found, "device": _device_name(settings["device"])}
 
 
-def _seconds(call: Callable[[], object], device: str) -> float:
-    import time
+def _multiply(a: Any, b: Any) -> None:
+    """Run several matmuls, so that waiting for the GPU weighs nothing."""
+    for _ in range(REPEATS):
+        a @ b
+    if a.is_cuda:
+        import torch
 
-    import torch
-
-    if device == "cpu":
-        begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin
-    event: Any = torch.cuda.Event
-    start, end = event(enable_timing=True), event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
+        torch.cuda.synchronize()
 
 
 def export(settings: Settings) -> dict[str, Any]:
-    """Checkpoint -> bundle with a typed graph per precision, and the eager outputs to hold engines against.
+    """Export a checkpoint as a bundle with a typed graph per precision, and record the eager outputs.
 
-    The graphs are not gated here, on whatever CPU the GPU machine has; every engine is, against these outputs.
+    The graphs are not verified here, on whatever CPU the GPU machine has; every engine is, against these outputs.
     """
     from ccnet.checkpoint import read_checkpoint
     from export.bundle_writer import new_bundle
@@ -108,7 +100,7 @@ def _ccnet(arguments: Sequence[str]) -> None:
 
 
 def peer(settings: Settings) -> dict[str, Any]:
-    """Parity check and times of PyTorch in one form (`eager`, `compiled`, `deployment`) and precision."""
+    """Verify and time PyTorch as `eager`, `compiled` or `fused` network, in one precision."""
     import torch
 
     from ccnet.checkpoint import read_checkpoint
@@ -129,10 +121,7 @@ def peer(settings: Settings) -> dict[str, Any]:
         precision=settings["precision"],
         max_batch=max(settings["batches"]),
     ) as backend:
-        found: dict[str, Any] = {"describe": backend.describe()}
-        if settings.get("reference"):
-            found["status"] = check_backend(backend, Path(settings["reference"]))
-        return found | {"rows": time_backend(backend, checkpoint.spec, settings)}
+        return check_and_time(backend, settings)
 
 
 def _device_name(device: str) -> str:

@@ -146,8 +146,8 @@ def _parse(trt: Any, builder: Any, logger: Any, log: LibraryLog, onnx_path: Path
     if not good:
         describe = legacy.parser_error if legacy.is_legacy(trt) else _parser_error
         errors = [describe(parser.get_error(i)) for i in range(parser.num_errors)]
-        told = "\n".join(f"  {line}" for line in errors) or "  (the parser named no node)"
-        raise ExportError(f"{onnx_path}: {trt.__name__} {trt.__version__} can't read this graph:\n{told}\n"
+        listed = "\n".join(f"  {line}" for line in errors) or "  (the parser named no node)"
+        raise ExportError(f"{onnx_path}: {trt.__name__} {trt.__version__} can't read this graph:\n{listed}\n"
                           f"the library's log:\n{messages.errors()}")  # fmt: skip
     return network
 

@@ -28,7 +28,7 @@ _LOGGED_OUTPUT = re.compile(r"^Name: .* Outputs: \[ \{.*?Datatype: (\w+)", re.M)
 
 
 def requested_precisions(network: Any) -> dict[str, int]:
-    """Layers of a parsed network by the floating point type of their first output."""
+    """Count the layers of a parsed network by the floating point type of their first output."""
     found: Counter[str] = Counter()
     for index in range(network.num_layers):
         output = network.get_layer(index).get_output(0)
@@ -38,7 +38,7 @@ def requested_precisions(network: Any) -> dict[str, int]:
 
 
 def check_requested(requested: dict[str, int], precision: EnginePrecision, onnx_path: Any) -> None:
-    """Raises ExportError when the graph's types are not those of the precision that the engine is to have."""
+    """Raise ExportError when the graph's types are not those of the precision that the engine is to have."""
     for half in _HALF:
         if (precision == half) != (requested.get(half, 0) > 0):
             types = ", ".join(f"{count} layers {name}" for name, count in requested.items())
@@ -49,7 +49,7 @@ def check_requested(requested: dict[str, int], precision: EnginePrecision, onnx_
 
 
 def inspected_precisions(engine_information: str) -> dict[str, int] | None:
-    """Layers by output type, from the JSON text of TensorRT's engine inspector.
+    """Count layers by output type, from the JSON text of TensorRT's engine inspector.
 
     None where the library does not tell: names only, or whole regions compiled into one opaque node.
     Older releases write `Format/Datatype`, 11 splits it; both are read.
@@ -64,7 +64,7 @@ def inspected_precisions(engine_information: str) -> dict[str, int] | None:
 
 
 def logged_precisions(layer_listing: str) -> dict[str, int] | None:
-    """Layers by output type, from the layers that the builder of TensorRT for RTX logs.
+    """Count layers by output type, from the listing that the builder of TensorRT for RTX logs.
 
     Only a GPU lets that library load, and so inspect, an engine; this listing is the inspector's text too. None where
     there is no listing.
@@ -83,7 +83,7 @@ def _counted(type_names: Iterable[str]) -> dict[str, int] | None:
 
 
 def check_inspected(delivered: dict[str, int] | None, precision: EnginePrecision) -> None:
-    """Raises ExportError when an engine shows no layer of its precision, or half layers in a full one."""
+    """Raise ExportError when an engine shows no layer of its precision, or half layers in a full one."""
     if delivered is None:
         return
     half = {name: delivered[name] for name in _HALF if name in delivered}

@@ -78,7 +78,7 @@ class TensorRTBackend:
         return backend
 
     def fork(self) -> TensorRTBackend:
-        """A backend for another thread: its own stream, buffers and contexts on the same loaded engine."""
+        """Return a backend for another thread: its own execution context, stream and buffers on the same engine."""
         if self._closed:
             raise EngineError(f"{self.name}: the backend is closed")
         return TensorRTBackend(self._engine.retain(), self._model_file, self.spec, cuda_graph=self._cuda_graph)

@@ -23,7 +23,7 @@ NO_DEVICE, INSUFFICIENT_DRIVER = 100, 35
 
 @functools.lru_cache(maxsize=1)
 def bindings() -> Any:
-    """`cuda.bindings.runtime`. Raises MissingDependency when cuda-python is not installed."""
+    """Return `cuda.bindings.runtime`. Raises MissingDependency when cuda-python is not installed."""
     try:
         from cuda.bindings import runtime
     except ImportError as error:
@@ -32,7 +32,7 @@ def bindings() -> Any:
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """Call `cuda.bindings.runtime.<name>`: its one result, a tuple of several, or None.
+    """Call `cuda.bindings.runtime.<name>` and return its one result, a tuple of several, or None.
 
     Raises EngineError naming the call and CUDA's own text when the status is not cudaSuccess.
     """
@@ -64,7 +64,7 @@ class Device:
 
 
 def probe(index: int = 0) -> Device:
-    """The GPU that engines run on.
+    """Return the GPU that engines run on.
 
     Ask this before anything of TensorRT: without a driver `trt.Runtime` of 8.6 ends the process instead of raising.
     Raises BackendUnavailable saying which is missing: the driver, a GPU, or that GPU.
@@ -97,7 +97,7 @@ def _cuda_version(number: int) -> str:
 
 
 def memory_info() -> tuple[int, int]:
-    """Free and total bytes of the current device."""
+    """Return free and total bytes of the current device."""
     free, total = call("cudaMemGetInfo")
     return int(free), int(total)
 
@@ -156,13 +156,15 @@ class Stream:
         call("cudaMemcpyAsync", host.ctypes.data, pointer, host.nbytes, kind, self.handle)
 
     def fill(self, pointer: int, nbytes: int, byte: int) -> None:
+        """Set device memory to one byte's value, asynchronously."""
         call("cudaMemsetAsync", pointer, byte, nbytes, self.handle)
 
     def synchronize(self) -> None:
+        """Wait for all work on the stream."""
         call("cudaStreamSynchronize", self.handle)
 
     def milliseconds(self, work: Callable[[], None]) -> float:
-        """Device time of what `work` puts on this stream, measured by two events."""
+        """Measure the device time of what `work` puts on this stream, between two events."""
         with _event() as begin, _event() as end:
             call("cudaEventRecord", begin, self.handle)
             work()
@@ -215,6 +217,7 @@ class Graph:
         call("cudaGraphUpload", self._executable, stream.handle)
 
     def launch(self) -> None:
+        """Put the graph on the stream."""
         call("cudaGraphLaunch", self._executable, self._stream.handle)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A TensorRT engine on this machine: does it fit, load it once, make execution contexts for it.
+"""A TensorRT engine on this machine: whether it fits, loading it once, and the execution contexts made from it.
 
 Everything that can be known without the library is compared first: an engine of another version or GPU is refused
 with what to do, instead of with whatever the library would say, or do.
@@ -28,11 +28,11 @@ HINT = "build it again here ('ccnet rebuild BUNDLE') or run the ONNX graph inste
 def check_engine(model_file: ModelFile, device: int = 0) -> cuda.Device:
     """Compare an engine's manifest entry with this machine, before the library sees a byte of the engine.
 
-    Raises BundleError for a model file that is no engine; BackendUnavailable when the library, the driver or a GPU is
-    missing; EngineMismatch, saying what to do, when the library's version or the GPU is another one.
+    Raises BundleError for a model file that is not an engine; BackendUnavailable when the library, the driver or a GPU
+    is missing; EngineMismatch, saying what to do, when the library's version or the GPU is another one.
     """
     if model_file.format == "onnx":
-        raise BundleError(f"model file '{model_file.name}' is an ONNX graph, no TensorRT engine")
+        raise BundleError(f"model file '{model_file.name}' is an ONNX graph, not a TensorRT engine")
     trt = load_library(model_file.format)
     built = (model_file.library_version or "unknown", str(trt.__version__))
     if not _version_fits(model_file, *built):
@@ -75,7 +75,7 @@ def _target(model_file: ModelFile) -> str:
 
 
 def check_file(path: Path, model_file: ModelFile) -> None:
-    """Raises BundleError for an engine file that is missing, cut short, or of the other format."""
+    """Raise BundleError for an engine file that is missing, cut short, or of the other format."""
     if not path.is_file():
         raise BundleError(f"{path}: missing; copy the bundle again")
     size, expected = path.stat().st_size, model_file.build.get("engine_bytes")
@@ -84,12 +84,14 @@ def check_file(path: Path, model_file: ModelFile) -> None:
     with path.open("rb") as stream:
         start = stream.read(len(RTX_MAGIC))
     if (start == RTX_MAGIC) != (model_file.format == "tensorrt-rtx"):
-        kind = "a TensorRT-RTX engine" if start == RTX_MAGIC else f"no TensorRT-RTX engine (it starts with {start!r})"
+        kind = (
+            "a TensorRT-RTX engine" if start == RTX_MAGIC else f"not a TensorRT-RTX engine (it starts with {start!r})"
+        )
         raise BundleError(f"{path}: is {kind}, the manifest says {model_file.format}; export the bundle again")
 
 
 class LoadedEngine:
-    """An engine in GPU memory, shared by the backends of all threads; freed when the last one lets go.
+    """An engine in GPU memory, shared by the backends of all threads and freed when the last one releases it.
 
     Contexts are made one at a time here; each is then used by one thread only.
     """
@@ -133,7 +135,7 @@ class LoadedEngine:
         return engine
 
     def _foreign(self, diagnostics: Any) -> bool:
-        """True when the library calls the engine sound but made for something else."""
+        """Return whether the library calls the engine sound but made for something else."""
         bits = self.trt.EngineInvalidityDiagnostics
         return any(int(diagnostics) & int(getattr(bits, name)) for name in ("VERSION_MISMATCH", "UNSUPPORTED_CC"))
 
@@ -175,6 +177,7 @@ class LoadedEngine:
         return self._engine.create_execution_context(config)
 
     def retain(self) -> LoadedEngine:
+        """Count one more user of the engine, and return it."""
         with self._lock:
             if self._engine is None:
                 raise EngineError(f"{self.path}: the engine was closed")
@@ -182,6 +185,7 @@ class LoadedEngine:
         return self
 
     def release(self) -> None:
+        """Count one user less; the last one frees the engine."""
         with self._lock:
             self._users -= 1
             if self._users > 0 or self._engine is None:
@@ -201,6 +205,7 @@ class Binding:
         self.dtype = dtype
 
     def pinned(self, batch: int) -> cuda.PinnedArray:
+        """Allocate a page-locked array for this many videos."""
         return cuda.PinnedArray((batch, *self.shape[1:]), self.dtype)
 
 

@@ -46,7 +46,7 @@ def load_library(format: TensorRTFormat) -> Any:
     libraries do not load, which is the usual state of a half-finished installation.
     """
     if format not in get_args(TensorRTFormat):
-        raise BackendUnavailable(f"no TensorRT format {format!r}; expected one of {', '.join(_MODULES)}")
+        raise BackendUnavailable(f"format: got {format!r}, expected one of {', '.join(_MODULES)}")
     module, extra = _MODULES[format]
     try:
         return importlib.import_module(module)
@@ -62,12 +62,12 @@ def load_library(format: TensorRTFormat) -> Any:
 
 
 def library_version(trt: Any) -> tuple[int, ...]:
-    """(major, minor, ...) of the loaded library."""
+    """Return (major, minor, ...) of the loaded library."""
     return tuple(int(part) for part in str(trt.__version__).split(".") if part.isdigit())
 
 
 def numpy_type(data_type: Any) -> np.dtype[Any]:
-    """The numpy type of a binding.
+    """Return the numpy type of a binding.
 
     Not `trt.nptype`: that of 8.6 names `np.bool`, which numpy 1.24 to 1.26 do not have.
     """
@@ -78,7 +78,7 @@ def numpy_type(data_type: Any) -> np.dtype[Any]:
 
 
 class LibraryLog:
-    """What a TensorRT library said: the newest messages, from any thread."""
+    """The newest log messages of a TensorRT library, from any thread."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -87,6 +87,7 @@ class LibraryLog:
         self._lock = threading.Lock()
 
     def add(self, severity: str, text: str) -> None:
+        """Keep a message and pass it on to `logging`, at DEBUG."""
         with self._lock:
             self._count += 1
             self._messages.append((self._count, severity, text))
@@ -94,7 +95,7 @@ class LibraryLog:
 
     @contextlib.contextmanager
     def collect(self) -> Iterator[Messages]:
-        """The messages that arrive while the block runs."""
+        """Collect the messages that arrive while the block runs."""
         with self._lock:
             start = self._count
         messages = Messages()
@@ -109,7 +110,7 @@ class Messages(list[tuple[str, str]]):
     """(severity, text) pairs, filled when the block of `LibraryLog.collect` ends."""
 
     def of(self, *severities: str) -> list[str]:
-        """Distinct texts of these severities, in order."""
+        """Return the distinct texts of these severities, in order."""
         return list(dict.fromkeys(text.strip() for severity, text in self if severity in severities))
 
     def layers(self) -> str:
@@ -117,13 +118,13 @@ class Messages(list[tuple[str, str]]):
         return next((text for _, text in self if text.startswith(_LAYERS)), "")
 
     def errors(self) -> str:
-        """The library's own error text, one line each; its warnings where it gave no error."""
+        """Return the library's own error text, one line each; its warnings where it gave no error."""
         lines = self.of("INTERNAL_ERROR", "ERROR") or self.of("WARNING")
         return "\n".join(f"  {line}" for line in lines[:20]) or "  (the library logged nothing)"
 
 
 def library_logger(trt: Any) -> tuple[Any, LibraryLog]:
-    """The logger to hand to `trt` and the log that it fills: one per library and process, never freed.
+    """Return the logger to hand to `trt` and the log that it fills: one per library and process, never freed.
 
     Inside the library the logger is a singleton; a second one would be ignored.
     """
