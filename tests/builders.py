@@ -281,7 +281,8 @@ def attention_weights() -> dict[str, np.ndarray]:
     classes = ATTENTION_SPEC.num_classes
 
     def matrix(*shape: int) -> np.ndarray:
-        return (np.round(draw.standard_normal(shape) * shape[0] ** -0.5 * 128) / 128).astype(np.float32)
+        values: np.ndarray = np.round(draw.standard_normal(shape) * shape[0] ** -0.5 * 128) / 128
+        return values.astype(np.float32)
 
     return {
         "w_visual": matrix(ATTENTION_SPEC.visual_dim, _WIDTH),

@@ -72,7 +72,7 @@ class Simulation:
             if base <= pointer < base + len(memory):
                 assert pointer + nbytes <= base + len(memory), "copy beyond the end of a buffer"
                 return memory[pointer - base : pointer - base + nbytes]
-        return np.frombuffer((ctypes.c_ubyte * nbytes).from_address(pointer), np.uint8)
+        return np.ctypeslib.as_array((ctypes.c_ubyte * nbytes).from_address(pointer))
 
     @property
     def held(self) -> dict[str, int]:
@@ -303,7 +303,7 @@ class Engine:
         self._sim.engines -= 1
 
     def get_tensor_name(self, index: int) -> str:
-        return list(self._all)[index]
+        return str(list(self._all)[index])
 
     def get_tensor_mode(self, name: str) -> enum.Enum:
         return TensorIOMode["INPUT" if name in self._plan["inputs"] else "OUTPUT"]

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_an_error_while_writing_leaves_nothing_or_the_old_bundle(tmp_path: Path)
         fail_in(new_bundle(path, **FACTS))
     assert not list(tmp_path.iterdir())
     before = make(path).manifest
-    for change in (lambda: new_bundle(path, **FACTS), lambda: changed_bundle(path)):
+    for change in (partial(new_bundle, path, **FACTS), partial(changed_bundle, path)):
         with pytest.raises(RuntimeError, match="status"):
             fail_in(change())
         assert read_bundle(path).manifest == before
@@ -84,9 +85,9 @@ def test_a_full_disk_leaves_the_old_bundle(tmp_path: Path, monkeypatch: pytest.M
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for change in (lambda: new_bundle(path, **FACTS), lambda: changed_bundle(path)):
+    for change in (partial(new_bundle, path, **FACTS), partial(changed_bundle, path)):
         with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
-            fill_until(change(), lambda patched=patched: patched.setattr(os, "fsync", full))
+            fill_until(change(), partial(patched.setattr, os, "fsync", full))
         assert read_bundle(path).manifest == before
         read_bundle(path).verify()
 

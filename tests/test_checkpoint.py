@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_no_checkpoint_there(folder: Path, tmp_path: Path) -> None:
         (lambda path: _flip_byte(path, -1), "SHA-256"),
     ],
 )
-def test_damaged_weights(folder: Path, damage, message: str) -> None:
+def test_damaged_weights(folder: Path, damage: Any, message: str) -> None:
     damage(folder / WEIGHTS)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(folder)
@@ -117,7 +118,7 @@ def _flip_byte(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def _edit(folder: Path, **changes) -> None:
+def _edit(folder: Path, **changes: Any) -> None:
     data = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**data, **changes}))
 
@@ -142,7 +143,7 @@ def test_weights_of_another_configuration_are_listed(folder: Path) -> None:
 
 def test_a_pickle_in_place_of_the_weights_is_never_executed(folder: Path, tmp_path: Path) -> None:
     class Bomb:
-        def __reduce__(self):
+        def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "executed"),)
 
     (folder / WEIGHTS).write_bytes(pickle.dumps(Bomb()))
@@ -165,7 +166,7 @@ def test_a_pickle_in_place_of_the_weights_is_never_executed(folder: Path, tmp_pa
         ({"config": {"model": {"dim": 8.5}}}, r"config\.model\.dim: got 8\.5, expected int"),
     ],
 )
-def test_a_manifest_that_can_not_be_used(folder: Path, changes, message: str) -> None:
+def test_a_manifest_that_can_not_be_used(folder: Path, changes: Any, message: str) -> None:
     _edit(folder, **changes)
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(folder)
@@ -180,11 +181,13 @@ def test_a_manifest_that_is_not_json(folder: Path) -> None:
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 @pytest.mark.parametrize("failing_call", [1, 2, 3])
-def test_a_full_disk_leaves_the_old_checkpoint(folder: Path, monkeypatch, function: str, failing_call: int) -> None:
+def test_a_full_disk_leaves_the_old_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, function: str, failing_call: int
+) -> None:
     """Weights and manifest are synced, the manifest is renamed into the new folder, then two folders are renamed."""
     original, calls = getattr(os, function), 0
 
-    def fail(*arguments):
+    def fail(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == failing_call:
@@ -210,7 +213,7 @@ def test_a_kill_while_writing(folder: Path, function: str, fatal_call: int, befo
     """Killed inside the n-th call, before it does anything; between the two folder renames there is no folder."""
     original, calls, model = getattr(os, function), 0, make_model(1)
 
-    def fatal(*arguments):
+    def fatal(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == fatal_call:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from ccnet.config import Config, ModelConfig, TrainConfig
-from ccnet.training.dataset import Collate, EpochBatches, Sample, TrainingLoader, TrainingVideos, check_folder, crop
+from ccnet.training.dataset import (
+    Batch,
+    Collate,
+    EpochBatches,
+    Sample,
+    TrainingLoader,
+    TrainingVideos,
+    check_folder,
+    crop,
+)
 from runtime.annotations import VideoAnnotation
 from runtime.errors import FeatureError
 from runtime.spec import TimeBase
@@ -17,12 +28,15 @@ from runtime.spec import TimeBase
 MODEL = ModelConfig(length=64, visual_dim=6, audio_dim=4, dim=8, heads=2, num_classes=3, head_dim=8, tdm_dim=4)
 
 
-def configured(**train) -> Config:
-    return Config(model=MODEL, train=TrainConfig(batch_size=4, **{"workers": 0, **train}))
+Folder = tuple[Path, list[VideoAnnotation]]
+
+
+def configured(**train: Any) -> Config:
+    return Config(model=MODEL, train=TrainConfig(**{"batch_size": 4, "workers": 0, **train}))
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Folder:
     """Ten videos of 8 to 90 steps (T is 64); a step's first channel says which step it is."""
     rng = np.random.default_rng(0)
     videos = []
@@ -38,13 +52,13 @@ def folder(tmp_path):
     return tmp_path, videos
 
 
-def equal(first, second):
+def equal(first: Batch, second: Batch) -> bool:
     return all(
         torch.equal(a, b) for a, b in zip((*first[:3], *first.targets), (*second[:3], *second.targets), strict=True)
     )
 
 
-def test_a_batch_is_padded_features_with_their_mask_and_targets(folder):
+def test_a_batch_is_padded_features_with_their_mask_and_targets(folder: Folder) -> None:
     batches = list(TrainingLoader(*folder, configured()).epoch(0))
     assert [len(batch.mask) for batch in batches] == [4, 4, 2]
     batch = batches[0]
@@ -66,7 +80,7 @@ def test_a_batch_is_padded_features_with_their_mask_and_targets(folder):
             assert torch.equal(track[:steps], expected)
 
 
-def test_crops_are_nine_tenths_to_the_whole_and_at_most_t(folder):
+def test_crops_are_nine_tenths_to_the_whole_and_at_most_t(folder: Folder) -> None:
     videos = TrainingVideos(*folder, configured())
     lengths = {index: {len(videos[epoch, index].visual) for epoch in range(30)} for index in (2, 6)}
     assert min(lengths[2]) >= 30
@@ -76,7 +90,7 @@ def test_crops_are_nine_tenths_to_the_whole_and_at_most_t(folder):
     assert len({videos[epoch, 6].visual[0, 0] for epoch in range(10)}) > 3  # not always the same place
 
 
-def test_events_move_with_the_crop_and_fall_away_when_less_than_half_remains():
+def test_events_move_with_the_crop_and_fall_away_when_less_than_half_remains() -> None:
     time_base = TimeBase()  # a step sees 1.5 steps to either side
     events = np.array([[2.0, 8.0], [28.0, 33.0], [10.0, 90.0], [15.0, 20.0]], np.float32)
     features = np.arange(100, dtype=np.float32)[:, None]
@@ -100,7 +114,7 @@ def test_events_move_with_the_crop_and_fall_away_when_less_than_half_remains():
     assert len(seen) > 20
 
 
-def test_a_video_without_events_can_be_cropped_and_collated():
+def test_a_video_without_events_can_be_cropped_and_collated() -> None:
     features = np.ones((50, 6), np.float32)
     none = Sample(features, features[:, :4], np.zeros((0, 2), np.float32), np.zeros(0, np.int64))
     cut = crop(none, 40, keep=0.5, time_base=TimeBase(), rng=np.random.default_rng(0))
@@ -109,7 +123,7 @@ def test_a_video_without_events_can_be_cropped_and_collated():
     assert int(batch.mask.sum()) == 80
 
 
-def test_an_epoch_visits_every_video_once_in_its_own_order():
+def test_an_epoch_visits_every_video_once_in_its_own_order() -> None:
     batches = EpochBatches(10, 4, seed=3)
     orders = []
     for epoch in (0, 1):
@@ -123,7 +137,7 @@ def test_an_epoch_visits_every_video_once_in_its_own_order():
     assert [i for batch in EpochBatches(10, 4, seed=4) for _, i in batch] != orders[0]
 
 
-def test_batches_do_not_depend_on_workers_and_continue_inside_an_epoch(folder):
+def test_batches_do_not_depend_on_workers_and_continue_inside_an_epoch(folder: Folder) -> None:
     alone = TrainingLoader(*folder, configured())
     helped = TrainingLoader(*folder, configured(workers=2))
     for epoch in (1, 0):
@@ -139,13 +153,13 @@ def test_batches_do_not_depend_on_workers_and_continue_inside_an_epoch(folder):
     assert not equal(other, next(iter(TrainingLoader(*folder, configured(seed=1)).epoch(1))))
 
 
-def test_loading_leaves_the_global_random_state_alone(folder):
+def test_loading_leaves_the_global_random_state_alone(folder: Folder) -> None:
     before = torch.get_rng_state()
     list(TrainingLoader(*folder, configured(workers=1)).epoch(0))
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_missing_files_are_counted_and_named_before_training(folder):
+def test_missing_files_are_counted_and_named_before_training(folder: Folder) -> None:
     path, videos = folder
     for i in range(7):
         (path / f"video{i}_flow.npy").unlink()
@@ -153,7 +167,7 @@ def test_missing_files_are_counted_and_named_before_training(folder):
         TrainingLoader(path, videos, configured())
 
 
-def test_damaged_files_are_found_before_training(folder):
+def test_damaged_files_are_found_before_training(folder: Folder) -> None:
     path, videos = folder
     truncated = path / "video1_rgb.npy"
     truncated.write_bytes(truncated.read_bytes()[:-10])
@@ -168,13 +182,13 @@ def test_damaged_files_are_found_before_training(folder):
     assert "7 wide, expected 6" in str(caught.value)
 
 
-def test_a_folder_that_is_not_there(tmp_path, folder):
+def test_a_folder_that_is_not_there(tmp_path: Path, folder: Folder) -> None:
     with pytest.raises(FeatureError, match="no such feature folder"):
         check_folder(tmp_path / "absent", folder[1], configured())
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_turns_bad_when_read_is_named_without_a_traceback(folder, workers):
+def test_a_file_that_turns_bad_when_read_is_named_without_a_traceback(folder: Folder, workers: int) -> None:
     path, videos = folder
     array = np.load(path / "video8_vggish.npy")
     array[3, 1] = np.nan
@@ -185,7 +199,7 @@ def test_a_file_that_turns_bad_when_read_is_named_without_a_traceback(folder, wo
     assert "Traceback" not in str(caught.value)
 
 
-def test_events_beyond_the_features_do_not_break_a_batch(folder):
+def test_events_beyond_the_features_do_not_break_a_batch(folder: Folder) -> None:
     """Features may end before the annotated duration does; the event is clipped where the video is cropped."""
     path, videos = folder
     late = dataclasses.replace(videos[3], segments=np.array([[0.5, 60.0]]), labels=np.array([1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,7 @@ from runtime.detections import read_events
 
 
 @pytest.fixture
-def small(monkeypatch) -> Config:
+def small(monkeypatch: pytest.MonkeyPatch) -> Config:
     config = PRESETS["demo"]
     model = dataclasses.replace(config.model, length=64, dim=8, heads=2, head_dim=8, tdm_dim=4, self_layers=0)
     train = dataclasses.replace(config.train, epochs=1, warmup_epochs=0, batch_size=4, workers=0)
@@ -32,7 +33,9 @@ def small(monkeypatch) -> Config:
 
 
 @pytest.mark.slow
-def test_a_network_that_misses_the_goal_fails_the_demo_after_all_its_steps(small, tmp_path, capfd):
+def test_a_network_that_misses_the_goal_fails_the_demo_after_all_its_steps(
+    small: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 1
     printed = capfd.readouterr().out
     assert "NOT REACHED" in printed
@@ -45,20 +48,22 @@ def test_a_network_that_misses_the_goal_fails_the_demo_after_all_its_steps(small
     assert (tmp_path / "demo" / "timeline.png").stat().st_size > 5000
 
 
-def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path, capsys):
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").write_text("...")
     assert main(["demo", "--out", str(tmp_path)]) == 2
     assert "other files" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_step_that_fails_ends_the_demo(small, tmp_path, capsys, monkeypatch):
+def test_a_step_that_fails_ends_the_demo(
+    small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(demo, "DIFFICULTY", 7)
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 2
     assert "ccnet synthesize ended with exit status 2" in capsys.readouterr().err
 
 
-def test_predicting_happens_where_torch_cannot_be_imported():
+def test_predicting_happens_where_torch_cannot_be_imported() -> None:
     command = ["export", "absent", "--out", "absent"]
     done = subprocess.run(
         [sys.executable, "-c", demo.WITHOUT_TORCH, *command], capture_output=True, text=True, check=False

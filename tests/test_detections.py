@@ -39,7 +39,7 @@ def test_events_read_back_bit_by_bit(tmp_path: Path) -> None:
             np.testing.assert_array_equal(got.scores, expected.scores)
             np.testing.assert_array_equal(got.labels, expected.labels)
             assert got.label_names == NAMES
-            assert (got.segments.dtype, got.scores.dtype, got.labels.dtype) == (np.float64, np.float32, np.int64)
+            assert [a.dtype for a in (got.segments, got.scores, got.labels)] == [np.float64, np.float32, np.int64]
     assert json.loads(path.read_text().splitlines()[1]) == {"video_id": "b c-é", "duration": 30.0, "events": []}
 
 

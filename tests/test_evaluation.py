@@ -29,7 +29,7 @@ def video(video_id: str, events: list[tuple[float, float, int]], subset: str = "
     return VideoAnnotation(video_id, 60.0, subset, table[:, :2], table[:, 2].astype(np.int64))
 
 
-def annotations(*videos: VideoAnnotation) -> Annotations:
+def annotated(*videos: VideoAnnotation) -> Annotations:
     return Annotations(Path("annotations.json"), NAMES, {v.video_id: v for v in videos})
 
 
@@ -44,7 +44,7 @@ def perfect(videos: Iterable[VideoAnnotation], names: tuple[str, ...]) -> dict[s
     }
 
 
-TRUTH = annotations(
+TRUTH = annotated(
     video("a", [(0, 5, 0), (10, 30, 1)]),
     video("b", [(0, 20, 0), (20, 40, 0)]),
     video("c", []),
@@ -113,7 +113,7 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(AnnotationError, match="no video of subset 'validation'"):
         evaluate({}, TRUTH, "validation")
     with pytest.raises(AnnotationError, match="subset 'test' has 1 videos but no event"):
-        evaluate({}, annotations(video("c", [])), "test")
+        evaluate({}, annotated(video("c", [])), "test")
     # A class list that differs only where nothing was predicted is fine.
     assert evaluate({"a": found((0, 5, 0, 0.5), names=("dog",))}, TRUTH, "test").predictions == 1
 

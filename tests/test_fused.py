@@ -61,7 +61,8 @@ def test_ablated_networks_are_left_to_the_reference_graph(ablation: str) -> None
 
 def test_a_module_of_another_kind_is_not_dropped() -> None:
     eager = random_network(TINY)
-    eager.mtgc.stages["f2c"].blocks[1] = torch.nn.Identity()
+    blocks = eager.get_submodule("mtgc.stages.f2c.blocks")
+    blocks.add_module("1", torch.nn.Identity())
     with pytest.raises(TypeError, match="expected Block, got Identity"):
         fused_network(eager)
 

@@ -24,7 +24,8 @@ from builders import ATTENTION_SPEC, attention_outputs, write_attention_onnx
 from benchmarks.gpu.stages import build_here, check_engine_file
 from export.tensorrt.build import EngineInfo
 from export.tensorrt.options import EngineOptions
-from runtime.backends.tensorrt.backend import TensorRTBackend, cuda
+from runtime.backends.tensorrt import cuda
+from runtime.backends.tensorrt.backend import TensorRTBackend
 from runtime.bundle import ModelFile, read_bundle
 from runtime.errors import BackendUnavailable, BundleError, CCNetError, EngineError, EngineMismatch, ExportError
 
@@ -61,7 +62,7 @@ def built(request: pytest.FixtureRequest, format: str, tmp_path_factory: pytest.
     graph = small_graph("fp32" if precision == "tf32" else precision, folder)
     info = build_for_this_gpu(graph, folder / "small.engine", format, precision)
     try:
-        TensorRTBackend.open(info.path, model_file_of(info, ATTENTION_SPEC.length), ATTENTION_SPEC).close()
+        TensorRTBackend.open(info.path, model_file_of(info), ATTENTION_SPEC).close()
     except EngineMismatch as error:  # a portable RTX engine on a GPU that RTX does not know
         pytest.skip(str(error))
     return info
@@ -92,7 +93,7 @@ def model_file_of(info: EngineInfo) -> ModelFile:
 
 @pytest.fixture
 def small(built: EngineInfo) -> Iterator[TensorRTBackend]:
-    with TensorRTBackend.open(built.path, model_file_of(built, ATTENTION_SPEC.length), ATTENTION_SPEC) as backend:
+    with TensorRTBackend.open(built.path, model_file_of(built), ATTENTION_SPEC) as backend:
         yield backend
 
 
@@ -129,7 +130,7 @@ def test_engine_against_reference(small: TensorRTBackend, batch: int) -> None:
 
 
 def test_cuda_graph_against_plain_run(built: EngineInfo) -> None:
-    model_file = model_file_of(built, ATTENTION_SPEC.length)
+    model_file = model_file_of(built)
     with (
         TensorRTBackend.open(built.path, model_file, ATTENTION_SPEC) as replayed,
         TensorRTBackend.open(built.path, model_file, ATTENTION_SPEC, cuda_graph=False) as plain,
@@ -162,7 +163,7 @@ def test_two_threads(small: TensorRTBackend) -> None:
 
 
 def test_load_and_free_again_without_leaking(built: EngineInfo) -> None:
-    model_file = model_file_of(built, ATTENTION_SPEC.length)
+    model_file = model_file_of(built)
 
     def cycle() -> int:
         with TensorRTBackend.open(built.path, model_file, ATTENTION_SPEC) as backend:
@@ -187,7 +188,7 @@ def test_engine_times_are_positive_and_graphs_do_not_change_them_much(small: Ten
 
 
 def test_an_engine_of_another_gpu_or_version(built: EngineInfo) -> None:
-    model_file = model_file_of(built, ATTENTION_SPEC.length)
+    model_file = model_file_of(built)
     for changes in ({"library_version": "8.5.1"}, {"compute_capabilities": ("5.0",), "gpu_name": "Other GPU"}):
         with pytest.raises(EngineMismatch, match="ccnet rebuild"):
             TensorRTBackend.open(built.path, dataclasses.replace(model_file, **changes), ATTENTION_SPEC)
@@ -203,7 +204,7 @@ def test_a_damaged_plan(built: EngineInfo, tmp_path: Path, damage: str) -> None:
         content[4:64] = bytes(60)
     path = tmp_path / "damaged.engine"
     path.write_bytes(content)
-    model_file = dataclasses.replace(model_file_of(built, ATTENTION_SPEC.length), build={})
+    model_file = dataclasses.replace(model_file_of(built), build={})
     with pytest.raises((EngineError, BundleError, EngineMismatch)):
         TensorRTBackend.open(path, model_file, ATTENTION_SPEC)
 
@@ -221,7 +222,7 @@ def test_the_real_network_against_its_recorded_reference(format: str, precision:
     info = build_for_this_gpu(bundle.path(wanted[0]), tmp_path / "real.engine", format, precision)
     spec = bundle.spec
     try:
-        report = check_engine_file(info.path, model_file_of(info, spec.length), spec, Path(recorded))
+        report = check_engine_file(info.path, model_file_of(info), spec, Path(recorded))
     except CCNetError as error:
         pytest.fail(str(error))
     assert report["passed"], report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from ccnet.training.losses import DetectionLoss, diou_loss, giou_loss, sigmoid_f
 from ccnet.training.targets import Targets
 
 
-def case(seed=0, batch=2, points=12, classes=3):
+def case(seed: int = 0, batch: int = 2, points: int = 12, classes: int = 3) -> Any:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(batch, points, classes, generator=generator)
     offsets = torch.rand(batch, points, classes, 2, generator=generator) * 4
@@ -23,7 +24,7 @@ def case(seed=0, batch=2, points=12, classes=3):
     return logits, offsets, Targets(positive, wanted), valid
 
 
-def test_focal_loss_is_the_formula():
+def test_focal_loss_is_the_formula() -> None:
     logits = torch.tensor([-2.0, 0.3, 4.0])
     for positive in (0.0, 1.0):
         got = sigmoid_focal_loss(logits, torch.full((3,), positive), alpha=0.25, gamma=2.0)
@@ -34,7 +35,7 @@ def test_focal_loss_is_the_formula():
 
 
 @pytest.mark.parametrize("point", [0.0, 3.25])
-def test_iou_losses_are_the_formulas_on_segments(point):
+def test_iou_losses_are_the_formulas_on_segments(point: float) -> None:
     for first, second in (((1.0, 2.0), (1.5, 0.5)), ((0.2, 3.0), (2.0, 0.1)), ((1.0, 1.0), (1.0, 1.0))):
         a, b = (point - first[0], point + first[1]), (point - second[0], point + second[1])
         shared = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
@@ -49,7 +50,7 @@ def test_iou_losses_are_the_formulas_on_segments(point):
         )
 
 
-def test_the_loss_is_both_sums_over_the_running_normaliser():
+def test_the_loss_is_both_sums_over_the_running_normaliser() -> None:
     logits, offsets, targets, valid = case()
     criterion = DetectionLoss(LossConfig(offset_weight=0.5))
     losses = criterion(logits, offsets, targets, valid)
@@ -64,13 +65,13 @@ def test_the_loss_is_both_sums_over_the_running_normaliser():
     torch.testing.assert_close(losses.total, focal + 0.5 * iou)
 
 
-def test_the_two_offset_losses_differ():
+def test_the_two_offset_losses_differ() -> None:
     arguments = case()
     giou, diou = (DetectionLoss(LossConfig(iou=kind))(*arguments).offset for kind in ("giou", "diou"))
     assert diou > giou * 1.001
 
 
-def test_padded_points_count_nowhere():
+def test_padded_points_count_nowhere() -> None:
     logits, offsets, targets, valid = case(batch=1, points=20)
     valid[:, 12:] = False
     whole = DetectionLoss(LossConfig())(logits, offsets, targets, valid)
@@ -80,7 +81,7 @@ def test_padded_points_count_nowhere():
     torch.testing.assert_close(whole, cut)
 
 
-def test_the_normaliser_is_state_and_stands_still_in_evaluation():
+def test_the_normaliser_is_state_and_stands_still_in_evaluation() -> None:
     arguments = case()
     criterion = DetectionLoss(LossConfig())
     criterion(*arguments)
@@ -95,7 +96,7 @@ def test_the_normaliser_is_state_and_stands_still_in_evaluation():
     assert criterion.normalizer.item() == before
 
 
-def test_a_batch_without_events_has_a_finite_gradient():
+def test_a_batch_without_events_has_a_finite_gradient() -> None:
     logits, offsets, _, valid = case()
     offsets = torch.zeros_like(offsets).requires_grad_()
     logits.requires_grad_()
@@ -110,16 +111,17 @@ def test_a_batch_without_events_has_a_finite_gradient():
     assert (offsets.grad == 0).all()
 
 
-def test_a_point_that_predicts_nothing_yet_is_pulled_open():
+def test_a_point_that_predicts_nothing_yet_is_pulled_open() -> None:
     logits, offsets, targets, valid = case()
     offsets = torch.zeros_like(offsets).requires_grad_()
     DetectionLoss(LossConfig())(logits, offsets, targets, valid).total.backward()
+    assert offsets.grad is not None
     pulled = offsets.grad[targets.classes.bool()]
     assert pulled.isfinite().all()
     assert (pulled < 0).all()
 
 
-def test_sixteen_bit_outputs_are_summed_in_float32():
+def test_sixteen_bit_outputs_are_summed_in_float32() -> None:
     logits, offsets, targets, valid = case(batch=4, points=441, classes=50)
     losses = DetectionLoss(LossConfig(normalizer=1.0, normalizer_momentum=0.0))(
         logits.half(), offsets.half(), targets, valid
@@ -131,18 +133,18 @@ def test_sixteen_bit_outputs_are_summed_in_float32():
     assert math.isfinite(losses.total.item())
 
 
-def test_nothing_waits_for_the_device():
+def test_nothing_waits_for_the_device() -> None:
     """None of the operations that read a value, or a size that depends on values, back to the host."""
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             seen.add(str(function.overloadpacket))
             return function(*args, **(kwargs or {}))
 
     seen: set[str] = set()
     arguments = case()
     criterion = DetectionLoss(LossConfig(iou="diou"))
-    with Watch():
+    with Watch():  # type: ignore[no-untyped-call]
         criterion(*arguments)
     assert "aten.binary_cross_entropy_with_logits" in seen  # the watch works
     assert not seen & {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.index"}

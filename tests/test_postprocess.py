@@ -31,7 +31,7 @@ def test_equals_the_released_program(video: int) -> None:
     np.testing.assert_allclose(got.segments, expected["segments"], rtol=0, atol=5e-6)
     np.testing.assert_allclose(got.scores, expected["scores"], rtol=0, atol=2e-7)
     assert got.label_names == SPEC.labels
-    assert (got.segments.dtype, got.scores.dtype, got.labels.dtype) == (np.float64, np.float32, np.int64)
+    assert [a.dtype for a in (got.segments, got.scores, got.labels)] == [np.float64, np.float32, np.int64]
 
 
 def one_event(point: int, left: float, right: float) -> tuple[Any, Any]:

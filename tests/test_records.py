@@ -20,7 +20,7 @@ LONG = "x" * 100_000
 CONTROL = "a\x1b[2Jb\nccnet: all is well"
 
 
-def annotations(path: Path, video_id: str = "v", **event: Any) -> None:
+def read_one_annotation(path: Path, video_id: str = "v", **event: Any) -> None:
     events = [{"segment": [0, 1], "label": "dog", "label_id": 0} | event]
     path.write_text(
         json.dumps({"database": {video_id: {"duration": 9, "subset": "test", "annotations": events}}}), encoding="utf-8"
@@ -28,14 +28,14 @@ def annotations(path: Path, video_id: str = "v", **event: Any) -> None:
     read_annotations(path, ("dog",))
 
 
-def events(path: Path, video_id: str = "v", **event: Any) -> None:
+def read_one_event(path: Path, video_id: str = "v", **event: Any) -> None:
     found = [{"segment": [0, 1], "label": "dog", "label_id": 0, "score": 0.5} | event]
     path.write_text(json.dumps({"video_id": video_id, "duration": 9, "events": found}) + "\n", encoding="utf-8")
     read_events(path, ("dog",))
 
 
 @pytest.mark.parametrize("text", [LONG, CONTROL])
-@pytest.mark.parametrize("read", [annotations, events])
+@pytest.mark.parametrize("read", [read_one_annotation, read_one_event])
 def test_quoted_text_is_bounded_and_on_one_line(read: Callable[..., None], text: str, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     bad: list[dict[str, Any]] = [

@@ -170,7 +170,7 @@ def test_a_programming_error_surfaces_after_the_good_ones(place: str) -> None:
             yield f"v{i}", video(i)
         if place == "iterable":
             raise KeyError("broken iterable")
-        yield "v5", lambda: {}["broken source"]
+        yield "v5", lambda: dict[str, Any]()["broken source"]
 
     seen: list[str] = []
     with pytest.raises(KeyError, match="broken"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ from runtime.spec import TimeBase
 CLASSES = 6
 
 
-def synthesizer(settings=None, visual_dim=48, audio_dim=16, time_base=None) -> FeatureSynthesizer:
+def synthesizer(
+    settings: Any = None, visual_dim: Any = 48, audio_dim: Any = 16, time_base: Any = None
+) -> FeatureSynthesizer:
     return FeatureSynthesizer(
         num_classes=CLASSES,
         visual_dim=visual_dim,
@@ -28,13 +32,13 @@ def synthesizer(settings=None, visual_dim=48, audio_dim=16, time_base=None) -> F
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory):
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("annotations") / "annotations.json"
     path.write_text(json.dumps(demo_annotations({"train": 150, "test": 50}, CLASSES)))
     return list(read_annotations(path).videos.values())
 
 
-def event_frames(video):
+def event_frames(video: VideoAnnotation) -> Any:
     event = np.zeros((CLASSES, int(np.ceil(video.duration * 25))), bool)
     for (start, end), label in zip(video.segments, video.labels, strict=True):
         first = min(event.shape[1] - 1, round(start * 25))
@@ -43,14 +47,16 @@ def event_frames(video):
 
 
 @pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
-def test_a_class_is_seen_and_heard_at_once_exactly_during_its_events(videos, difficulty):
+def test_a_class_is_seen_and_heard_at_once_exactly_during_its_events(
+    videos: list[VideoAnnotation], difficulty: float
+) -> None:
     maker = synthesizer(SynthesisSettings.of_difficulty(difficulty))
     for video in videos[:60]:
         presence = maker.presence(video)
         assert np.array_equal((presence.seen > 0) & (presence.heard > 0), event_frames(video))
 
 
-def test_one_modality_alone_shows_about_as_much_that_is_no_event(videos):
+def test_one_modality_alone_shows_about_as_much_that_is_no_event(videos: list[VideoAnnotation]) -> None:
     """By default every event has a seen-only and a heard-only companion, and half of the boundaries are extended."""
     seen = heard = event = 0
     for video in videos:
@@ -63,7 +69,7 @@ def test_one_modality_alone_shows_about_as_much_that_is_no_event(videos):
     assert 0.4 < event / heard < 0.65
 
 
-def test_at_difficulty_zero_nothing_but_events_is_shown(videos):
+def test_at_difficulty_zero_nothing_but_events_is_shown(videos: list[VideoAnnotation]) -> None:
     maker = synthesizer(SynthesisSettings.of_difficulty(0.0))
     for video in videos[:40]:
         presence = maker.presence(video)
@@ -71,7 +77,7 @@ def test_at_difficulty_zero_nothing_but_events_is_shown(videos):
         assert np.array_equal(presence.heard > 0, event_frames(video))
 
 
-def test_the_classes_of_a_video_do_not_give_its_distractors_away(videos):
+def test_the_classes_of_a_video_do_not_give_its_distractors_away(videos: list[VideoAnnotation]) -> None:
     """A good part of the distractors are of classes that do have events in the same video."""
     own = other = 0
     for video in videos:
@@ -84,7 +90,7 @@ def test_the_classes_of_a_video_do_not_give_its_distractors_away(videos):
     assert other > 0.15 * (own + other)
 
 
-def test_features_look_like_real_ones(videos):
+def test_features_look_like_real_ones(videos: list[VideoAnnotation]) -> None:
     maker = synthesizer(visual_dim=2048, audio_dim=128)
     visual, audio = (np.concatenate(parts) for parts in zip(*map(maker.features, videos[:20]), strict=True))
     for features in (visual, audio):
@@ -95,7 +101,7 @@ def test_features_look_like_real_ones(videos):
     assert (visual == 0).mean() < 0.2 < (audio == 0).mean() < 0.6
 
 
-def test_steps_follow_from_the_duration_through_the_time_base(videos):
+def test_steps_follow_from_the_duration_through_the_time_base(videos: list[VideoAnnotation]) -> None:
     one = dataclasses.replace(videos[0], duration=10.0, segments=np.zeros((0, 2)), labels=np.zeros(0, np.int64))
     for time_base in (TimeBase(), TimeBase(fps=16.0, stride_frames=4.0, window_frames=16.0)):
         maker = synthesizer(time_base=time_base)
@@ -106,7 +112,7 @@ def test_steps_follow_from_the_duration_through_the_time_base(videos):
 
 
 @pytest.mark.parametrize("dims", [(48, 16), (1024, 128)])
-def test_an_event_stands_out_by_the_signal_whatever_the_width(dims):
+def test_an_event_stands_out_by_the_signal_whatever_the_width(dims: Any) -> None:
     """Projected on its signature, an event stands about `signal` noise deviations above the same video without it."""
     maker = synthesizer(SynthesisSettings(signal=8.0, distractors=0.0, tails=0.0), *dims)
     segments, labels = np.array([[10.0, 20.0]]), np.array([2])
@@ -121,7 +127,7 @@ def test_an_event_stands_out_by_the_signal_whatever_the_width(dims):
     assert 6.0 < np.mean(heights) < 8.5
 
 
-def test_what_a_video_gets_depends_on_itself_and_the_seed_alone(videos):
+def test_what_a_video_gets_depends_on_itself_and_the_seed_alone(videos: list[VideoAnnotation]) -> None:
     first, again = synthesizer(), synthesizer()
     again.features(videos[1])  # nothing is carried from one video to the next
     for a, b in zip(first.features(videos[0]), again.features(videos[0]), strict=True):
@@ -135,7 +141,7 @@ def test_what_a_video_gets_depends_on_itself_and_the_seed_alone(videos):
         assert not np.array_equal(audio, first.features(videos[0])[1])
 
 
-def test_difficulty_has_a_range():
+def test_difficulty_has_a_range() -> None:
     assert SynthesisSettings.of_difficulty(0.5) == SynthesisSettings()
     for bad in (-0.1, 1.5, float("nan")):
         with pytest.raises(ConfigError, match="difficulty"):
@@ -144,7 +150,7 @@ def test_difficulty_has_a_range():
         SynthesisSettings(signal=0.0)
 
 
-def test_synthetic_annotations_resemble_the_published_ones(tmp_path):
+def test_synthetic_annotations_resemble_the_published_ones(tmp_path: Path) -> None:
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps(demo_annotations({"train": 3000}, 100)))
     videos = read_annotations(path).subset("train")  # checks every event
@@ -168,7 +174,7 @@ def test_synthetic_annotations_resemble_the_published_ones(tmp_path):
     assert overlapping / pairs == pytest.approx(8354 / 59606, abs=0.08)
 
 
-def test_synthetic_annotations_are_seeded():
+def test_synthetic_annotations_are_seeded() -> None:
     sets = [demo_annotations({"train": 5, "test": 2}, 4, seed=seed) for seed in (0, 0, 1)]
     assert sets[0] == sets[1] != sets[2]
     assert [v["subset"] for v in sets[0]["database"].values()] == ["train"] * 5 + ["test"] * 2

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from ccnet.config import Config, ModelConfig
 from ccnet.synthetic.annotations import demo_annotations
 from ccnet.synthetic.features import SynthesisSettings
 from ccnet.synthetic.folder import synthesize_folder
-from runtime.annotations import read_annotations
+from runtime.annotations import Annotations, read_annotations
 from runtime.errors import ConfigError, FeatureError
 from runtime.features import read_video
 from runtime.spec import FeatureLayout
@@ -24,23 +25,23 @@ from runtime.spec import FeatureLayout
 CONFIG = Config(model=ModelConfig(length=224, visual_dim=12, audio_dim=5, num_classes=4))
 
 
-@pytest.fixture(scope="module")
-def annotations(tmp_path_factory):
+@pytest.fixture(scope="module", name="annotations")
+def annotations_of_sixteen_videos(tmp_path_factory: pytest.TempPathFactory) -> Annotations:
     path = tmp_path_factory.mktemp("annotations") / "annotations.json"
     path.write_text(json.dumps(demo_annotations({"train": 12, "test": 4}, 4, seed=1)))
     return read_annotations(path)
 
 
-def synthesize(annotations, folder, videos=None, **options):
-    options = {"config": CONFIG, "settings": SynthesisSettings(), "quiet": True} | options
-    return synthesize_folder(annotations, videos or list(annotations.videos.values()), folder, **options)
+def synthesize(annotations: Annotations, folder: Path, videos: Any = None, **options: Any) -> Any:
+    defaults: dict[str, Any] = {"config": CONFIG, "settings": SynthesisSettings(), "quiet": True}
+    return synthesize_folder(annotations, videos or list(annotations.videos.values()), folder, **(defaults | options))
 
 
 def contents(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.npy"))}
 
 
-def test_files_are_in_the_published_layout(annotations, tmp_path):
+def test_files_are_in_the_published_layout(annotations: Annotations, tmp_path: Path) -> None:
     result = synthesize(annotations, tmp_path)
     assert result.written == 16
     for video in annotations.videos.values():
@@ -55,7 +56,7 @@ def test_files_are_in_the_published_layout(annotations, tmp_path):
     assert result.size == sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
 
 
-def test_workers_order_and_selection_do_not_matter(annotations, tmp_path):
+def test_workers_order_and_selection_do_not_matter(annotations: Annotations, tmp_path: Path) -> None:
     videos = list(annotations.videos.values())
     synthesize(annotations, tmp_path / "alone")
     synthesize(annotations, tmp_path / "helped", videos[::-1], workers=2)
@@ -67,7 +68,9 @@ def test_workers_order_and_selection_do_not_matter(annotations, tmp_path):
     assert part.items() <= whole.items()
 
 
-def test_an_interrupted_folder_is_continued(annotations, tmp_path, monkeypatch):
+def test_an_interrupted_folder_is_continued(
+    annotations: Annotations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synthesize(annotations, tmp_path / "whole")
     videos = list(annotations.videos.values())
     synthesize(annotations, tmp_path / "part", videos[:7])
@@ -79,11 +82,13 @@ def test_an_interrupted_folder_is_continued(annotations, tmp_path, monkeypatch):
     assert contents(tmp_path / "part") == contents(tmp_path / "whole")
 
 
-def test_a_full_disk_leaves_no_partial_file(annotations, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_partial_file(
+    annotations: Annotations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saved = np.save
-    calls = []
+    calls: list[None] = []
 
-    def full(stream, array, **options):
+    def full(stream: Any, array: Any, **options: Any) -> None:
         calls.append(None)
         if len(calls) == 8:
             stream.write(b"half")
@@ -99,15 +104,17 @@ def test_a_full_disk_leaves_no_partial_file(annotations, tmp_path, monkeypatch):
     assert synthesize(annotations, tmp_path).kept == 2
 
 
-def test_too_little_room_is_said_before_the_first_file(annotations, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")(10**9, 10**9, 1000)
+def test_too_little_room_is_said_before_the_first_file(
+    annotations: Annotations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(total=10**9, used=10**9, free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(FeatureError, match="--dtype float16"):
         synthesize(annotations, tmp_path)
     assert not list(tmp_path.glob("*.npy"))
 
 
-def test_a_folder_of_other_settings_is_not_mixed_into(annotations, tmp_path):
+def test_a_folder_of_other_settings_is_not_mixed_into(annotations: Annotations, tmp_path: Path) -> None:
     synthesize(annotations, tmp_path)
     before = contents(tmp_path)
     with pytest.raises(FeatureError, match=r"other settings \(settings\)"):
@@ -117,14 +124,14 @@ def test_a_folder_of_other_settings_is_not_mixed_into(annotations, tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_a_folder_of_real_features_is_left_alone(annotations, tmp_path):
+def test_a_folder_of_real_features_is_left_alone(annotations: Annotations, tmp_path: Path) -> None:
     np.save(tmp_path / "real_rgb.npy", np.zeros((3, 6), np.float32))
     with pytest.raises(FeatureError, match=r"no synthetic\.json, so they are not replaced"):
         synthesize(annotations, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["real_rgb.npy"]
 
 
-def test_half_precision_files_hold_the_same_values(annotations, tmp_path):
+def test_half_precision_files_hold_the_same_values(annotations: Annotations, tmp_path: Path) -> None:
     videos = annotations.subset("test")
     synthesize(annotations, tmp_path / "single", videos)
     synthesize(annotations, tmp_path / "half", videos, dtype="float16")
@@ -134,7 +141,7 @@ def test_half_precision_files_hold_the_same_values(annotations, tmp_path):
         np.testing.assert_array_equal(half, np.load(path).astype(np.float16))
 
 
-def test_widths_that_do_not_split_over_the_files(annotations, tmp_path):
+def test_widths_that_do_not_split_over_the_files(annotations: Annotations, tmp_path: Path) -> None:
     odd = Config(model=ModelConfig(visual_dim=13, audio_dim=5, num_classes=4))
     with pytest.raises(ConfigError, match=r"model\.visual_dim: got 13"):
         synthesize(annotations, tmp_path, config=odd)
@@ -142,7 +149,7 @@ def test_widths_that_do_not_split_over_the_files(annotations, tmp_path):
     assert synthesize(annotations, tmp_path, config=single).written == 16
 
 
-def test_the_command(annotations, tmp_path, capsys):
+def test_the_command(annotations: Annotations, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
         "synthesize",
         "--annotations",
@@ -170,7 +177,9 @@ def test_the_command(annotations, tmp_path, capsys):
     assert "argument --limit: got '0', expected an integer of 1 or more" in capsys.readouterr().err
 
 
-def test_the_former_name_of_the_command(annotations, tmp_path, capsys):
+def test_the_former_name_of_the_command(
+    annotations: Annotations, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["--annotations", str(annotations.path), "--out", str(tmp_path), "--limit", "1", "--workers", "1"]
     assert (
         main(["plant", *command, "--model.num_classes", "4", "--model.visual_dim", "8", "--model.audio_dim", "4"]) == 0
@@ -180,7 +189,7 @@ def test_the_former_name_of_the_command(annotations, tmp_path, capsys):
     assert "warning: 'ccnet plant' is now 'ccnet synthesize'" in printed.err
 
 
-def test_the_published_annotations_fit_the_preset(annotations_file, tmp_path):
+def test_the_published_annotations_fit_the_preset(annotations_file: Path, tmp_path: Path) -> None:
     """A few videos at full width; the class count and the label ids of the real file fit the preset."""
     annotations = read_annotations(annotations_file)
     result = synthesize_folder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from ccnet.training.targets import build_targets, regression_ranges
 from runtime.spec import point_grid
 
 
-def by_the_words(segments, labels, grid, num_classes):
+def by_the_words(segments: Any, labels: Any, grid: Any, num_classes: int) -> Any:
     """The rule of reference section 6, point by point."""
     ranges = [(0, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, math.inf)]
     classes = np.zeros((grid.num_points, num_classes), np.float32)
@@ -31,7 +32,7 @@ def by_the_words(segments, labels, grid, num_classes):
     return classes, offsets
 
 
-def padded(videos):
+def padded(videos: Any) -> tuple[torch.Tensor, torch.Tensor]:
     most = max(len(labels) for _, labels in videos)
     segments = torch.zeros(len(videos), most, 2)
     labels = torch.full((len(videos), most), -1)
@@ -40,14 +41,14 @@ def padded(videos):
     return segments, labels
 
 
-def test_ranges_follow_from_the_number_of_levels():
+def test_ranges_follow_from_the_number_of_levels() -> None:
     assert regression_ranges(6) == ((0, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, math.inf))
     assert regression_ranges(2) == ((0, 4), (4, math.inf))
     assert regression_ranges(1) == ((0, math.inf),)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_agrees_with_the_rule_read_point_by_point(seed):
+def test_agrees_with_the_rule_read_point_by_point(seed: int) -> None:
     rng = np.random.default_rng(seed)
     grid = point_grid(224, 6)
     videos = []
@@ -67,12 +68,12 @@ def test_agrees_with_the_rule_read_point_by_point(seed):
         np.testing.assert_allclose(targets.offsets[row].numpy(), offsets, rtol=1e-5, atol=2e-5)
 
 
-def test_a_point_on_the_boundary_is_outside():
+def test_a_point_on_the_boundary_is_outside() -> None:
     targets = build_targets(*padded([([[3.0, 6.0]], [0])]), point_grid(32, 6), 1)
     assert targets.classes[0, :32, 0].nonzero().flatten().tolist() == [4, 5]
 
 
-def test_classes_share_a_point_and_the_shorter_event_of_one_class_wins():
+def test_classes_share_a_point_and_the_shorter_event_of_one_class_wins() -> None:
     events = [[0.5, 3.5], [1.0, 3.0], [0.0, 4.0]], [1, 1, 0]
     targets = build_targets(*padded([events]), point_grid(32, 6), 2)
     assert targets.classes[0, 2].tolist() == [1, 1]
@@ -81,14 +82,14 @@ def test_classes_share_a_point_and_the_shorter_event_of_one_class_wins():
     assert targets.offsets[0, 1, 1].tolist() == [0.5, 2.5]
 
 
-def test_offsets_are_in_units_of_the_level():
+def test_offsets_are_in_units_of_the_level() -> None:
     targets = build_targets(*padded([([[0.5, 23.5]], [0])]), point_grid(32, 6), 1)
     third = point_grid(32, 6).level_slices[2]  # stride 4, range 8 to 16
     assert targets.classes[0, third, 0].nonzero().flatten().tolist() == [2, 3, 4]  # grid positions 8, 12, 16
     assert targets.offsets[0, third][2, 0].tolist() == [(8 - 0.5) / 4, (23.5 - 8) / 4]
 
 
-def test_decoding_the_targets_gives_the_events_back():
+def test_decoding_the_targets_gives_the_events_back() -> None:
     grid = point_grid(224, 6)
     rng = np.random.default_rng(5)
     start = rng.uniform(0, 100, 8)
@@ -102,7 +103,7 @@ def test_decoding_the_targets_gives_the_events_back():
         np.testing.assert_allclose(grid.positions[mine] + offsets[:, 1], end, atol=1e-4)
 
 
-def test_what_a_video_gets_does_not_depend_on_its_batch():
+def test_what_a_video_gets_does_not_depend_on_its_batch() -> None:
     grid = point_grid(64, 6)
     one = ([[2.0, 9.0], [1.0, 40.0]], [2, 0])
     other = ([[5.0, 6.5]] * 5, [1] * 5)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from tensorrt_simulation import ENGINE_FILE, ENGINE_SPEC, Simulation, expected_outputs, install, write_engine
 
-from runtime.backends.tensorrt.backend import TensorRTBackend, check_engine, cuda
+from runtime.backends.tensorrt import cuda
+from runtime.backends.tensorrt.backend import TensorRTBackend, check_engine
 from runtime.backends.tensorrt.context import MAX_BATCH_SIZES
 from runtime.errors import (
     BackendUnavailable,

@@ -36,7 +36,7 @@ class Toy(nn.Module):
         self, visual: torch.Tensor, audio: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         steps = self.mix(torch.cat([visual, audio], 1) * mask).transpose(1, 2)
-        query, key, value = F.gelu(self.norm(steps)).split(steps.shape[2] // 3, dim=2)
+        query, key, value = torch.split(F.gelu(self.norm(steps)), steps.shape[2] // 3, dim=2)
         attended = (query @ key.transpose(1, 2)).softmax(-1) @ value
         attended = attended - attended.mean(2, keepdim=True) + torch.amax(attended, 1, keepdim=True)
         logits = self.classes(torch.cat([attended, attended[:, ::2]], 1))
