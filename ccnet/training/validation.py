@@ -1,4 +1,4 @@
-"""Validation while training: the network through the evaluation of every engine, from feature files to mAP."""
+"""Validation: the network in training is scored the way every engine is, from feature files to mAP."""
 
 from __future__ import annotations
 
