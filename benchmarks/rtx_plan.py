@@ -40,7 +40,7 @@ class RtxPlan:
     """Device memory for activations."""
     streams: int
     capturable: bool
-    """May be recorded in a CUDA graph."""
+    """May be captured in a CUDA graph."""
     tf32: bool
     targets: tuple[str, ...]
     """For example `sm89`."""

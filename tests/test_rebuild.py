@@ -40,7 +40,7 @@ ENGINE = ModelFile(
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    """A bundle with a verified engine whose file is no engine at all."""
+    """A bundle with a verified engine whose file is not really an engine."""
     graph = make_bundle(tmp_path / "reference").folder / "model.onnx"
     verified = engine("tensorrt-rtx", model_file=ENGINE.name, accuracy={"logits_max": 1e-6}, speed={"ms_per_video": 1})
     built = dataclasses.replace(ENGINE, onnx_sha256=sha256_file(graph))
