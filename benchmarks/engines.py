@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime.backends.base import Backend
+from runtime.backends.base import BaseBackend
 from runtime.errors import BackendUnavailable
 from runtime.spec import ModelSpec
 
@@ -14,7 +14,7 @@ INT8_ENGINES = ("openvino-int8",)
 """For graphs with int8 weights."""
 
 
-def open_graph(name: str, path: Path, spec: ModelSpec) -> Backend:
+def open_graph(name: str, path: Path, spec: ModelSpec) -> BaseBackend:
     """Load an ONNX file in a named engine. Raises BackendUnavailable where library or arithmetic are absent."""
     backend, _, precision = name.rpartition("-")
     if backend == "openvino":
@@ -28,9 +28,9 @@ def open_graph(name: str, path: Path, spec: ModelSpec) -> Backend:
 
 def available_engines(
     path: Path, spec: ModelSpec, names: tuple[str, ...] = ONNX_ENGINES
-) -> tuple[dict[str, Backend], dict[str, str]]:
+) -> tuple[dict[str, BaseBackend], dict[str, str]]:
     """Those of the named engines that run `path` here, opened, and for the others the reason why not."""
-    opened: dict[str, Backend] = {}
+    opened: dict[str, BaseBackend] = {}
     absent: dict[str, str] = {}
     for name in names:
         try:

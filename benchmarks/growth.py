@@ -33,7 +33,7 @@ from runtime.profiling.workload import sample_videos
 from runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from runtime.backends.base import Backend
+    from runtime.backends.base import BaseBackend
 
 BATCHES = (1, 2, 4, 8)
 CANDIDATES = (100, 500, 2_000, 5_000, 9_000)
@@ -92,18 +92,18 @@ def _short(rules: Rules) -> Rules:
     return replace(rules, seconds=min(rules.seconds, 0.5), warmup_seconds=min(rules.warmup_seconds, 0.1))
 
 
-def _fastest(backends: Mapping[str, Backend], spec: ModelSpec) -> str:
+def _fastest(backends: Mapping[str, BaseBackend], spec: ModelSpec) -> str:
     inputs = pack(sample_videos(spec, 1), spec)
     rules = Rules(warmup_seconds=0, warmup_calls=1, seconds=0, calls=2)
     timings = measure_interleaved({name: _infer(b, inputs) for name, b in backends.items()}, rules)
     return min(timings, key=lambda name: timings[name].median)
 
 
-def _infer(backend: Backend, inputs: Any) -> Callable[[], Any]:
+def _infer(backend: BaseBackend, inputs: Any) -> Callable[[], Any]:
     return lambda: backend.infer(*inputs)
 
 
-def _by_batch(backends: Mapping[str, Backend], rules: Rules) -> dict[tuple[str, int], Timing]:
+def _by_batch(backends: Mapping[str, BaseBackend], rules: Rules) -> dict[tuple[str, int], Timing]:
     """Engine only, for every engine and batch size, the engines interleaved."""
     found: dict[tuple[str, int], Timing] = {}
     for batch in BATCHES:
@@ -115,7 +115,7 @@ def _by_batch(backends: Mapping[str, Backend], rules: Rules) -> dict[tuple[str, 
     return found
 
 
-def _by_length(backend: Backend, rules: Rules) -> dict[tuple[str, int], Timing]:
+def _by_length(backend: BaseBackend, rules: Rules) -> dict[tuple[str, int], Timing]:
     """Time videos of several lengths end to end; those beyond T cropped and in windows."""
     spec = backend.spec
     cropped = Localizer([backend], spec)
@@ -162,7 +162,7 @@ def _suppress(found: Any, spec: ModelSpec) -> Any:
     return to_events(*found, duration=duration, spec=spec, post=spec.post)
 
 
-def _stages(backend: Backend, rules: Rules) -> tuple[dict[str, Timing], int]:
+def _stages(backend: BaseBackend, rules: Rules) -> tuple[dict[str, Timing], int]:
     """Each stage of one full-length video from files, and the number of candidates its outputs hold."""
     spec = backend.spec
     (video,) = sample_videos(spec, 1)

@@ -29,7 +29,7 @@ from runtime.profiling.timing import Ratio, Timing, measure_interleaved, ratio
 from runtime.profiling.workload import sample_videos
 
 if TYPE_CHECKING:
-    from runtime.backends.base import Backend, Bool, Float32
+    from runtime.backends.base import BaseBackend, Bool, Float32
 
 GRAPHS = {
     "reference": ("reference", ONNX_ENGINES),
@@ -62,7 +62,7 @@ def run(setting: Setting) -> Path:
     inputs = pack(sample_videos(spec, 1), spec)
     absent: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        backends: dict[str, Backend] = {k: stack.enter_context(b) for k, b in _torch_backends(setting).items()}
+        backends: dict[str, BaseBackend] = {k: stack.enter_context(b) for k, b in _torch_backends(setting).items()}
         for graph, (form, engines) in GRAPHS.items():
             opened, missing = available_engines(setting.networks.graph(graph), spec, engines)
             backends |= {f"{form} {name}": stack.enter_context(backend) for name, backend in opened.items()}
@@ -96,7 +96,7 @@ def run(setting: Setting) -> Path:
     return path
 
 
-def _torch_backends(setting: Setting) -> dict[str, Backend]:
+def _torch_backends(setting: Setting) -> dict[str, BaseBackend]:
     import torch
 
     from ccnet.torch_backend import TorchBackend
@@ -109,7 +109,7 @@ def _torch_backends(setting: Setting) -> dict[str, Backend]:
 
 
 def _compared(
-    name: str, backend: Backend, inputs: tuple[Float32, Float32, Bool], reference: tuple[Float32, Float32]
+    name: str, backend: BaseBackend, inputs: tuple[Float32, Float32, Bool], reference: tuple[Float32, Float32]
 ) -> Entry:
     """Compare one full-length video, at which every point is valid. The whole parity check is part of the export."""
     logits, offsets = backend.infer(*inputs)
@@ -125,7 +125,7 @@ def _compared(
     return Entry(name, float(off_logits.max()), float(off_offsets.max()), bool(passed))
 
 
-def _call(backend: Backend, inputs: tuple[Float32, Float32, Bool]) -> Callable[[], Any]:
+def _call(backend: BaseBackend, inputs: tuple[Float32, Float32, Bool]) -> Callable[[], Any]:
     return lambda: backend.infer(*inputs)
 
 

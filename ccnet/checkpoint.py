@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from ccnet import __version__
 from ccnet.config import Config
-from runtime.errors import CheckpointError, ConfigError, MissingDependency
+from runtime.errors import CheckpointError, ConfigError
 from runtime.files import atomic_folder, sha256_file, write_json
+from runtime.packages import distribution_of, missing
 from runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -242,5 +243,5 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:
-        raise MissingDependency(error.name or "safetensors", "train", "reading and writing checkpoints") from error
+        raise missing(distribution_of(error.name) or "safetensors", "reading and writing checkpoints") from error
     return safetensors

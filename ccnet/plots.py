@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from runtime.annotations import VideoAnnotation
 from runtime.detections import Detections
-from runtime.errors import ConfigError, MissingDependency
+from runtime.errors import ConfigError
 from runtime.features import VideoFeatures, pack
 from runtime.files import atomic_file
+from runtime.packages import missing
 from runtime.spec import ModelSpec
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -174,7 +175,7 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise MissingDependency("matplotlib", "train", "drawing") from error
+        raise missing("matplotlib", "drawing") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

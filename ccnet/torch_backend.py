@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from runtime.backends.base import Bool, Float32
-from runtime.backends.checks import check_inputs
+from runtime.backends.base import BaseBackend, Bool, Float32, Outputs
 from runtime.errors import BackendUnavailable, ConfigError, EngineError
 from runtime.spec import ModelSpec
 
@@ -25,7 +23,7 @@ TorchPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TorchBackend:
+class TorchBackend(BaseBackend):
     """Any module with the network's forward contract, as a backend. Not thread-safe.
 
     `precision` says how it computes: `fp32` keeps the TensorFloat-32 units of a GPU out of it, `tf32` lets matmuls
@@ -34,8 +32,6 @@ class TorchBackend:
 
     Raises ConfigError for an unknown precision or one the device lacks, BackendUnavailable for an absent device.
     """
-
-    name = "torch"
 
     def __init__(
         self,
@@ -51,17 +47,12 @@ class TorchBackend:
         self.device = _available(torch.device(device))
         if precision == "tf32" and self.device.type != "cuda":
             raise ConfigError(f"precision: got 'tf32' on {self.device}, which only a GPU has; use fp32")
-        self.precision: str = precision
-        self.spec = spec
-        self.max_batch = max_batch
+        super().__init__("torch", precision, spec, max_batch)
         self._model: nn.Module | None = model.to(self.device)
 
-    def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
-        """visual [B, Cv, T], audio [B, Ca, T], mask [B, 1, T] -> logits [B, P, C], offsets [B, P, C, 2], float32."""
-        if self._model is None:
-            raise EngineError("torch: the backend is closed")
-        arrays = check_inputs(visual, audio, mask, self.spec, self.max_batch)
-        tensors = [torch.tensor(array, device=self.device) for array in arrays]
+    def _infer(self, visual: Float32, audio: Float32, mask: Bool) -> Outputs:
+        assert self._model is not None
+        tensors = [torch.tensor(array, device=self.device) for array in (visual, audio, mask)]
         try:
             with torch.inference_mode(), _evaluating(self._model), self._arithmetic():
                 logits, offsets = self._model(*tensors)
@@ -69,30 +60,17 @@ class TorchBackend:
             raise EngineError(f"torch: {error}") from error
         return logits.float().cpu().numpy(), offsets.float().cpu().numpy()
 
-    def describe(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, Any]:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return {
-            "backend": self.name,
             "library": "torch",
-            "library_version": torch.__version__,
+            "version": torch.__version__,
             "device": device,
-            "precision": self.precision,
             "threads": torch.get_num_threads(),
         }
 
-    def close(self) -> None:
+    def _close(self) -> None:
         self._model = None
-
-    def __enter__(self) -> TorchBackend:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @contextlib.contextmanager
     def _arithmetic(self) -> Iterator[None]:

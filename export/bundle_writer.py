@@ -54,21 +54,13 @@ class Draft:
         self._manifest = dataclasses.replace(self._manifest, files=files, model_files=(*others, model_file))
 
     def set_engine(self, engine: Engine, report: dict[str, Any] | None = None) -> None:
-        """Add or replace an engine and its report. One whose parity check is `failed` goes among the rejected ones."""
-        engines = [r for r in self._manifest.engines if r.name != engine.name]
-        rejected = [r for r in self._manifest.rejected if r.name != engine.name]
-        (rejected if engine.status == "failed" else engines).append(engine)
-        self._manifest = dataclasses.replace(self._manifest, engines=_ranked(engines), rejected=tuple(rejected))
+        """Add or replace an engine and its report."""
+        others = [other for other in self._manifest.engines if other.name != engine.name]
+        self._manifest = dataclasses.replace(self._manifest, engines=_ranked([*others, engine]))
         if report is None:
             self._parity["engines"].pop(engine.name, None)
         else:
             self._parity["engines"][engine.name] = report
-
-    def drop_engine(self, name: str) -> None:
-        """Remove an engine and its report."""
-        engines = tuple(engine for engine in self._manifest.engines if engine.name != name)
-        self._manifest = dataclasses.replace(self._manifest, engines=engines)
-        self._parity["engines"].pop(name, None)
 
     def bundle(self) -> Bundle:
         """Write the reports and the manifest, and read the bundle as the runtime does."""
@@ -152,8 +144,10 @@ def _finish(draft: Draft, path: Path) -> None:
 
 
 def _ranked(engines: list[Engine]) -> tuple[Engine, ...]:
-    """The fastest measured engine first; those without a speed stay in order behind."""
-    return tuple(sorted(engines, key=lambda engine: float(engine.speed.get("ms_per_video", float("inf")))))
+    """Return the fastest measured engine first, those without a speed in their order behind it, failed ones last."""
+    return tuple(
+        sorted(engines, key=lambda e: (e.status == "failed", float(e.speed.get("ms_per_video", float("inf")))))
+    )
 
 
 def _file_record(path: Path) -> FileRecord:

@@ -13,7 +13,6 @@ from pathlib import Path
 from export.bundle_writer import changed_bundle
 from export.tensorrt.build import build_engine
 from export.tensorrt.options import CURRENT, EngineOptions
-from runtime.backends.select import TENSORRT_BACKENDS
 from runtime.backends.tensorrt.engine import check_engine
 from runtime.bundle import MANIFEST, Bundle, Engine, ModelFile, read_bundle
 from runtime.errors import BackendUnavailable, BundleError, ConfigError, EngineMismatch, ExportError
@@ -28,7 +27,7 @@ def engines_to_rebuild(bundle: Bundle, names: Sequence[str] = ()) -> list[Engine
     Raises BundleError for a name that is not a TensorRT engine of the bundle, BackendUnavailable when whether its
     engines fit can't be found out here, for example without a GPU.
     """
-    known = {e.name: e for e in (*bundle.manifest.engines, *bundle.manifest.rejected) if e.backend in TENSORRT_BACKENDS}
+    known = {e.name: e for e in bundle.manifest.engines if bundle.model_file(e.model_file).format != "onnx"}
     if unknown := [name for name in names if name not in known]:
         raise BundleError(
             f"{bundle.folder}: got {', '.join(unknown)}, expected TensorRT engines of it: "
@@ -71,7 +70,7 @@ def rebuild(folder: str | Path, engine: Engine) -> ModelFile:
         info = build_engine(draft.folder / source.files[0], draft.folder / old.files[0], options)
         built = info.model_file(name=old.name)
         draft.add_model_file(built)
-        for other in (*bundle.manifest.engines, *bundle.manifest.rejected):
+        for other in bundle.manifest.engines:
             if other.model_file == old.name:
                 draft.set_engine(dataclasses.replace(other, status="unverified", accuracy={}, speed={}))
     return built

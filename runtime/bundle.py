@@ -18,7 +18,7 @@ from runtime.files import sha256_file
 from runtime.schema import section_from_json
 from runtime.spec import ModelSpec
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "bundle.json"
 PARITY = "parity.json"
 
@@ -72,13 +72,13 @@ class Engine:
     name: str
     """Unique in the bundle, for example `onnxruntime-fp32` or `openvino-bf16`."""
     backend: str
-    """Backend name, see `runtime.backends.base`."""
+    """Name in `runtime.backends.registry.REGISTRY`."""
     precision: str
     model_file: str
     """Name of the model file it runs."""
     status: Status
-    """`passed`: verified against the eager model; `not-run`: built, but never run where it was built; `failed`: only
-    among `Manifest.rejected`."""
+    """`verified` against the eager model; `unverified`: not run where the bundle was made; `failed` the parity check,
+    so that it is never run."""
     accuracy: dict[str, Any] = field(default_factory=dict)
     """Summary of the parity check: differences per tensor, matched events, mAP difference."""
     speed: dict[str, Any] = field(default_factory=dict)
@@ -101,9 +101,7 @@ class Manifest:
     files: tuple[FileRecord, ...]
     model_files: tuple[ModelFile, ...]
     engines: tuple[Engine, ...]
-    """Ways to run the bundle, the fastest measured one first."""
-    rejected: tuple[Engine, ...] = ()
-    """Engines of the precision ladder that failed the parity check: kept for the record, never run."""
+    """Ways to run the bundle: the fastest measured one first, those that failed the parity check last."""
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
@@ -155,7 +153,7 @@ def read_bundle(folder: str | Path) -> Bundle:
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such bundle folder; 'ccnet export CHECKPOINT --out {folder}' makes one")
     if not path.is_file():
-        raise BundleError(f"{folder}: has no {MANIFEST}, so it is no bundle, or one whose copy was not finished")
+        raise BundleError(f"{folder}: has no {MANIFEST}, so it is not a bundle, or its copy was not finished")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -173,20 +171,16 @@ def read_bundle(folder: str | Path) -> Bundle:
 
 def _check_names(folder: Path, manifest: Manifest) -> None:
     for kind, names in (
-        ("model_file", [model_file.name for model_file in manifest.model_files]),
-        ("engine", [engine.name for engine in manifest.engines + manifest.rejected]),
+        ("model file", [model_file.name for model_file in manifest.model_files]),
+        ("engine", [engine.name for engine in manifest.engines]),
     ):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise BundleError(f"{folder / MANIFEST}: lists {kind} '{twice[0]}' more than once; export the bundle again")
     model_files = {model_file.name for model_file in manifest.model_files}
-    for engine in manifest.engines + manifest.rejected:
+    for engine in manifest.engines:
         if engine.model_file not in model_files:
             raise BundleError(
                 f"{folder / MANIFEST}: engine '{engine.name}' names an unknown model file '{engine.model_file}'"
-            )
-        if (engine.status == "failed") != (engine in manifest.rejected):
-            raise BundleError(
-                f"{folder / MANIFEST}: engine '{engine.name}' has parity check '{engine.status}' in the wrong list"
             )
     for name in [record.name for record in manifest.files] + [f for a in manifest.model_files for f in a.files]:
         if Path(name).name != name or name in ("", ".", ".."):

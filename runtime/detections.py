@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from runtime.errors import MissingDependency, PredictionError
+from runtime.errors import PredictionError
 from runtime.files import atomic_file
+from runtime.packages import missing
 from runtime.records import (
     BadRecord,
     LabelTable,
@@ -108,7 +109,7 @@ def write_parquet(path: str | Path, records: Iterable[Record]) -> int:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
-        raise MissingDependency("pyarrow", "parquet", "writing Parquet") from None
+        raise missing("pyarrow", "writing Parquet") from None
     kinds = (pa.string(), pa.float64(), pa.float64(), pa.float64(), pa.string(), pa.int64(), pa.float32())
     names = ("video_id", "duration", "start", "end", "label", "label_id", "score")
     schema = pa.schema(list(zip(names, kinds, strict=True)))

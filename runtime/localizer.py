@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from runtime.backends import OnMismatch, open_engine
 from runtime.backends.base import Backend, Float32
-from runtime.backends.select import OpenedEngine
+from runtime.backends.registry import runs_on_gpu
+from runtime.backends.select import OnMismatch, OpenedEngine, open_engine
 from runtime.bundle import read_bundle
 from runtime.detections import Detections
 from runtime.errors import ConfigError, FeatureError
 from runtime.features import FeatureFiles, VideoFeatures, check_features, pack
-from runtime.machine import GPU_BACKENDS
 from runtime.pipeline import Item, Results, stream_videos
 from runtime.postprocess import detect
 from runtime.schema import require
@@ -94,7 +93,7 @@ class Localizer:
     ) -> Localizer:
         """Load a bundle: check the files of one engine and open it.
 
-        The choices are explained at `runtime.backends.open_engine`, which also lists the errors.
+        The choices are explained at `runtime.backends.select.open_engine`, which also lists the errors.
         """
         bundle = read_bundle(folder)
         opened = open_engine(bundle, backend, precision=precision, on_mismatch=on_mismatch, threads=threads)
@@ -185,7 +184,7 @@ class Localizer:
 
     def _batch_size(self) -> int:
         backend = self.backends[0]
-        return backend.max_batch if backend.name in GPU_BACKENDS else 1
+        return backend.max_batch if runs_on_gpu(backend.name) else 1
 
     def _check_widths(self, features: VideoFeatures, name: str) -> VideoFeatures:
         found = (features.visual.shape[1], features.audio.shape[1])

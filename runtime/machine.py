@@ -30,8 +30,6 @@ _FLAGS = (
 )
 """Instruction sets that decide which precision is fast."""
 
-GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
-
 _LIBRARIES = (
     "ccnet",
     "numpy",
@@ -78,13 +76,13 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def machine_class(backend: str) -> str:
-    """One line for the class of machines on which a speed of this backend can be compared.
+def machine_class(*, gpu: bool) -> str:
+    """Return one line for the class of machines on which a speed can be compared.
 
-    The GPU for GPU backends, else processor, cores and instruction sets. Stands beside every speed in a bundle
-    (`Engine.speed["machine"]`); `backend="auto"` trusts a speed only where the classes are equal.
+    The GPU for engines that run on one, else processor, cores and instruction sets. It stands beside every speed in a
+    bundle (`Engine.speed["machine"]`); `backend="auto"` trusts a speed only where the classes are equal.
     """
-    if backend in GPU_BACKENDS:
+    if gpu:
         found = gpus()
         return found[0]["name"] if found else "no GPU"
     return f"{cpu_model()}, {usable_cores()} cores, {' '.join(cpu_flags() or ['unknown instruction sets'])}"

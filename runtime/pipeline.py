@@ -229,6 +229,6 @@ class _Stream:
 
 
 def _contexts(backend: Backend) -> list[Backend]:
-    """The backend, and a second context on the same engine where it offers one (`fork`), so that copies overlap."""
-    fork = getattr(backend, "fork", None)
-    return [backend] if fork is None else [backend, fork()]
+    """Return the backend, and a second context on the same engine where it offers one, so that copies overlap."""
+    fork = getattr(backend, "fork", lambda: None)()  # a caller's own backend need not have it
+    return [backend] if fork is None else [backend, fork]

@@ -204,7 +204,7 @@ def make_bundle(
         engines = [engine("onnxruntime")]
     names = [name for model_file in model_files for name in model_file.files]
     manifest = Manifest(
-        schema=1,
+        schema=2,
         spec=spec,
         model={},
         checkpoint_sha256="0" * 64,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ccnet.cli.options import positive, seconds
-from runtime.backends.select import BACKENDS
+from runtime.backends.registry import BACKENDS
 from runtime.bundle import read_bundle
 from runtime.errors import BackendUnavailable, CheckpointError, ConfigError
 from runtime.files import write_json
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ccnet.torch_backend import TorchPrecision
     from export.parity.inputs import ParityVideo
     from export.parity.reference import Outputs
-    from runtime.backends.base import Backend
+    from runtime.backends.base import Backend, BaseBackend
 
 
 def register(subparsers: Any) -> None:
@@ -116,7 +116,7 @@ def _torch_candidate(
     )
 
 
-def _open_torch(checkpoint: Checkpoint, device: str, precision: TorchPrecision, compiled: bool) -> Backend:
+def _open_torch(checkpoint: Checkpoint, device: str, precision: TorchPrecision, compiled: bool) -> BaseBackend:
     import torch
 
     from ccnet.torch_backend import TorchBackend

@@ -6,11 +6,12 @@ import argparse
 import importlib.metadata
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from runtime.backends.select import BACKENDS
-from runtime.errors import BackendUnavailable, MissingDependency
+from runtime.backends.registry import REGISTRY
 from runtime.machine import machine_facts
+from runtime.packages import missing
 
 
 def register(subparsers: Any) -> None:
@@ -32,7 +33,7 @@ def examine() -> dict[str, Any]:
     """Return `{"machine": facts, "backends": {name: {"usable", "detail"}}, "tools": {...}}`; never raises."""
     return {
         "machine": machine_facts(),
-        "backends": {name: _tried(PROBES[name]) for name in BACKENDS},
+        "backends": {name: _tried(partial(entry.load().probe, name)) for name, entry in REGISTRY.items()},
         "tools": {name: _tried(probe) for name, probe in _TOOLS.items()},
     }
 
@@ -44,64 +45,14 @@ def _tried(probe: Callable[[], str]) -> dict[str, Any]:
         return {"usable": False, "detail": str(error) or type(error).__name__}
 
 
-def _onnxruntime_cpu() -> str:
-    from runtime.backends.onnxruntime import load_library
-
-    return f"onnxruntime {load_library('cpu').__version__}"
-
-
-def _onnxruntime_cuda() -> str:
-    from runtime.backends.onnxruntime import load_library
-    from runtime.backends.tensorrt.cuda import probe
-
-    library = load_library("cuda")
-    device = probe()
-    return f"onnxruntime {library.__version__} with the CUDA provider, {device.name} (a session may still lack cuDNN)"
-
-
-def _openvino() -> str:
-    from runtime.backends.openvino import PRECISIONS, check_available
-
-    core = check_available("fp32")
-    native = []
-    for precision in PRECISIONS:
-        try:
-            check_available(precision)
-        except BackendUnavailable:
-            continue
-        native.append(precision)
-    version = core.get_versions("CPU")["CPU"].build_number.split("-")[0]
-    return f"openvino {version}, {core.get_property('CPU', 'FULL_DEVICE_NAME')}: {', '.join(native)}"
-
-
-def _tensorrt() -> str:
-    return _tensorrt_library("tensorrt")
-
-
-def _tensorrt_rtx() -> str:
-    return _tensorrt_library("tensorrt-rtx")
-
-
-def _tensorrt_library(format: Any) -> str:
-    from runtime.backends.tensorrt.cuda import probe
-    from runtime.backends.tensorrt.library import load_library
-
-    library = load_library(format)
-    try:
-        device = probe()
-    except BackendUnavailable as error:
-        raise BackendUnavailable(f"{library.__name__} {library.__version__} is installed, but {error}") from error
-    return f"{library.__name__} {library.__version__}, {device.name} ({device.compute_capability})"
-
-
-def _package(name: str, extra: str, purpose: str) -> Callable[[], str]:
+def _package(name: str, purpose: str) -> Callable[[], str]:
     """Return a probe that looks a package up without importing it, which can take seconds."""
 
     def probe() -> str:
         try:
             return f"{name} {importlib.metadata.version(name)}"
         except importlib.metadata.PackageNotFoundError:
-            raise MissingDependency(name, extra, purpose) from None
+            raise missing(name, purpose) from None
 
     return probe
 
@@ -114,20 +65,12 @@ def _suppression() -> str:
     return f"compiled kernels ready ({library_path().name})"
 
 
-PROBES: dict[str, Callable[[], str]] = {
-    "tensorrt": _tensorrt,
-    "tensorrt-rtx": _tensorrt_rtx,
-    "onnxruntime-cuda": _onnxruntime_cuda,
-    "openvino": _openvino,
-    "onnxruntime": _onnxruntime_cpu,
-}
-
 _TOOLS: dict[str, Callable[[], str]] = {
     "suppression": _suppression,
-    "train": _package("torch", "train", "training"),
-    "export": _package("onnxscript", "export", "exporting"),
-    "parquet": _package("pyarrow", "parquet", "writing Parquet"),
-    "progress bar": _package("tqdm", "train", "a progress bar (optional)"),
+    "train": _package("torch", "training"),
+    "export": _package("onnxscript", "exporting"),
+    "parquet": _package("pyarrow", "writing Parquet"),
+    "progress bar": _package("tqdm", "a progress bar (optional)"),
 }
 
 

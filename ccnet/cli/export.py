@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ccnet.cli.options import positive
 
 if TYPE_CHECKING:
-    from export.bundle import Result
+    from export.bundle import ExportResult
     from export.tensorrt.options import EngineOptions
+
+log = logging.getLogger(__name__)
 
 
 def register(subparsers: Any) -> None:
@@ -71,11 +73,11 @@ def eager_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from ccnet.checkpoint import read_checkpoint
-    from export.bundle import Request, make_bundle
+    from export.bundle import ExportOptions, make_bundle
     from export.bundle_writer import refuse_foreign
     from export.parity.eager import eager_reference
 
-    request = Request(
+    options = ExportOptions(
         formats=tuple(arguments.format),
         precisions=tuple(arguments.precision),
         opset=arguments.opset,
@@ -87,15 +89,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     checkpoint = read_checkpoint(arguments.checkpoint)
     refuse_foreign(Path(arguments.out))
     model = checkpoint.load_model()
-    say("running the eager network")
+    log.info("running the eager network")
     reference = eager_reference(checkpoint, model, **eager_arguments(arguments))
-    _summarize(arguments.out, make_bundle(checkpoint, model, reference, arguments.out, request, say))
+    _summarize(arguments.out, make_bundle(checkpoint, model, reference, arguments.out, options))
     return 0
-
-
-def say(text: str) -> None:
-    """Progress goes to stderr, so that it is seen at once and results can be piped."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
@@ -112,17 +109,19 @@ def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
     )
 
 
-def _summarize(out: str, result: Result) -> None:
+def _summarize(out: str, result: ExportResult) -> None:
     print(f"\n{out}")
     for engine in result.engines:
         speed = f", {engine.speed['ms_per_video']:.1f} ms per video" if engine.speed else ""
-        print(f"  {engine.name}: {'verified' if engine.status == 'verified' else 'built, not run here'}{speed}")
-    for engine in result.rejected:
-        failing = [check.name for check in result.reports[engine.name].checks if not check.passed]
-        print(f"  {engine.name}: left out, failed {', '.join(failing)}")
+        failing = (
+            [check.name for check in result.reports[engine.name].checks if not check.passed]
+            if engine.name in result.reports
+            else []
+        )
+        print(f"  {engine.name}: {engine.status}{speed}{': ' if failing else ''}{', '.join(failing)}")
     for name, reason in result.skipped.items():
         print(f"  {name}: not run here: {reason.splitlines()[0]}")
     print(f"next:\n  ccnet inspect {out}\n  ccnet predict {out} --features DIR --out events.jsonl")
     print(f"  ccnet evaluate {out} --annotations F --features DIR --subset test\n  ccnet bench {out}")
-    if any(engine.status == "unverified" for engine in result.engines):
+    if any(engine.name in result.skipped and engine.status == "unverified" for engine in result.engines):
         print(f"  ccnet reference CHECKPOINT --out ref.npz, then on the GPU: ccnet verify {out} --reference ref.npz")

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from runtime.backends.registry import runs_on_gpu
 from runtime.bundle import Bundle, read_bundle
 from runtime.errors import BundleError
 from runtime.machine import machine_class
@@ -84,7 +85,7 @@ def _text(bundle: Bundle, problems: dict[str, str]) -> list[str]:
                     _speed(r.speed, r.backend),
                     _facts(r.accuracy),
                 )
-                for r in (*manifest.engines, *manifest.rejected)
+                for r in manifest.engines
             ],
         ),
         *(
@@ -108,7 +109,7 @@ def _built_for(model_file: Any) -> str:
 def _speed(speed: dict[str, Any], backend: str) -> str:
     if "ms_per_video" not in speed:
         return "-"
-    here = speed.get("machine") == machine_class(backend)
+    here = speed.get("machine") == machine_class(gpu=runs_on_gpu(backend))
     return f"{speed['ms_per_video']:.2f}{'' if here else ' (elsewhere)'}"
 
 

@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 from ccnet.cli.logs import reporting
-from runtime.errors import CCNetError, Interrupted, MissingDependency
+from runtime.errors import CCNetError, Interrupted
+from runtime.packages import distribution_of, missing
 
 log = logging.getLogger(__name__)
 
@@ -32,23 +33,6 @@ COMMANDS = (
 
 RENAMED = {"plant": "synthesize"}
 """Former names of subcommands, which this release still understands."""
-
-# Packages that only some subcommands need, and the extra that brings each.
-_EXTRAS = {
-    "torch": "train",
-    "safetensors": "train",
-    "tensorboard": "train",
-    "matplotlib": "train",
-    "onnx": "export",
-    "onnxscript": "export",
-    "onnxruntime": "cpu",
-    "openvino": "openvino",
-    "pyarrow": "parquet",
-    "polygraphy": "export",
-    "tensorrt": "gpu",
-    "cuda": "gpu",
-    "tensorrt_rtx": "rtx",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,10 +67,10 @@ def _run(module: Any, arguments: argparse.Namespace, overrides: list[str]) -> in
     except CCNetError as error:
         return _failed(arguments.command, error)
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _EXTRAS:
+        distribution = distribution_of(error.name)
+        if distribution is None:
             raise
-        return _failed(arguments.command, MissingDependency(package, _EXTRAS[package], f"ccnet {arguments.command}"))
+        return _failed(arguments.command, missing(distribution, f"ccnet {arguments.command}"))
     except KeyboardInterrupt:
         log.error("ccnet %s: interrupted", arguments.command)
         return 130

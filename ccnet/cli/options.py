@@ -6,7 +6,8 @@ import argparse
 import math
 from typing import get_args
 
-from runtime.backends.select import BACKENDS, OnMismatch
+from runtime.backends.registry import BACKENDS
+from runtime.backends.select import OnMismatch
 from runtime.localizer import Localizer, LongVideos
 
 

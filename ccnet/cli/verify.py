@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import TYPE_CHECKING, Any
 
-from ccnet.cli.export import add_video_arguments, eager_arguments, say
+from ccnet.cli.export import add_video_arguments, eager_arguments
 from runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from export.parity.reference import Reference
     from runtime.bundle import Bundle
+
+log = logging.getLogger(__name__)
 
 
 def register(subparsers: Any) -> None:
@@ -48,8 +51,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     reference = _reference(arguments, bundle)
     check_fits(bundle, reference.spec, reference.checkpoint_sha256)
-    verify(bundle.folder, engines, reference, say)
-    print(f"{bundle.folder}: verified: {', '.join(engine.name for engine in engines)}")
+    named = bool(arguments.backend or arguments.precision)
+    verified = verify(bundle.folder, engines, reference, all_must_run=named)
+    print(f"{bundle.folder}: verified: {', '.join(verified)}")
     print(f"next: ccnet bench {bundle.folder}")
     return 0
 
@@ -68,7 +72,7 @@ def _reference(arguments: argparse.Namespace, bundle: Bundle) -> Reference:
     from export.parity.eager import eager_reference
 
     checkpoint = read_checkpoint(arguments.checkpoint)
-    say("running the eager network")
+    log.info("running the eager network")
     return eager_reference(checkpoint, checkpoint.load_model(), **eager_arguments(arguments))
 
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import MissingDependency
 from runtime.files import atomic_file
+from runtime.packages import missing
 
 METRICS_FILE = "metrics.csv"
 STEPS_FILE = "steps.csv"
@@ -80,7 +80,7 @@ def _open_tensorboard(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
-        raise MissingDependency("tensorboard", "train", "training") from error
+        raise missing("tensorboard", "Training") from error
     writer: Any = SummaryWriter  # untyped in torch
     return writer(str(folder), purge_step=step + 1 if step else None)
 

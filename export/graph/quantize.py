@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from export.graph.to_onnx import dimensions, external_name
-from runtime.errors import ExportError, MissingDependency
+from runtime.errors import ExportError
+from runtime.packages import missing
 
 LEAST_WEIGHTS = 1 << 16
 """Matmuls with fewer weights stay in fp32: they cost little, and quantizing their input would cost as much."""
@@ -164,5 +165,5 @@ def _onnx() -> Any:
     try:
         import onnx
     except ModuleNotFoundError as error:
-        raise MissingDependency("onnx", "export", "quantizing a graph") from error
+        raise missing("onnx", "quantizing a graph") from error
     return onnx

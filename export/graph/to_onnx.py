@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from export.graph.opset17 import lower_to_17
-from runtime.errors import ExportError, MissingDependency
+from runtime.errors import ExportError
+from runtime.packages import distribution_of, missing
 from runtime.spec import AUDIO, INPUT_NAMES, MASK, OUTPUT_NAMES, VISUAL, ModelSpec
 
 MIN_OPSET, MAX_OPSET = 17, 23
@@ -259,7 +260,7 @@ def _onnx() -> Any:
         import onnx
         import onnxscript  # noqa: F401 - the exporter needs it
     except ModuleNotFoundError as error:
-        raise MissingDependency(str(error.name), "export", "writing ONNX") from error
+        raise missing(distribution_of(error.name) or "onnx", "writing ONNX") from error
     return onnx
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from export.parity.compare import ParityReport, compare
 from export.parity.reference import Reference
 from export.parity.tolerances import tolerance
-from runtime.backends.select import open_named
+from runtime.backends.registry import runs_on_gpu
+from runtime.backends.select import load_engine
 from runtime.bundle import Bundle, Engine
 from runtime.features import pack
 from runtime.machine import machine_class
@@ -22,7 +23,7 @@ SPEED_RULES = Rules(warmup_seconds=0.2, warmup_calls=2, seconds=1.0, calls=7)
 
 def check_parity(bundle: Bundle, engine: Engine, reference: Reference) -> ParityReport:
     """Compare an engine with the reference. Raises BackendUnavailable or EngineMismatch when it can't run here."""
-    with open_named(bundle, engine) as backend:
+    with load_engine(bundle, engine) as backend:
         return compare(backend, reference.outputs, reference.videos, limits=tolerance(engine.precision))
 
 
@@ -37,7 +38,7 @@ def measured(bundle: Bundle, engines: Sequence[Engine]) -> list[Engine]:
     calls = {}
     backends = []
     for engine in engines:
-        backend = open_named(bundle, engine)
+        backend = load_engine(bundle, engine)
         inputs = pack(sample_videos(spec, 1), spec)
         calls[engine.name] = lambda backend=backend, inputs=inputs: backend.infer(*inputs)
         backends.append(backend)
@@ -49,4 +50,4 @@ def measured(bundle: Bundle, engines: Sequence[Engine]) -> list[Engine]:
 
 def _speed(engine: Engine, summary: dict[str, Any]) -> dict[str, Any]:
     facts = {"ms_per_video": round(summary["p50"], 3), "p90_ms": round(summary["p90"], 3), "n": summary["n"]}
-    return {**facts, "batch": 1, "machine": machine_class(engine.backend)}
+    return {**facts, "batch": 1, "machine": machine_class(gpu=runs_on_gpu(engine.backend))}

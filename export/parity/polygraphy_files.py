@@ -14,8 +14,9 @@ from export.parity.compare import ParityReport, compare
 from export.parity.reference import Outputs, Reference
 from export.parity.tolerances import tolerance
 from runtime.backends.base import Bool, Float32
-from runtime.errors import MissingDependency, ParityError
+from runtime.errors import ParityError
 from runtime.features import pack
+from runtime.packages import missing
 from runtime.spec import INPUT_NAMES, LOGITS, OFFSETS, ModelSpec
 
 INPUTS, EXPECTED, RESULTS = "inputs.json", "expected.json", "results.json"
@@ -88,5 +89,5 @@ def _polygraphy() -> Any:
         import polygraphy.comparator
         import polygraphy.json
     except ModuleNotFoundError as error:
-        raise MissingDependency("polygraphy", "export", "files for polygraphy") from error
+        raise missing("polygraphy", "files for polygraphy") from error
     return polygraphy

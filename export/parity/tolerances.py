@@ -6,19 +6,13 @@ This is the one place of the parity check's tolerances. Nothing here imports tor
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
+from runtime.backends.registry import PRECISIONS, Precision
 from runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-
-Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
-GraphPrecision = Literal["fp32", "fp16", "bf16", "int8"]
-
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-
-_GRAPH: dict[str, GraphPrecision] = {"fp32": "fp32", "tf32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "int8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,14 +102,15 @@ TOLERANCES: dict[Precision, Tolerance] = {
 }
 
 
-def graph_precision(precision: str) -> GraphPrecision:
-    """The type of the ONNX graph that a precision runs from: `tf32` is an engine's way to run the fp32 graph.
+def graph_precision(precision: str) -> Precision:
+    """Return the type of the ONNX graph that an engine is built from: `tf32` is a way to run the fp32 graph.
 
-    Raises ConfigError for a precision that no graph is exported in.
+    Raises ConfigError for an unknown precision.
     """
-    if precision not in _GRAPH:
-        raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(_GRAPH)}")
-    return _GRAPH[precision]
+    for known in PRECISIONS:
+        if known == precision:
+            return "fp32" if known == "tf32" else known
+    raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
 
 
 def tolerance(precision: str) -> Tolerance:
@@ -126,7 +121,7 @@ def tolerance(precision: str) -> Tolerance:
     raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(TOLERANCES)}")
 
 
-def torch_dtype(precision: GraphPrecision) -> torch.dtype:
+def torch_dtype(precision: Precision) -> torch.dtype:
     """The torch type that a graph is traced in; int8 weights are put into the finished fp32 graph."""
     import torch
 

@@ -1,21 +1,21 @@
-"""Verifies engines of a finished bundle on this machine and writes the verdicts into it. Torch-free."""
+"""Verify engines of a finished bundle on this machine and write the results into it. Needs no torch."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from export.bundle_writer import changed_bundle
 from export.parity.check import check_parity, with_verdict
 from export.parity.compare import ParityReport
 from export.parity.reference import Reference
-from runtime.backends.select import failed_engines, matching_engines
+from runtime.backends.select import matching_engines
 from runtime.bundle import Bundle, Engine, read_bundle
 from runtime.errors import BackendUnavailable, BundleError, EngineError, EngineMismatch, ParityError
 from runtime.spec import ModelSpec
 
-Say = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
 def check_fits(bundle: Bundle, spec: ModelSpec, checkpoint_sha256: str) -> None:
@@ -28,44 +28,42 @@ def check_fits(bundle: Bundle, spec: ModelSpec, checkpoint_sha256: str) -> None:
 
 
 def engines_to_verify(bundle: Bundle, backend: str | None, precision: str | None) -> list[Engine]:
-    """Unverified engines, or all that fit the given backend and precision, listed in the manifest, failed, or neither.
+    """Return the unverified engines, or all that fit the given backend and precision, failed ones too.
 
     Raises BackendUnavailable when none fits what was asked for.
     """
     if backend is None and precision is None:
         return [engine for engine in bundle.manifest.engines if engine.status == "unverified"]
-    found = failed_engines(bundle, backend or "auto", precision=precision)
-    with contextlib.suppress(BackendUnavailable):
-        found += matching_engines(bundle, backend or "auto", precision=precision)
-    return found or matching_engines(bundle, backend or "auto", precision=precision)
+    return matching_engines(bundle, backend or "auto", precision=precision, failed=True)
 
 
-def verify(folder: str | Path, engines: Sequence[Engine], reference: Reference, say: Say = print) -> list[ParityReport]:
-    """Run the parity check on `engines` and write every verdict into the bundle, atomically.
+def verify(
+    folder: str | Path, engines: Sequence[Engine], reference: Reference, *, all_must_run: bool = True
+) -> list[str]:
+    """Run the parity check on `engines`, write every result into the bundle, atomically, and return the verified names.
 
-    An engine that fails is moved to the failed ones, so that it is never run again, and ParityError is raised when all
-    is written. Raises BackendUnavailable when some can't run here; the verdicts of the others are written.
+    ParityError is raised for engines that fail, BackendUnavailable for those that can't run here (with `all_must_run`
+    off: when none can); what the others gave is written all the same.
     """
     bundle = read_bundle(folder)
-    outcomes: list[tuple[Engine, ParityReport]] = []
-    blocked: list[str] = []
+    reports: dict[str, ParityReport] = {}
+    unavailable: list[str] = []
     for engine in engines:
-        say(f"comparing {engine.name} with the eager network")
+        log.info("comparing %s with the eager network", engine.name)
         try:
-            report = check_parity(bundle, engine, reference)
+            reports[engine.name] = check_parity(bundle, engine, reference)
         except (BackendUnavailable, EngineMismatch, EngineError) as error:
-            say(f"  can't run here: {error}")
-            blocked.append(f"{engine.name}: {error}")
-            continue
-        say(report.text())
-        outcomes.append((engine, report))
-    if outcomes:
+            log.info("  can't run here: %s", error)
+            unavailable.append(f"{engine.name}: {error}")
+        else:
+            log.info("%s", reports[engine.name].text())
+    if reports:
         with changed_bundle(folder) as draft:
-            for engine, report in outcomes:
-                draft.set_engine(with_verdict(engine, report), report.to_json())
-    failed = [engine.name for engine, report in outcomes if not report.passed]
-    if failed:
-        raise ParityError(f"{folder}: {', '.join(failed)} failed the parity check; the bundle lists them as rejected")
-    if blocked:
-        raise BackendUnavailable(f"{folder}: could not be run here:\n  " + "\n  ".join(blocked))
-    return [report for _, report in outcomes]
+            for engine in engines:
+                if report := reports.get(engine.name):
+                    draft.set_engine(with_verdict(engine, report), report.to_json())
+    if failed := [name for name, report in reports.items() if not report.passed]:
+        raise ParityError(f"{folder}: {', '.join(failed)} failed the parity check and will not be run")
+    if unavailable and (all_must_run or not reports):
+        raise BackendUnavailable(f"{folder}: could not be run here:\n  " + "\n  ".join(unavailable))
+    return list(reports)

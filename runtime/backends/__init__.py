@@ -1,9 +1,4 @@
-"""Engines behind one protocol. `open_backend` picks and loads one of a bundle's; each engine library is imported
-only when it is used."""
+"""Engines behind one interface: `base` defines it, `registry` lists the backends, `select` picks and loads one.
 
-from __future__ import annotations
-
-from runtime.backends.base import Backend
-from runtime.backends.select import BACKENDS, OnMismatch, OpenedEngine, open_backend, open_engine
-
-__all__ = ["BACKENDS", "Backend", "OnMismatch", "OpenedEngine", "open_backend", "open_engine"]
+Each engine library is imported only when an engine of it is checked or opened.
+"""

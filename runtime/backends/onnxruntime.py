@@ -10,15 +10,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from runtime.backends.base import Bool, Float32
-from runtime.backends.checks import check_graph, check_inputs
-from runtime.errors import BackendUnavailable, BundleError, EngineError, MissingDependency
+from runtime.backends.base import BaseBackend, Bool, Float32, Outputs, check_graph
+from runtime.bundle import ModelFile
+from runtime.errors import BackendUnavailable, BundleError, EngineError
+from runtime.packages import import_package
 from runtime.spec import AUDIO, LOGITS, MASK, OFFSETS, OUTPUT_NAMES, VISUAL, ModelSpec
 
 Device = Literal["cpu", "cuda"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
+_DEVICES: dict[str, Device] = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
+_DISTRIBUTIONS = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu"}
 
 # What ONNX Runtime says when it keeps some nodes of a CUDA session on the CPU and was told not to.
 _CPU_NODES = "assigned to the default CPU EP"
@@ -28,20 +30,42 @@ _CPU_NODES = "assigned to the default CPU EP"
 _MEMORY_HUNGRY_FUSIONS = ["MatmulTransposeFusion", "BiasGeluFusion"]
 
 
-class OnnxRuntimeBackend:
+def check_engine(name: str, model_file: ModelFile, precision: str) -> None:
+    """Raise MissingDependency or BackendUnavailable unless the library and its provider are here."""
+    load_library(_DEVICES[name])
+
+
+def open_engine(
+    name: str, path: Path, model_file: ModelFile, spec: ModelSpec, precision: str, threads: int | None
+) -> OnnxRuntimeBackend:
+    """Load an ONNX file of a bundle; see `OnnxRuntimeBackend.open`."""
+    return OnnxRuntimeBackend.open(
+        path, spec, device=_DEVICES[name], precision=precision, max_batch=model_file.max_batch, threads=threads
+    )
+
+
+def probe(name: str) -> str:
+    """Return the library and the device of a backend. Raises MissingDependency or BackendUnavailable."""
+    library = load_library(_DEVICES[name])
+    if name == "onnxruntime":
+        return f"onnxruntime {library.__version__}"
+    from runtime.backends.tensorrt import cuda
+
+    gpu = cuda.probe().name
+    return f"onnxruntime {library.__version__} with the CUDA provider, {gpu} (a session may still lack cuDNN)"
+
+
+class OnnxRuntimeBackend(BaseBackend):
     """An ONNX graph in an ONNX Runtime session. One `infer` at a time."""
 
     def __init__(
         self, session: Any, spec: ModelSpec, *, device: Device, precision: str, max_batch: int, facts: dict[str, Any]
     ) -> None:
         """Use `open`."""
-        self.name = "onnxruntime" if device == "cpu" else "onnxruntime-cuda"
-        self.precision = precision
-        self.spec = spec
-        self.max_batch = max_batch
+        super().__init__("onnxruntime" if device == "cpu" else "onnxruntime-cuda", precision, spec, max_batch)
         self._device = device
         self._session: Any = session
-        self._facts = facts
+        self._described = facts
         self._bindings: dict[int, _CudaBinding] = {}
 
     @classmethod
@@ -97,11 +121,7 @@ class OnnxRuntimeBackend:
             facts["note"] = "ONNX Runtime keeps some small nodes of this graph on the CPU"
         return cls(session, spec, device=device, precision=precision, max_batch=max_batch, facts=facts)
 
-    def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
-        """See `Backend.infer`."""
-        visual, audio, mask = check_inputs(visual, audio, mask, self.spec, self.max_batch)
-        if self._session is None:
-            raise EngineError(f"{self.name}: the backend is closed")
+    def _infer(self, visual: Float32, audio: Float32, mask: Bool) -> Outputs:
         feeds = {VISUAL: visual, AUDIO: audio, MASK: mask}
         try:
             if self._device == "cuda":
@@ -111,23 +131,14 @@ class OnnxRuntimeBackend:
             raise EngineError(f"{self.name}: {error}") from error
         return logits, offsets
 
-    def describe(self) -> dict[str, Any]:
-        """See `Backend.describe`."""
-        shape = {"length": self.spec.length, "max_batch": self.max_batch}
-        return {"backend": self.name, "precision": self.precision, **shape, "device": self._device, **self._facts}
+    def _facts(self) -> dict[str, Any]:
+        return {"device": self._device, **self._described}
 
-    def close(self) -> None:
-        """See `Backend.close`."""
+    def _close(self) -> None:
         self._bindings.clear()
         self._session = None
 
-    def __enter__(self) -> OnnxRuntimeBackend:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _infer_cuda(self, feeds: dict[str, Any], batch: int) -> tuple[Float32, Float32]:
+    def _infer_cuda(self, feeds: dict[str, Any], batch: int) -> Outputs:
         if batch not in self._bindings:
             self._bindings[batch] = _CudaBinding(self._session, self.spec, batch)
         return self._bindings[batch].run(self._session, feeds)
@@ -153,7 +164,7 @@ class _CudaBinding:
         for name, value in self._outputs.items():
             self._io.bind_ortvalue_output(name, value)
 
-    def run(self, session: Any, feeds: dict[str, Any]) -> tuple[Float32, Float32]:
+    def run(self, session: Any, feeds: dict[str, Any]) -> Outputs:
         for name, array in feeds.items():
             self._inputs[name].update_inplace(array)
         self._io.synchronize_inputs()
@@ -164,11 +175,8 @@ class _CudaBinding:
 
 def load_library(device: Device) -> Any:
     """Import ONNX Runtime. Raises MissingDependency, or BackendUnavailable when it has no provider for `device`."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        package = "onnxruntime" if device == "cpu" else "onnxruntime-gpu"
-        raise MissingDependency(package, _EXTRAS[device], f"the ONNX Runtime backend ({device})") from error
+    purpose = f"the ONNX Runtime backend ({device})"
+    onnxruntime = import_package("onnxruntime", purpose, distribution=_DISTRIBUTIONS[device])
     if _PROVIDERS[device] not in onnxruntime.get_available_providers():
         raise BackendUnavailable(
             f"onnxruntime {onnxruntime.__version__} was built without the CUDA provider: "

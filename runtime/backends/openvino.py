@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.base import Bool, Float32
-from runtime.backends.checks import check_graph, check_inputs
-from runtime.errors import BackendUnavailable, BundleError, EngineError, FeatureError, MissingDependency
+from runtime.backends.base import BaseBackend, Bool, Float32, Outputs, check_graph
+from runtime.bundle import ModelFile
+from runtime.errors import BackendUnavailable, BundleError, EngineError, FeatureError
+from runtime.packages import import_package
 from runtime.spec import AUDIO, INPUT_NAMES, LOGITS, MASK, OFFSETS, VISUAL, ModelSpec
 
 # Precision -> (OpenVINO's name of the arithmetic, capability the processor must have). An int8 graph holds its own
 # quantization; what is not quantized in it runs in fp32.
-PRECISIONS = {"fp32": ("f32", "FP32"), "bf16": ("bf16", "BF16"), "fp16": ("f16", "FP16"), "int8": ("f32", "INT8")}
+ARITHMETIC = {"fp32": ("f32", "FP32"), "bf16": ("bf16", "BF16"), "int8": ("f32", "INT8")}
 # Layers of a compiled model whose precision decides what it costs and delivers.
 _MATMULS = {"FullyConnected", "MatMul", "Convolution", "Deconvolution", "GroupConvolution"}
 
@@ -29,18 +30,37 @@ _MATMULS = {"FullyConnected", "MatMul", "Convolution", "Deconvolution", "GroupCo
 _INT8_GROUP = 128
 
 # Precision -> what at least one of those layers must run in.
-_EVIDENCE = {"bf16": {"bf16"}, "fp16": {"f16"}, "int8": {"i8", "u8"}}
+_EVIDENCE = {"bf16": {"bf16"}, "int8": {"i8", "u8"}}
 
 
-class OpenVinoBackend:
+def check_engine(name: str, model_file: ModelFile, precision: str) -> None:
+    """Raise MissingDependency or BackendUnavailable unless this processor computes in `precision`."""
+    check_available(precision)
+
+
+def open_engine(
+    name: str, path: Path, model_file: ModelFile, spec: ModelSpec, precision: str, threads: int | None
+) -> OpenVinoBackend:
+    """Compile an ONNX file of a bundle; see `OpenVinoBackend.open`."""
+    return OpenVinoBackend.open(path, spec, precision=precision, max_batch=model_file.max_batch, threads=threads)
+
+
+def probe(name: str) -> str:
+    """Return version, processor and the precisions that it computes in. Raises MissingDependency."""
+    core = check_available("fp32")
+    present = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    native = [precision for precision, (_, capability) in ARITHMETIC.items() if capability in present]
+    version = core.get_versions("CPU")["CPU"].build_number.split("-")[0]
+    return f"openvino {version}, {core.get_property('CPU', 'FULL_DEVICE_NAME')}: {', '.join(native)}"
+
+
+class OpenVinoBackend(BaseBackend):
     """An ONNX graph compiled for this processor by OpenVINO. One `infer` at a time.
 
     The graph is compiled for one video, and a batch is run video after video: with a free batch axis OpenVINO fuses
     less (fp32 took 12% longer at batch 1, bf16 65% longer per video at batch 8), and one video already fills the
     cores. So what a video gets can't depend on its batch. A file whose batch size is fixed runs at that size.
     """
-
-    name = "openvino"
 
     def __init__(
         self,
@@ -53,12 +73,10 @@ class OpenVinoBackend:
         facts: dict[str, Any],
     ) -> None:
         """Use `open`."""
-        self.precision = precision
-        self.spec = spec
-        self.max_batch = max_batch
+        super().__init__("openvino", precision, spec, max_batch)
         self._request = request  # None when closed
         self._compiled_for = compiled_for
-        self._facts = facts
+        self._described = facts
 
     @classmethod
     def open(
@@ -73,7 +91,7 @@ class OpenVinoBackend:
     ) -> OpenVinoBackend:
         """Compile an ONNX file for this processor.
 
-        `precision`: arithmetic (`fp32`, `bf16`, `fp16`; `int8` for a graph that is quantized already). `threads`:
+        `precision`: arithmetic (`fp32`, `bf16`; `int8` for a graph that is quantized already). `threads`:
         None leaves it to OpenVINO. `cache`: folder in which OpenVINO may keep the compiled model for the next start.
 
         Raises MissingDependency; BackendUnavailable when this processor has no such arithmetic or OpenVINO delivers
@@ -81,7 +99,7 @@ class OpenVinoBackend:
         those of `spec`.
         """
         core = check_available(precision)
-        arithmetic = PRECISIONS[precision][0]
+        arithmetic = ARITHMETIC[precision][0]
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": "LATENCY"}
         if precision == "int8":
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _INT8_GROUP
@@ -118,9 +136,7 @@ class OpenVinoBackend:
         request = compiled.create_infer_request()
         return cls(request, spec, precision=precision, compiled_for=compiled_for, max_batch=max_batch, facts=facts)
 
-    def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
-        """See `Backend.infer`. Raises FeatureError too for a batch that a file of fixed batch size can't take."""
-        visual, audio, mask = check_inputs(visual, audio, mask, self.spec, self.max_batch)
+    def _infer(self, visual: Float32, audio: Float32, mask: Bool) -> Outputs:
         batch = len(visual)
         if batch == self._compiled_for:
             return self._run(visual, audio, mask)
@@ -130,10 +146,8 @@ class OpenVinoBackend:
         logits, offsets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return logits, offsets
 
-    def _run(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
+    def _run(self, visual: Float32, audio: Float32, mask: Bool) -> Outputs:
         """As many videos as the graph is compiled for."""
-        if self._request is None:
-            raise EngineError(f"{self.name}: the backend is closed")
         try:
             # Inputs are only read; outputs are copied out, because the request reuses its own buffers.
             found = self._request.infer({VISUAL: visual, AUDIO: audio, MASK: mask}, share_inputs=True)
@@ -141,20 +155,11 @@ class OpenVinoBackend:
             raise EngineError(f"{self.name}: {error}") from error
         return found[LOGITS], found[OFFSETS]
 
-    def describe(self) -> dict[str, Any]:
-        """See `Backend.describe`."""
-        shape = {"length": self.spec.length, "max_batch": self.max_batch}
-        return {"backend": self.name, "precision": self.precision, **shape, **self._facts}
+    def _facts(self) -> dict[str, Any]:
+        return self._described
 
-    def close(self) -> None:
-        """See `Backend.close`."""
+    def _close(self) -> None:
         self._request = None
-
-    def __enter__(self) -> OpenVinoBackend:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def check_available(precision: str) -> Any:
@@ -163,15 +168,12 @@ def check_available(precision: str) -> Any:
     OpenVINO emulates bfloat16 on processors without it, at a fraction of the speed of float32, and quietly replaces
     float16 by float32: neither is what was asked for. Raises MissingDependency or BackendUnavailable.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise MissingDependency("openvino", "openvino", "the OpenVINO backend") from error
-    if precision not in PRECISIONS:
-        raise BackendUnavailable(f"openvino: got precision '{precision}', expected one of {', '.join(PRECISIONS)}")
+    openvino = import_package("openvino", "the OpenVINO backend")
+    if precision not in ARITHMETIC:
+        raise BackendUnavailable(f"openvino: got precision '{precision}', expected one of {', '.join(ARITHMETIC)}")
     core = _core(openvino.Core)
     present = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if PRECISIONS[precision][1] not in present:
+    if ARITHMETIC[precision][1] not in present:
         listed = ", ".join(sorted(present))
         raise BackendUnavailable(
             f"openvino: {core.get_property('CPU', 'FULL_DEVICE_NAME')} has no {precision} arithmetic "
@@ -193,7 +195,7 @@ def _core(make: Callable[[], Any]) -> Any:
 
 def _check_delivered(precision: str, hint: str, matmuls: dict[str, int]) -> None:
     """Raises BackendUnavailable unless the compiled model really computes in `precision`."""
-    arithmetic = PRECISIONS[precision][0]
+    arithmetic = ARITHMETIC[precision][0]
     if hint != arithmetic:
         raise BackendUnavailable(f"openvino: asked for {precision}, OpenVINO delivers {hint} on this processor")
     if precision in _EVIDENCE and not _EVIDENCE[precision] & matmuls.keys():

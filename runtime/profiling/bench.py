@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.backends.base import Backend, Bool, Float32
+from runtime.backends.base import Backend, BaseBackend, Bool, Float32
+from runtime.backends.select import load_engine
 from runtime.bundle import Bundle, Engine
 from runtime.errors import CCNetError
 from runtime.features import VideoFeatures, pack
@@ -46,11 +47,11 @@ class Candidate:
     """One way to run the network. It is measured only if its accuracy is verified."""
 
     name: str
-    open: Callable[[], Backend]
+    open: Callable[[], BaseBackend]
     status: str
     """`passed`, `not-run`, `failed`, or `reference`; `to-verify` when `verify` says it."""
     accuracy: dict[str, Any] = field(default_factory=dict)
-    verify: Callable[[Backend], tuple[str, dict[str, Any]]] | None = None
+    verify: Callable[[BaseBackend], tuple[str, dict[str, Any]]] | None = None
     """Checks the opened backend and returns its status and accuracy; for what no bundle vouches for."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each file that it runs."""
@@ -75,8 +76,8 @@ class Plan:
 
 
 def engine_candidates(bundle: Bundle, backends: Sequence[str] = ()) -> list[Candidate]:
-    """One candidate for each engine of the manifest, the rejected ones too, or for those of the named backends."""
-    engines = bundle.manifest.engines + bundle.manifest.rejected
+    """Return one candidate for each engine of the manifest, or for those of the named backends."""
+    engines = bundle.manifest.engines
     return [_engine_candidate(bundle, engine) for engine in engines if not backends or engine.backend in backends]
 
 
@@ -84,10 +85,8 @@ def _engine_candidate(bundle: Bundle, engine: Engine) -> Candidate:
     model_file = bundle.model_file(engine.model_file)
     records = {record.name: record for record in bundle.manifest.files if record.name in model_file.files}
 
-    def open_it() -> Backend:
-        from runtime.backends import open_backend
-
-        return open_backend(bundle, engine.backend, precision=engine.precision)
+    def open_it() -> BaseBackend:
+        return load_engine(bundle, engine)
 
     arguments = [str(bundle.folder), "--backend", engine.backend, "--precision", engine.precision]
     return Candidate(
@@ -132,7 +131,7 @@ def bench(
             except CCNetError as error:
                 unable[candidate.name] = str(error)
     with contextlib.ExitStack() as stack:
-        opened: dict[str, Backend] = {}
+        opened: dict[str, BaseBackend] = {}
         for candidate in candidates:
             entry = _entry(candidate, cold.get(candidate.name))
             report["candidates"].append(entry)
@@ -150,7 +149,7 @@ def bench(
 
 def _open(
     candidate: Candidate, entry: dict[str, Any], stack: contextlib.ExitStack, progress: Callable[[str], None]
-) -> Backend | None:
+) -> BaseBackend | None:
     """The backend, if it can be opened and is verified; else None, and `entry["not_measured"]` says why."""
     if candidate.status in VERIFIED or candidate.verify is not None:
         progress(f"loading {candidate.name}")
@@ -183,7 +182,7 @@ def _entry(candidate: Candidate, cold: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _measure(
-    spec: ModelSpec, opened: dict[str, Backend], plan: Plan, progress: Callable[[str], None]
+    spec: ModelSpec, opened: dict[str, BaseBackend], plan: Plan, progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Measure all candidates at every batch size. Returns the rows of the report."""
     from runtime.localizer import Localizer

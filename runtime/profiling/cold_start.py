@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     begin = time.perf_counter_ns()
     import runtime.localizer
-    from runtime.backends import open_backend
+    from runtime.backends.select import open_engine
     from runtime.bundle import read_bundle
     from runtime.profiling.workload import sample_videos
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     imported = time.perf_counter_ns()
     imported_bytes = rss_bytes()
     try:
-        backend = open_backend(bundle, arguments.backend, precision=arguments.precision)
+        backend = open_engine(bundle, arguments.backend, precision=arguments.precision).backend
         localizer = runtime.localizer.Localizer([backend], backend.spec)
         loaded = time.perf_counter_ns()
         loaded_bytes = rss_bytes()

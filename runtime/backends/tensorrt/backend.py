@@ -9,38 +9,55 @@ import contextlib
 import threading
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.backends.base import Bool, Float32
-from runtime.backends.checks import check_graph, check_inputs
+from runtime.backends.base import BaseBackend, Bool, Float32, Outputs, check_graph
 from runtime.backends.tensorrt import cuda
+from runtime.backends.tensorrt import engine as loaded
 from runtime.backends.tensorrt.context import ExecutionContext
-from runtime.backends.tensorrt.engine import LoadedEngine, check_engine
+from runtime.backends.tensorrt.engine import LoadedEngine
+from runtime.backends.tensorrt.library import load_library
 from runtime.bundle import ModelFile
-from runtime.errors import BundleError, EngineError
+from runtime.errors import BackendUnavailable, BundleError, EngineError
 from runtime.spec import AUDIO, LOGITS, MASK, OFFSETS, VISUAL, ModelSpec
 
-__all__ = ["TensorRTBackend", "check_engine"]
+
+def check_engine(name: str, model_file: ModelFile, precision: str) -> None:
+    """Raise unless library and GPU are those the engine was built for; see `engine.check_engine`."""
+    loaded.check_engine(model_file)
 
 
-class TensorRTBackend:
+def open_engine(
+    name: str, path: Path, model_file: ModelFile, spec: ModelSpec, precision: str, threads: int | None
+) -> TensorRTBackend:
+    """Load an engine of a bundle; see `TensorRTBackend.open`."""
+    return TensorRTBackend.open(path, model_file, spec)
+
+
+def probe(name: str) -> str:
+    """Return library and GPU. Raises MissingDependency or BackendUnavailable."""
+    library = load_library(cast(Any, name))
+    try:
+        device = cuda.probe()
+    except BackendUnavailable as error:
+        raise BackendUnavailable(f"{library.__name__} {library.__version__} is installed, but {error}") from error
+    return f"{library.__name__} {library.__version__}, {device.name} ({device.compute_capability})"
+
+
+class TensorRTBackend(BaseBackend):
     """A TensorRT engine. One thread at a time; `fork` gives each further thread a backend on the same engine."""
 
     def __init__(self, engine: LoadedEngine, model_file: ModelFile, spec: ModelSpec, *, cuda_graph: bool) -> None:
         """Use `open`. Takes over one use of `engine`."""
-        self.name: str = model_file.format
-        self.precision = model_file.precision
-        self.spec = spec
-        self.max_batch = model_file.max_batch
+        super().__init__(model_file.format, model_file.precision, spec, model_file.max_batch)
         self._min_batch = model_file.profile[0] if model_file.profile else 1
         self._model_file = model_file
         self._engine = engine
         self._cuda_graph = cuda_graph
         self._context: ExecutionContext | None = None
-        self._closed = False
         self._thread: int | None = None
 
     @classmethod
@@ -60,8 +77,8 @@ class TensorRTBackend:
         `spec`: shapes of this engine. `cuda_graph`: capture each batch size and replay it. `cache_folder`: where RTX
         keeps compiled kernels; None puts them in a folder beside the bundle.
 
-        Raises what `check_engine` raises; BundleError for a file that is missing, cut short, of the other format, or
-        whose tensors are not those of `spec`; EngineError when the library can't load or run it.
+        Raises what `engine.check_engine` raises; BundleError for a file that is missing, cut short, of the other
+        format, or whose tensors are not those of `spec`; EngineError when the library can't load or run it.
         """
         path = Path(path)
         folder = Path(cache_folder) if cache_folder else path.parent.with_name(path.parent.name + ".cache")
@@ -79,13 +96,11 @@ class TensorRTBackend:
 
     def fork(self) -> TensorRTBackend:
         """Return a backend for another thread: its own execution context, stream and buffers on the same engine."""
-        if self._closed:
+        if self.closed:
             raise EngineError(f"{self.name}: the backend is closed")
         return TensorRTBackend(self._engine.retain(), self._model_file, self.spec, cuda_graph=self._cuda_graph)
 
-    def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
-        """See `Backend.infer`."""
-        visual, audio, mask = check_inputs(visual, audio, mask, self.spec, self.max_batch)
+    def _infer(self, visual: Float32, audio: Float32, mask: Bool) -> Outputs:
         context = self._ready_context()
         known = len(context.graphs)
         batch = max(len(visual), self._min_batch)
@@ -108,29 +123,20 @@ class TensorRTBackend:
         """
         return self._ready_context().layer_milliseconds(batch, repeats)
 
-    def describe(self) -> dict[str, Any]:
-        """See `Backend.describe`."""
-        engine, model_file = self._engine, self._model_file
+    def _facts(self) -> dict[str, Any]:
+        engine = self._engine
         return {
-            "backend": self.name,
-            "precision": self.precision,
-            "length": self.spec.length,
-            "max_batch": self.max_batch,
             "library": engine.trt.__name__,
             "version": str(engine.trt.__version__),
             "device": engine.device.name,
             "compute_capability": engine.device.compute_capability,
             "driver_cuda": engine.device.driver,
-            "profile": model_file.profile,
+            "profile": self._model_file.profile,
             "scratch_bytes": engine.scratch_bytes,
             "cuda_graphs": dict(self._context.graphs) if self._context else {},
         }
 
-    def close(self) -> None:
-        """See `Backend.close`."""
-        if self._closed:
-            return
-        self._closed = True
+    def _close(self) -> None:
         with contextlib.ExitStack() as stack:  # frees the rest also when one of them fails
             stack.callback(self._engine.release)
             if self._context is not None:
@@ -138,15 +144,9 @@ class TensorRTBackend:
             self._select_device()
             self._context = None
 
-    def __enter__(self) -> TensorRTBackend:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _ready_context(self) -> ExecutionContext:
         """Return the execution context, made on first use, with the GPU selected for the calling thread."""
-        if self._closed:
+        if self.closed:
             raise EngineError(f"{self.name}: the backend is closed")
         self._select_device()
         if self._context is None:

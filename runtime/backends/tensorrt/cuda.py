@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.errors import BackendUnavailable, EngineError, MissingDependency
+from runtime.errors import BackendUnavailable, EngineError
+from runtime.packages import missing
 
 NO_DEVICE, INSUFFICIENT_DRIVER = 100, 35
 
@@ -27,7 +28,7 @@ def bindings() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise MissingDependency("cuda-python", "gpu", "A TensorRT engine") from error
+        raise missing("cuda-python", "A TensorRT engine") from error
     return runtime
 
 

@@ -16,11 +16,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from runtime.errors import BackendUnavailable, EngineError, MissingDependency
+from runtime.errors import BackendUnavailable, EngineError
+from runtime.packages import missing
 
 TensorRTFormat = Literal["tensorrt", "tensorrt-rtx"]
 
-_MODULES = {"tensorrt": ("tensorrt", "gpu"), "tensorrt-rtx": ("tensorrt_rtx", "rtx")}
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _NUMPY_TYPES = {
     "FLOAT": np.float32,
     "HALF": np.float16,
@@ -47,13 +48,13 @@ def load_library(format: TensorRTFormat) -> Any:
     """
     if format not in get_args(TensorRTFormat):
         raise BackendUnavailable(f"format: got {format!r}, expected one of {', '.join(_MODULES)}")
-    module, extra = _MODULES[format]
+    module = _MODULES[format]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != module:
             raise BackendUnavailable(f"{module} is installed but incomplete: {error}") from error
-        raise MissingDependency(module.replace("_", "-"), extra, f"The {format} engine") from error
+        raise missing(format, f"The {format} engine") from error
     except (ImportError, OSError, RuntimeError) as error:
         raise BackendUnavailable(
             f"{module} is installed but does not load: {error}. The CUDA libraries that it names must be on the "
