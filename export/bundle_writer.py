@@ -144,10 +144,13 @@ def _finish(draft: Draft, path: Path) -> None:
 
 
 def _ranked(engines: list[Engine]) -> tuple[Engine, ...]:
-    """Return the fastest measured engine first, those without a speed in their order behind it, failed ones last."""
-    return tuple(
-        sorted(engines, key=lambda e: (e.status == "failed", float(e.speed.get("ms_per_video", float("inf")))))
-    )
+    """Return the verified engines first, of those the fastest measured one; failed ones last."""
+
+    def rank(engine: Engine) -> tuple[int, float]:
+        status = ("verified", "unverified", "failed").index(engine.status)
+        return status, float(engine.speed.get("ms_per_video", float("inf")))
+
+    return tuple(sorted(engines, key=rank))
 
 
 def _file_record(path: Path) -> FileRecord:

@@ -101,7 +101,7 @@ class Manifest:
     files: tuple[FileRecord, ...]
     model_files: tuple[ModelFile, ...]
     engines: tuple[Engine, ...]
-    """Ways to run the bundle: the fastest measured one first, those that failed the parity check last."""
+    """Ways to run the bundle: verified ones first, of those the fastest measured one; failed ones last."""
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))

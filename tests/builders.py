@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ccnet.config import ModelConfig
-from runtime.backends.base import Bool, Float32
-from runtime.backends.checks import check_inputs
+from runtime.backends.base import Bool, Float32, check_inputs
 from runtime.bundle import MANIFEST, Bundle, Engine, FileRecord, Manifest, ModelFile, read_bundle
 from runtime.features import VideoFeatures
 from runtime.files import sha256_file, write_json

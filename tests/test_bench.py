@@ -15,7 +15,7 @@ import pytest
 
 import runtime.profiling.bench
 from ccnet.cli.main import main
-from runtime.backends.checks import check_inputs
+from runtime.backends.base import check_inputs
 from runtime.bundle import Bundle, Engine, FileRecord, Manifest, ModelFile
 from runtime.errors import BackendUnavailable, EngineError
 from runtime.profiling.bench import Candidate, Plan, bench, engine_candidates
@@ -192,7 +192,7 @@ def test_candidates_of_a_bundle(tmp_path: Path) -> None:
     assert [c.name for c in engine_candidates(bundle, ["openvino"])] == ["openvino-fp32"]
 
     failed = replace(bundle.manifest.engines[1], name="openvino-int8", precision="int8", status="failed")
-    bundle = replace(bundle, manifest=replace(bundle.manifest, rejected=(failed,)))
+    bundle = replace(bundle, manifest=replace(bundle.manifest, engines=(*bundle.manifest.engines, failed)))
     assert [(c.name, c.status) for c in engine_candidates(bundle, ["openvino"])] == [
         ("openvino-fp32", "verified"),
         ("openvino-int8", "failed"),

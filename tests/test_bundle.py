@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from builders import SPEC, engine, make_bundle, onnx_model_file
 
-from runtime.backends import open_backend
+from runtime.backends.select import open_engine
 from runtime.bundle import MANIFEST, Bundle, read_bundle
 from runtime.errors import BundleError
 
@@ -76,7 +76,7 @@ def test_nothing_damaged_reaches_an_engine_library(bundle: Bundle, monkeypatch: 
     path = bundle.folder / "model.onnx"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(BundleError, match=r"model\.onnx"):
-        open_backend(bundle, "onnxruntime")
+        open_engine(bundle, "onnxruntime")
 
 
 def manifest(bundle: Bundle) -> dict[str, Any]:
@@ -103,8 +103,8 @@ def test_a_manifest_that_is_not_whole_json(bundle: Bundle) -> None:
 
 
 def test_a_manifest_of_another_version(bundle: Bundle) -> None:
-    write(bundle, {**manifest(bundle), "schema": 2})
-    with pytest.raises(BundleError, match=r"got schema 2, this version reads 1; export the bundle again"):
+    write(bundle, {**manifest(bundle), "schema": 1})
+    with pytest.raises(BundleError, match=r"got schema 1, this version reads 2; export the bundle again"):
         read_bundle(bundle.folder)
 
 

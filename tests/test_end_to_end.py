@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from builders import Exported, engine
 
-from runtime.backends import open_backend
+from runtime.backends.select import open_engine
 from runtime.bundle import ModelFile
 from runtime.localizer import Localizer
 from runtime.profiling.workload import sample_videos
@@ -75,6 +75,6 @@ def test_a_video_does_not_depend_on_its_batch(six_levels: Exported, bundle: Path
 def test_the_manifest_decides_precision_and_largest_batch(bundle: Path) -> None:
     from runtime.bundle import read_bundle
 
-    with open_backend(read_bundle(bundle), "onnxruntime") as backend:
+    with open_engine(read_bundle(bundle), "onnxruntime").backend as backend:
         assert backend.precision == "fp32"
         assert backend.max_batch == 4

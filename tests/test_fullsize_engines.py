@@ -56,7 +56,7 @@ def bundle(rtx: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundl
     from benchmarks.networks import benchmark_config, labels, random_network
     from ccnet.checkpoint import read_checkpoint, save_checkpoint
     from ccnet.torch_backend import TorchBackend
-    from export.bundle import Request, make_bundle
+    from export.bundle import ExportOptions, make_bundle
     from export.parity.inputs import synthetic_inputs
     from export.parity.reference import Reference, record
     from runtime.bundle import read_bundle
@@ -69,13 +69,13 @@ def bundle(rtx: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundl
     videos = synthetic_inputs(checkpoint.spec, count=1)
     with TorchBackend(network, checkpoint.spec) as eager:
         reference = Reference(checkpoint.spec, checkpoint.weights_sha256, videos, record(eager, videos))
-    request = Request(
+    request = ExportOptions(
         formats=("tensorrt-rtx",),
         precisions=tuple(BOUNDS),
         max_batch=1,
         engine=EngineOptions(compute_capabilities=(TARGET,)),
     )
-    made = make_bundle(checkpoint, network, reference, folder / "bundle", request, say=lambda _: None)
+    made = make_bundle(checkpoint, network, reference, folder / "bundle", request)
     assert {engine.name for engine in made.engines} == {f"tensorrt-rtx-{precision}" for precision in BOUNDS}
     yield read_bundle(folder / "bundle")
     shutil.rmtree(folder)

@@ -12,7 +12,7 @@ from builders import engine, make_bundle
 
 from ccnet.cli.doctor import examine
 from ccnet.cli.main import main
-from runtime.backends.select import BACKENDS
+from runtime.backends.registry import BACKENDS, Registration
 from runtime.machine import machine_class
 
 pytest.importorskip("onnx")
@@ -24,7 +24,7 @@ def bundle(tmp_path: Path) -> Path:
         engine(
             "onnxruntime",
             accuracy={"logits_max": 1.5e-6, "tensors": {"a": 1}},
-            speed={"ms_per_video": 12.345, "machine": machine_class("onnxruntime")},
+            speed={"ms_per_video": 12.345, "machine": machine_class(gpu=False)},
         ),
         engine("openvino", status="unverified", speed={"ms_per_video": 7.0, "machine": "another machine"}),
     ]
@@ -89,16 +89,18 @@ def test_doctor_survives_a_broken_library(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_doctor_exit_status_says_whether_anything_can_run(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from ccnet.cli import doctor
+    class Usable:
+        @staticmethod
+        def probe(name: str) -> str:
+            return "fine"
 
-    def usable() -> str:
-        return "fine"
+    class Broken:
+        @staticmethod
+        def probe(name: str) -> str:
+            raise RuntimeError("no")
 
-    def broken() -> str:
-        raise RuntimeError("no")
-
-    monkeypatch.setattr(doctor, "PROBES", dict.fromkeys(BACKENDS, broken))
+    monkeypatch.setattr(Registration, "load", lambda self: Broken)
     assert main(["doctor", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["backends"]["openvino"] == {"usable": False, "detail": "no"}
-    monkeypatch.setattr(doctor, "PROBES", {**dict.fromkeys(BACKENDS, broken), "openvino": usable})
+    monkeypatch.setattr(Registration, "load", lambda self: Usable if "openvino" in self.module else Broken)
     assert main(["doctor"]) == 0

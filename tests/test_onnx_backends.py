@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -233,66 +232,28 @@ class OtherProcessor:
 def test_a_precision_the_processor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     openvino = pytest.importorskip("openvino")
     monkeypatch.setattr(openvino, "Core", lambda: OtherProcessor("FP32", "INT8"))
-    for precision in ("bf16", "fp16"):
-        with pytest.raises(BackendUnavailable, match=rf"Some CPU has no {precision} arithmetic .*FP32, INT8"):
-            check_available(precision)
+    with pytest.raises(BackendUnavailable, match=r"Some CPU has no bf16 arithmetic .*FP32, INT8"):
+        check_available("bf16")
     check_available("fp32")
     check_available("int8")
     monkeypatch.setattr(openvino, "Core", lambda: OtherProcessor("FP32", "BF16"))
     check_available("bf16")
-    with pytest.raises(BackendUnavailable, match="expected one of fp32, bf16, fp16, int8"):
+    with pytest.raises(BackendUnavailable, match="expected one of fp32, bf16, int8"):
         check_available("fp8")
 
 
 def test_int8_of_a_graph_that_is_not_quantized_is_refused(graph: Path) -> None:
     pytest.importorskip("openvino")
-    with pytest.raises(BackendUnavailable, match="no product of this graph runs in it"):
+    with pytest.raises(BackendUnavailable, match="no (product|matmul) of this graph runs in it"):
         OpenVinoBackend.open(graph, SPEC, precision="int8")
 
 
 def test_half_precision_that_is_not_delivered_is_refused(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenVINO quietly takes fp32 or bf16 for fp16 on most processors; a wrong capability list must not hide it."""
+    """OpenVINO quietly takes fp32 for bf16 on processors without it; a wrong capability list must not hide it."""
     openvino = pytest.importorskip("openvino")
     core = openvino.Core()
-    if "FP16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        pytest.skip("this processor computes in fp16")
+    if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor computes in bf16")
     monkeypatch.setattr("runtime.backends.openvino.check_available", lambda precision: core)
-    with pytest.raises(BackendUnavailable, match="asked for fp16, OpenVINO delivers b?f(32|16)"):
-        OpenVinoBackend.open(graph, SPEC, precision="fp16")
-
-
-def test_importing_the_backends_imports_no_engine_library() -> None:
-    import subprocess
-
-    code = (
-        "import sys, runtime.backends, runtime.backends.onnxruntime, runtime.backends.openvino\n"
-        "print([m for m in ('onnxruntime', 'openvino', 'torch', 'onnx', 'tensorrt') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_signals_arrive_after_openvino_was_let_go_in_another_thread(graph: Path) -> None:
-    """OpenVINO sets a signal stack for the thread that loads its CPU plugin and frees it in the one that drops it."""
-    pytest.importorskip("openvino")
-    import subprocess
-
-    code = (
-        "import gc, os, signal, sys, threading\n"
-        "from runtime.backends.openvino import OpenVinoBackend\n"
-        "from builders import SPEC\n"
-        "held = [OpenVinoBackend.open(sys.argv[1], SPEC, threads=1)]\n"
-        "def drop():\n"
-        "    held.pop().close()\n"
-        "    gc.collect()\n"
-        "thread = threading.Thread(target=drop)\n"
-        "thread.start()\n"
-        "thread.join()\n"
-        "signal.signal(signal.SIGUSR1, lambda *_: print('arrived'))\n"
-        "os.kill(os.getpid(), signal.SIGUSR1)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(graph)], capture_output=True, text=True, check=False, env=environment
-    )
-    assert (done.returncode, done.stdout.strip()) == (0, "arrived"), done.stderr
+    with pytest.raises(BackendUnavailable, match=r"asked for bf16, (OpenVINO delivers f32|but no matmul)"):
+        OpenVinoBackend.open(graph, SPEC, precision="bf16")

@@ -16,12 +16,12 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 from ccnet.torch_backend import TorchBackend  # noqa: E402
-from export.bundle import Request, make_bundle  # noqa: E402
+from export.bundle import ExportOptions, make_bundle  # noqa: E402
 from export.graph.quantize import quantize_columns, quantize_weights  # noqa: E402
 from export.parity.inputs import stress_inputs, synthetic_inputs  # noqa: E402
 from export.parity.reference import Reference, record  # noqa: E402
 from export.parity.tolerances import TOLERANCES  # noqa: E402
-from runtime.backends import open_backend  # noqa: E402
+from runtime.backends.select import open_engine  # noqa: E402
 from runtime.bundle import read_bundle  # noqa: E402
 from runtime.errors import ConfigError, ExportError  # noqa: E402
 from runtime.spec import ModelSpec  # noqa: E402
@@ -189,8 +189,8 @@ def making(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(TOLERANCES, "int8", loose)
 
     def make(out: Path, *precisions: str) -> Any:
-        request = Request(precisions=precisions, max_batch=4, graph="fused")
-        return make_bundle(checkpoint, model, reference, out, request, say=lambda _: None)  # type: ignore[arg-type]
+        request = ExportOptions(precisions=precisions, max_batch=4, graph="fused")
+        return make_bundle(checkpoint, model, reference, out, request)  # type: ignore[arg-type]
 
     return make
 
@@ -201,7 +201,7 @@ def test_an_int8_engine_is_verified_and_runs(making: Any, tmp_path: Path) -> Non
     bundle = read_bundle(tmp_path / "bundle")
     bundle.verify()
     assert bundle.model_file("onnx-int8").build["int8_matmuls"] == 1
-    with open_backend(bundle, "openvino", precision="int8") as backend:
+    with open_engine(bundle, "openvino", precision="int8").backend as backend:
         assert backend.describe()["matmul_precisions"]["i8"] == 1  # not fp32 from int8 weights
     # What the parity check saw is int8: fp32 would be a thousand times nearer.
     assert result.reports["openvino-int8"].summary()["max_logits"] > 1e-3
@@ -221,4 +221,4 @@ def test_auto_leaves_int8_out_where_no_matmul_is_large_enough(
 
 def test_int8_is_for_the_onnx_format() -> None:
     with pytest.raises(ConfigError, match="int8 is for the onnx format"):
-        Request(formats=("onnx", "tensorrt-rtx"), precisions=("int8",))
+        ExportOptions(formats=("onnx", "tensorrt-rtx"), precisions=("int8",))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import types
 from collections.abc import Sequence
@@ -13,10 +12,10 @@ import pytest
 from builders import OracleBackend, engine, make_bundle
 
 from export.parity.verify import engines_to_verify
-from runtime.backends import open_backend, open_engine
-from runtime.backends.select import failed_engines, matching_engines
+from runtime.backends.registry import runs_on_gpu
+from runtime.backends.select import matching_engines, open_engine
 from runtime.bundle import Bundle, Engine, ModelFile
-from runtime.errors import BackendUnavailable, EngineMismatch, MissingDependency
+from runtime.errors import BackendUnavailable, EngineError, EngineMismatch, MissingDependency
 from runtime.machine import machine_class
 
 pytest.importorskip("onnx")
@@ -37,7 +36,7 @@ TENSORRT_ENGINE = engine("tensorrt", "fp16", model_file="tensorrt-fp16")
 
 
 def here(backend: str, milliseconds: float) -> dict[str, Any]:
-    return {"ms_per_video": milliseconds, "machine": machine_class(backend)}
+    return {"ms_per_video": milliseconds, "machine": machine_class(gpu=runs_on_gpu(backend))}
 
 
 def order(folder: Path, engines: Sequence[Engine], **asked: Any) -> list[str]:
@@ -83,9 +82,9 @@ def test_what_is_not_in_the_bundle_is_answered_with_what_is(tmp_path: Path) -> N
         with pytest.raises(BackendUnavailable, match=held):
             matching_engines(bundle, **asked)  # type: ignore[arg-type]
     with pytest.raises(BackendUnavailable, match="got 'onnx', expected auto or one of tensorrt"):
-        open_backend(bundle, "onnx")
+        open_engine(bundle, "onnx")
     with pytest.raises(BackendUnavailable, match="on_mismatch: got 'ignore'"):
-        open_backend(bundle, on_mismatch="ignore")  # type: ignore[arg-type]
+        open_engine(bundle, on_mismatch="ignore")  # type: ignore[arg-type]
 
 
 def test_auto_takes_the_next_one_when_a_library_is_missing_and_tells(
@@ -101,7 +100,7 @@ def test_auto_takes_the_next_one_when_a_library_is_missing_and_tells(
     assert "openvino-fp32: " in opened.skipped[0]
     assert "pip install 'ccnet[openvino]'" in opened.skipped[0]
     with pytest.raises(MissingDependency, match="openvino"):
-        open_backend(bundle, "openvino")
+        open_engine(bundle, "openvino")
 
 
 def test_when_nothing_can_run_every_reason_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,23 +108,14 @@ def test_when_nothing_can_run_every_reason_is_given(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     bundle = make_bundle(tmp_path, [engine("openvino"), engine("onnxruntime")])
     with pytest.raises(BackendUnavailable, match=r"(?s)none of its engines can run.*ccnet\[openvino\].*ccnet\[cpu\]"):
-        open_backend(bundle)
+        open_engine(bundle)
 
 
 def test_an_unverified_engine_runs_with_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     bundle = make_bundle(tmp_path, [engine("onnxruntime", status="unverified")])
     with pytest.warns(RuntimeWarning, match="never verified .* 'ccnet verify BUNDLE'"):
-        open_backend(bundle).close()
-
-
-def test_an_onnx_backend_that_is_no_engine_can_be_asked_for_with_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
-    bundle = make_bundle(tmp_path, [engine("onnxruntime")])
-    with pytest.warns(RuntimeWarning, match="engine 'openvino-fp32' was never verified"):
-        backend = open_backend(bundle, "openvino")
-    assert (backend.name, backend.precision) == ("openvino", "fp32")
-    assert [r.precision for r in matching_engines(bundle, "onnxruntime-cuda")] == ["fp32", "tf32"]
+        open_engine(bundle).backend.close()
 
 
 @pytest.fixture(params=["manifest", "library"])
@@ -136,18 +126,16 @@ def foreign_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         if model_file.gpu_name != "this GPU":
             raise EngineMismatch(f"{model_file.name}: built on {model_file.gpu_name}, this machine has another GPU")
 
-    def check_engine(model_file: ModelFile, **_: Any) -> None:
+    def check_engine(name: str, model_file: ModelFile, precision: str) -> None:
         if request.param == "manifest":
             refuse(model_file)
 
-    class FakeTensorRT(OracleBackend):
-        @classmethod
-        def open(cls, path: Path, model_file: ModelFile, spec: Any, **_: Any) -> FakeTensorRT:
-            refuse(model_file)
-            return cls(spec, name="tensorrt")
+    def load(name: str, path: Path, model_file: ModelFile, spec: Any, *_: Any) -> OracleBackend:
+        refuse(model_file)
+        return OracleBackend(spec, name="tensorrt")
 
     module = types.ModuleType("runtime.backends.tensorrt.backend")
-    module.__dict__.update(check_engine=check_engine, TensorRTBackend=FakeTensorRT)
+    module.__dict__.update(check_engine=check_engine, open_engine=load)
     monkeypatch.setitem(sys.modules, "runtime.backends.tensorrt.backend", module)
 
 
@@ -159,7 +147,7 @@ def mixed(tmp_path: Path) -> Bundle:
 @pytest.mark.usefixtures("foreign_engine")
 def test_a_mismatch_is_an_error_by_default(mixed: Bundle) -> None:
     with pytest.raises(EngineMismatch, match="built on NVIDIA H200"):
-        open_backend(mixed, "tensorrt")
+        open_engine(mixed, "tensorrt")
 
 
 @pytest.mark.usefixtures("foreign_engine")
@@ -181,10 +169,26 @@ def test_auto_warns_about_an_engine_that_does_not_fit(mixed: Bundle) -> None:
 
 def test_what_failed_the_parity_check_is_not_run(tmp_path: Path) -> None:
     failed = engine("openvino", "bf16", status="failed")
-    bundle = make_bundle(tmp_path, [engine("openvino")])
-    bundle = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, rejected=(failed,)))
-    assert [r.name for r in matching_engines(bundle, "openvino")] == ["openvino-fp32", "openvino-fp16"]
-    with pytest.raises(BackendUnavailable, match=r"failed the parity check and are not run: openvino-bf16"):
+    bundle = make_bundle(tmp_path, [engine("openvino"), failed])
+    assert [r.name for r in matching_engines(bundle, "openvino")] == ["openvino-fp32"]
+    with pytest.raises(BackendUnavailable, match=r"openvino bf16 \(failed\); what failed the parity check is not run"):
         matching_engines(bundle, "openvino", precision="bf16")
-    assert failed_engines(bundle, "openvino") == [failed]
     assert engines_to_verify(bundle, "openvino", "bf16") == [failed]  # it may be verified again
+
+
+def test_an_engine_of_an_unknown_backend_is_passed_over(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path, [engine("of-tomorrow"), engine("onnxruntime")])
+    assert [r.name for r in matching_engines(bundle)] == ["onnxruntime-fp32"]
+
+
+@pytest.mark.filterwarnings("ignore:engine 'openvino-fp32' is skipped")
+def test_auto_takes_the_next_one_when_an_engine_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnxruntime")
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise EngineError("out of memory")
+
+    monkeypatch.setattr("runtime.backends.openvino.OpenVinoBackend.open", broken)
+    opened = open_engine(make_bundle(tmp_path, [engine("openvino"), engine("onnxruntime")]))
+    assert (opened.backend.name, opened.skipped) == ("onnxruntime", ("openvino-fp32: out of memory",))

@@ -53,7 +53,7 @@ def test_outputs_are_the_modules_own_as_float32_arrays() -> None:
     np.testing.assert_array_equal(logits, expected.detach().numpy())
     assert logits.dtype == offsets.dtype == np.float32
     assert offsets.shape == SPEC.output_shapes(2)["offsets"]
-    assert backend.describe()["library_version"] == torch.__version__
+    assert backend.describe()["version"] == torch.__version__
 
 
 def test_runs_in_evaluation_and_inference_mode_and_restores_every_module() -> None:

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 from benchmarks.networks import Networks  # noqa: E402
 from export.parity.inputs import stress_inputs  # noqa: E402
-from export.parity.tolerances import TOLERANCES, GraphPrecision  # noqa: E402
+from export.parity.tolerances import TOLERANCES, Precision  # noqa: E402
 from runtime.backends.openvino import OpenVinoBackend  # noqa: E402
 from runtime.errors import BackendUnavailable  # noqa: E402
 from runtime.features import pack  # noqa: E402
@@ -60,7 +60,7 @@ def on_openvino(path: Path) -> Run:
     ],
 )
 def test_typed_graphs_compute_the_network(
-    precision: GraphPrecision,
+    precision: Precision,
     engine: Callable[[Path], Run],
     tiny_graph: Callable[[str], Path],
     tiny_networks: Networks,

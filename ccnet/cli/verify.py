@@ -53,6 +53,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     check_fits(bundle, reference.spec, reference.checkpoint_sha256)
     named = bool(arguments.backend or arguments.precision)
     verified = verify(bundle.folder, engines, reference, all_must_run=named)
+    if not verified:
+        print(f"{bundle.folder}: nothing left that can be verified on this machine")
+        return 0
     print(f"{bundle.folder}: verified: {', '.join(verified)}")
     print(f"next: ccnet bench {bundle.folder}")
     return 0
