@@ -23,7 +23,6 @@ from export.graph.to_onnx import OnnxInfo
 from export.parity.reference import load_reference
 from export.parity.tolerances import TOLERANCES, Tolerance
 from export.tensorrt.options import EngineOptions
-from runtime.backends import registry
 from runtime.bundle import PARITY, Bundle, ModelFile, read_bundle
 from runtime.errors import BackendUnavailable, ExportError
 from runtime.localizer import Localizer
@@ -363,7 +362,7 @@ def test_half_precision_and_opset_17(checkpoint: Path, tmp_path: Path) -> None:
     assert main([*command, "--opset", "17", "--videos", "6"]) == 0
     bundle = read_bundle(out)
     assert {m.name: m.opset for m in bundle.manifest.model_files} == {"onnx-fp16": 17}
-    assert {engine.status for engine in bundle.manifest.engines} == {"verified"}
+    assert statuses(bundle) == {"onnxruntime-fp16": "verified", "onnxruntime-cuda-fp16": "unverified"}
     with Localizer.load(out, "onnxruntime", precision="fp16") as localizer:
         assert localizer.backends[0].precision == "fp16"
 
@@ -395,12 +394,6 @@ def test_auto_goes_on_without_an_engine_that_can_not_be_built(
         raise ExportError(f"no kernels for {options.precision}")
 
     monkeypatch.setattr(export.bundle, "build_engine", build_engine)
-    entry = registry.REGISTRY["tensorrt"]
-    only = {
-        "tensorrt": dataclasses.replace(entry, precisions={"fp32": "fp32"}),
-        "onnxruntime": registry.REGISTRY["onnxruntime"],
-    }
-    monkeypatch.setattr(export.bundle, "REGISTRY", only)
     out = tmp_path / "bundle"
     command = ["export", str(checkpoint), "--out", str(out), "--videos", "3", "--format", "onnx", "tensorrt"]
     assert main([*command, "--precision", "auto"]) == 0
