@@ -14,8 +14,9 @@ import pytest
 from tensorrt_simulation import ENGINE_FILE, ENGINE_SPEC, Simulation, expected_outputs, install, write_engine
 
 from runtime.backends.tensorrt import cuda
-from runtime.backends.tensorrt.backend import TensorRTBackend, check_engine
+from runtime.backends.tensorrt.backend import TensorRTBackend
 from runtime.backends.tensorrt.context import MAX_BATCH_SIZES
+from runtime.backends.tensorrt.engine import check_engine
 from runtime.errors import (
     BackendUnavailable,
     BundleError,

@@ -14,8 +14,9 @@ torch = pytest.importorskip("torch")
 
 from benchmarks.networks import Networks  # noqa: E402
 from export.parity.inputs import stress_inputs  # noqa: E402
-from export.parity.tolerances import TOLERANCES, Precision  # noqa: E402
+from export.parity.tolerances import TOLERANCES  # noqa: E402
 from runtime.backends.openvino import OpenVinoBackend  # noqa: E402
+from runtime.backends.registry import Precision  # noqa: E402
 from runtime.errors import BackendUnavailable  # noqa: E402
 from runtime.features import pack  # noqa: E402
 

@@ -24,7 +24,7 @@ from export.parity.compare import compare
 from export.parity.reference import load_reference
 from export.tensorrt.build import EngineInfo, build_engine
 from export.tensorrt.options import CURRENT, EngineOptions
-from runtime.backends.base import BaseBackend
+from runtime.backends.base import Backend
 from runtime.backends.tensorrt import cuda
 from runtime.backends.tensorrt.backend import TensorRTBackend
 from runtime.backends.tensorrt.library import load_library
@@ -124,7 +124,7 @@ def check_engine_file(path: Path, model_file: ModelFile, spec: ModelSpec, refere
         return check_backend(backend, reference)
 
 
-def check_backend(backend: BaseBackend, reference: Path) -> dict[str, Any]:
+def check_backend(backend: Backend, reference: Path) -> dict[str, Any]:
     """Compare any backend with a file of `ccnet reference`. Returns `passed` and the differences."""
     recorded = load_reference(reference)
     return compare(backend, recorded.outputs, recorded.videos).to_json()
@@ -171,7 +171,7 @@ def onnxruntime(settings: Settings) -> dict[str, Any]:
         return {"load_seconds": time.perf_counter() - begin, **check_and_time(backend, settings)}
 
 
-def check_and_time(backend: BaseBackend, settings: Settings) -> dict[str, Any]:
+def check_and_time(backend: Backend, settings: Settings) -> dict[str, Any]:
     """Run the parity check on a backend, where there is a reference, and time it unless it fails; close it."""
     if not settings.get("reference"):
         return time_backend(backend, settings, verified=True)
@@ -179,7 +179,7 @@ def check_and_time(backend: BaseBackend, settings: Settings) -> dict[str, Any]:
     return {"status": status, **time_backend(backend, settings, verified=status["passed"])}
 
 
-def time_backend(backend: BaseBackend, settings: Settings, *, verified: bool) -> dict[str, Any]:
+def time_backend(backend: Backend, settings: Settings, *, verified: bool) -> dict[str, Any]:
     """Time a backend as `ccnet bench` does, an engine on the device alone too, and close it.
 
     Raises EngineError when a verified backend can't be measured.

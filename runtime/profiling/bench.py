@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.backends.base import Backend, BaseBackend, Bool, Float32
+from runtime.backends.base import Backend, Bool, Float32
 from runtime.backends.select import load_engine
 from runtime.bundle import Bundle, Engine
 from runtime.errors import CCNetError
@@ -47,11 +47,11 @@ class Candidate:
     """One way to run the network. It is measured only if its accuracy is verified."""
 
     name: str
-    open: Callable[[], BaseBackend]
+    open: Callable[[], Backend]
     status: str
     """`passed`, `not-run`, `failed`, or `reference`; `to-verify` when `verify` says it."""
     accuracy: dict[str, Any] = field(default_factory=dict)
-    verify: Callable[[BaseBackend], tuple[str, dict[str, Any]]] | None = None
+    verify: Callable[[Backend], tuple[str, dict[str, Any]]] | None = None
     """Checks the opened backend and returns its status and accuracy; for what no bundle vouches for."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each file that it runs."""
@@ -85,7 +85,7 @@ def _engine_candidate(bundle: Bundle, engine: Engine) -> Candidate:
     model_file = bundle.model_file(engine.model_file)
     records = {record.name: record for record in bundle.manifest.files if record.name in model_file.files}
 
-    def open_it() -> BaseBackend:
+    def open_it() -> Backend:
         return load_engine(bundle, engine)
 
     arguments = [str(bundle.folder), "--backend", engine.backend, "--precision", engine.precision]
@@ -131,7 +131,7 @@ def bench(
             except CCNetError as error:
                 unable[candidate.name] = str(error)
     with contextlib.ExitStack() as stack:
-        opened: dict[str, BaseBackend] = {}
+        opened: dict[str, Backend] = {}
         for candidate in candidates:
             entry = _entry(candidate, cold.get(candidate.name))
             report["candidates"].append(entry)
@@ -149,12 +149,12 @@ def bench(
 
 def _open(
     candidate: Candidate, entry: dict[str, Any], stack: contextlib.ExitStack, progress: Callable[[str], None]
-) -> BaseBackend | None:
+) -> Backend | None:
     """The backend, if it can be opened and is verified; else None, and `entry["not_measured"]` says why."""
     if candidate.status in VERIFIED or candidate.verify is not None:
         progress(f"loading {candidate.name}")
         try:
-            backend = stack.enter_context(candidate.open())
+            backend = stack.enter_context(contextlib.closing(candidate.open()))
             entry["engine"] = backend.describe()
             if candidate.verify is not None:
                 progress(f"comparing {candidate.name}")
@@ -182,7 +182,7 @@ def _entry(candidate: Candidate, cold: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _measure(
-    spec: ModelSpec, opened: dict[str, BaseBackend], plan: Plan, progress: Callable[[str], None]
+    spec: ModelSpec, opened: dict[str, Backend], plan: Plan, progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Measure all candidates at every batch size. Returns the rows of the report."""
     from runtime.localizer import Localizer
