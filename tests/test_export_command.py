@@ -26,6 +26,7 @@ from export.tensorrt.options import EngineOptions
 from runtime.bundle import PARITY, Bundle, ModelFile, read_bundle
 from runtime.errors import BackendUnavailable, ExportError
 from runtime.localizer import Localizer
+from runtime.profiling.timing import Rules
 from runtime.profiling.workload import sample_videos
 
 onnx = pytest.importorskip("onnx")
@@ -99,6 +100,7 @@ def exporter(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return graph_info(path)
 
     monkeypatch.setattr(export.graph.to_onnx, "export_onnx", copy)
+    monkeypatch.setattr(export.parity.check, "SPEED_RULES", Rules(seconds=0, calls=3))
 
 
 def graph_info(path: Path) -> OnnxInfo:
@@ -299,11 +301,11 @@ def test_bad_requests_say_what_is_wrong_before_any_work(
 
 @pytest.fixture(scope="module")
 def ablated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a network without gates."""
+    """A checkpoint of a network of one level, without C2F and F2C."""
     from ccnet.checkpoint import save_checkpoint
     from ccnet.network.model import CCNet
 
-    config = with_overrides(tiny_config(), {"model.tcg": "false"})
+    config = with_overrides(tiny_config(), {"model.levels": "1"})
     path = tmp_path_factory.mktemp("checkpoint") / "ablated"
     save_checkpoint(path, CCNet(config.model).eval(), config=config, labels=("a", "b", "c", "d"))
     return path
@@ -314,7 +316,7 @@ def test_an_ablated_network_becomes_the_reference_graph_with_a_warning(
 ) -> None:
     out = tmp_path / "bundle"
     assert main(["export", str(ablated), "--out", str(out), "--videos", "2"]) == 0
-    assert "warning: model.tcg = false: writing the reference graph" in capsys.readouterr().err
+    assert "warning: model.levels = 1: writing the reference graph" in capsys.readouterr().err
     (model_file,) = read_bundle(out).manifest.model_files
     assert model_file.build["graph"] == "reference"
 
@@ -322,7 +324,7 @@ def test_an_ablated_network_becomes_the_reference_graph_with_a_warning(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--graph", "fused"], "model.tcg = false: the fused network has no such form; use --graph reference"),
+        (["--graph", "fused"], "model.levels = 1: the fused network has no such form; use --graph reference"),
         (["--precision", "fp16"], "the reference graph has fp32 only"),
     ],
 )

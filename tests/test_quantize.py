@@ -24,6 +24,7 @@ from export.parity.tolerances import TOLERANCES  # noqa: E402
 from runtime.backends.select import open_engine  # noqa: E402
 from runtime.bundle import read_bundle  # noqa: E402
 from runtime.errors import ConfigError, ExportError  # noqa: E402
+from runtime.profiling.timing import Rules  # noqa: E402
 from runtime.spec import ModelSpec  # noqa: E402
 
 
@@ -187,6 +188,7 @@ def making(monkeypatch: pytest.MonkeyPatch) -> Any:
     # Four videos and a random network: a single near tie is worth half a point of mAP, which says nothing about int8.
     loose = replace(TOLERANCES["int8"], average_map=0.05)
     monkeypatch.setitem(TOLERANCES, "int8", loose)
+    monkeypatch.setattr("export.parity.check.SPEED_RULES", Rules(seconds=0, calls=3))
 
     def make(out: Path, *precisions: str) -> Any:
         request = ExportOptions(precisions=precisions, max_batch=4, graph="fused")

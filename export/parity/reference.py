@@ -88,7 +88,8 @@ def load_reference(path: str | Path) -> Reference:
     if not path.is_file():
         raise ParityError(f"{path}: no such reference file; 'ccnet reference CHECKPOINT --out {path}' writes one")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # np.load given a path leaves a damaged file open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays: dict[str, npt.NDArray[Any]] = {name: file[name] for name in file.files}
         header = json.loads(str(arrays["header"]))
         if header["schema"] != SCHEMA:
