@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ccnet import __version__
-from export.bundle_writer import Draft, new_bundle, refuse_foreign
-from export.parity.check import check_parity, measured, with_verdict
+from export.bundle_writer import Draft, new_bundle
+from export.parity.check import check_parity, with_speeds, with_verdict
 from export.parity.compare import ParityReport
 from export.parity.reference import Reference
 from export.parity.tolerances import graph_precision
@@ -94,7 +94,6 @@ def make_bundle(
     when an engine that was asked for fails the check (with `auto`: when every one does); ExportError when a graph or
     engine can't be made; BundleError when `out` is something else.
     """
-    refuse_foreign(Path(out))
     if options.graph is None:
         options = dataclasses.replace(options, graph=_graph_for(checkpoint.config.model))
     asked, others, skipped = _plan(options)
@@ -285,7 +284,7 @@ def _check(
             f"no engine passed the parity check; failed: {', '.join(reports)}; not run here: {', '.join(skipped)}"
         )
     if options.automatic:
-        verified = measured(bundle, verified)
+        verified = with_speeds(bundle, verified)
     for engine in (*verified, *(engine for engine in checked if engine.status == "failed")):
         draft.set_engine(engine, reports[engine.name].to_json())
     return ExportResult(engines=draft.manifest.engines, reports=reports, skipped=skipped)

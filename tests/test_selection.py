@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from builders import OracleBackend, engine, make_bundle
 
-from export.parity.verify import engines_to_verify
+from export.parity.check import engines_to_verify
 from runtime.backends.registry import runs_on_gpu
 from runtime.backends.select import matching_engines, open_engine
 from runtime.bundle import Bundle, Engine, ModelFile

@@ -39,7 +39,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from export.parity.verify import check_fits, engines_to_verify, verify
+    from export.parity.check import check_fits, engines_to_verify, verify
     from runtime.bundle import read_bundle
 
     bundle = read_bundle(arguments.bundle)
@@ -82,8 +82,8 @@ def _reference(arguments: argparse.Namespace, bundle: Bundle) -> Reference:
 def _polygraphy(arguments: argparse.Namespace, bundle: Bundle) -> int:
     from pathlib import Path
 
+    from export.parity.check import check_fits
     from export.parity.polygraphy_files import judge_results, write_inputs
-    from export.parity.verify import check_fits
 
     reference = _reference(arguments, bundle)
     check_fits(bundle, reference.spec, reference.checkpoint_sha256)

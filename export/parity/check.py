@@ -1,24 +1,85 @@
-"""Run the parity check on an engine of a bundle, opened as the runtime opens it, and measure its speed. Torch-free."""
+"""Run the parity check on engines of a bundle, opened as the runtime opens them, and record the result (no torch)."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from export.bundle_writer import changed_bundle
 from export.parity.compare import ParityReport, compare
 from export.parity.reference import Reference
 from export.parity.tolerances import tolerance
 from runtime.backends.registry import runs_on_gpu
-from runtime.backends.select import load_engine
-from runtime.bundle import Bundle, Engine
+from runtime.backends.select import load_engine, matching_engines
+from runtime.bundle import Bundle, Engine, read_bundle
+from runtime.errors import BackendUnavailable, BundleError, EngineError, EngineMismatch, ParityError
 from runtime.features import pack
 from runtime.machine import machine_class
 from runtime.profiling.timing import Rules, measure_interleaved
 from runtime.profiling.workload import sample_videos
+from runtime.spec import ModelSpec
 
 SPEED_RULES = Rules(warmup_seconds=0.2, warmup_calls=2, seconds=1.0, calls=7)
 """Enough to rank the engines; `ccnet bench` measures them properly."""
+
+log = logging.getLogger(__name__)
+
+
+def check_fits(bundle: Bundle, spec: ModelSpec, checkpoint_sha256: str) -> None:
+    """Raise BundleError when a reference or checkpoint is not of the network that the bundle holds."""
+    if checkpoint_sha256 != bundle.manifest.checkpoint_sha256 or spec.input_shapes(1) != bundle.spec.input_shapes(1):
+        raise BundleError(
+            f"{bundle.folder} was made from checkpoint {bundle.manifest.checkpoint_sha256[:16]}, "
+            f"the reference is of {checkpoint_sha256[:16]}; use the checkpoint that was exported"
+        )
+
+
+def engines_to_verify(bundle: Bundle, backend: str | None, precision: str | None) -> list[Engine]:
+    """Return the unverified engines, or all that fit the given backend and precision, failed ones too.
+
+    Raises BackendUnavailable when none fits what was asked for.
+    """
+    if backend is None and precision is None:
+        return [engine for engine in bundle.manifest.engines if engine.status == "unverified"]
+    return matching_engines(bundle, backend or "auto", precision=precision, failed=True)
+
+
+def verify(
+    folder: str | Path, engines: Sequence[Engine], reference: Reference, *, all_must_run: bool = True
+) -> list[str]:
+    """Run the parity check on `engines`, write every result into the bundle, atomically, and return the verified names.
+
+    ParityError is raised for engines that fail, BackendUnavailable for those that can't run here; with `all_must_run`
+    off, ONNX files are passed over where their backend is absent. What the others gave is written all the same.
+    """
+    bundle = read_bundle(folder)
+    reports: dict[str, ParityReport] = {}
+    unavailable: list[str] = []
+    for engine in engines:
+        log.info("comparing %s with the eager network", engine.name)
+        try:
+            reports[engine.name] = check_parity(bundle, engine, reference)
+        except (BackendUnavailable, EngineMismatch, EngineError) as error:
+            log.info("  can't run here: %s", error)
+            if all_must_run or bundle.model_file(engine.model_file).format != "onnx":
+                unavailable.append(f"{engine.name}: {error}")
+        else:
+            log.info("%s", reports[engine.name].text())
+    if reports:
+        with changed_bundle(folder) as draft:
+            for engine in engines:
+                if report := reports.get(engine.name):
+                    draft.set_engine(with_verdict(engine, report), report.to_json())
+    if failed := [name for name, report in reports.items() if not report.passed]:
+        raise ParityError(f"{folder}: {', '.join(failed)} failed the parity check and will not be run")
+    if unavailable:
+        raise BackendUnavailable(f"{folder}: could not be run here:\n  " + "\n  ".join(unavailable))
+    return list(reports)
 
 
 def check_parity(bundle: Bundle, engine: Engine, reference: Reference) -> ParityReport:
@@ -28,23 +89,17 @@ def check_parity(bundle: Bundle, engine: Engine, reference: Reference) -> Parity
 
 
 def with_verdict(engine: Engine, report: ParityReport) -> Engine:
-    """The engine with its verdict."""
+    """Return the engine with status and accuracy from its report."""
     return dataclasses.replace(engine, status="verified" if report.passed else "failed", accuracy=report.summary())
 
 
-def measured(bundle: Bundle, engines: Sequence[Engine]) -> list[Engine]:
-    """The engines with their speed at batch 1 on this machine, measured interleaved, one video of full length."""
-    spec = bundle.spec
-    calls = {}
-    backends = []
-    for engine in engines:
-        backend = load_engine(bundle, engine)
-        inputs = pack(sample_videos(spec, 1), spec)
-        calls[engine.name] = lambda backend=backend, inputs=inputs: backend.infer(*inputs)
-        backends.append(backend)
-    timings = measure_interleaved(calls, SPEED_RULES) if calls else {}
-    for backend in backends:
-        backend.close()
+def with_speeds(bundle: Bundle, engines: Sequence[Engine]) -> list[Engine]:
+    """Return the engines with their speed here: one video of full length at batch 1, all measured interleaved."""
+    inputs = pack(sample_videos(bundle.spec, 1), bundle.spec)
+    with contextlib.ExitStack() as stack:
+        backends = [stack.enter_context(load_engine(bundle, engine)) for engine in engines]
+        calls = {e.name: partial(backend.infer, *inputs) for e, backend in zip(engines, backends, strict=True)}
+        timings = measure_interleaved(calls, SPEED_RULES) if calls else {}
     return [dataclasses.replace(engine, speed=_speed(engine, timings[engine.name].summary())) for engine in engines]
 
 
