@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ccnet.network.model import CCNet
     from runtime.localizer import Localizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["CCNet", "Config", "Localizer", "ModelConfig", "load_checkpoint", "preset", "save_checkpoint"]
 
 _HOME = {
