@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import ccnet.cli.bench
 import runtime.profiling.bench
 from ccnet.cli.main import main
 from runtime.backends.base import check_inputs
@@ -52,12 +53,6 @@ class FakeBackend:
     def close(self) -> None:
         self.closed = True
 
-    def __enter__(self) -> FakeBackend:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def candidate(name: str, backend: FakeBackend, **changes: Any) -> Candidate:
     facts: dict[str, Any] = {"open": lambda: backend, "status": "verified", **changes}
@@ -77,7 +72,7 @@ def test_rows_for_every_batch_with_accuracy_beside_them() -> None:
     assert second["engine_ratio"]["to"] == "slow"
     assert second["engine_ratio"]["median"] < 1
     assert first["engine_ms"]["n"] == first["end_to_end_ms"]["n"] == 4
-    # The whole walk takes as long as the engine at least, and what is outside of it is not counted as engine.
+    # End to end takes as long as the engine at least, and what is outside of it is not counted as engine.
     assert first["end_to_end_ms"]["min"] >= 20
     assert first["outside_engine_ms"]["p50"] < first["end_to_end_ms"]["p50"] - 19
     assert second["stream_videos_per_second"]["per_second"] > first["stream_videos_per_second"]["per_second"]
@@ -85,9 +80,16 @@ def test_rows_for_every_batch_with_accuracy_beside_them() -> None:
     assert slow.closed
     assert fast.closed
     json.dumps(report, allow_nan=False)
-    text = bench_text(report)
-    assert "matched 1" in text
-    assert "slow" in text
+    assert "fast: verified; matched 1" in bench_text(report).splitlines()
+
+
+def test_a_candidate_is_compared_with_its_peer_where_both_take_the_batch() -> None:
+    first, peer, fast = FakeBackend(), FakeBackend(max_batch=1, seconds=0.02), FakeBackend(seconds=0.001)
+    report = bench(SPEC, [candidate("first", first), candidate("peer", peer), candidate("x", fast, peer="peer")], QUICK)
+    compared = {r["batch"]: r["peer_ratio"] for r in report["rows"] if "peer_ratio" in r}
+    assert set(compared) == {1}
+    assert compared[1]["to"] == "peer"
+    assert compared[1]["median"] < 1
 
 
 def test_batches_beyond_an_engine_are_left_out() -> None:
@@ -97,15 +99,17 @@ def test_batches_beyond_an_engine_are_left_out() -> None:
     assert set(small.batches) == {1}
 
 
-@pytest.mark.parametrize("status", ["unverified", "failed"])
-def test_without_a_passed_parity_check_there_is_no_speed(status: str) -> None:
+@pytest.mark.parametrize(
+    ("status", "reason"), [("unverified", "its accuracy was never verified"), ("failed", "it failed the parity check")]
+)
+def test_without_a_passed_parity_check_there_is_no_speed(status: str, reason: str) -> None:
     unverified = FakeBackend()
     report = bench(SPEC, [candidate("unverified", unverified, status=status), candidate("good", FakeBackend())], QUICK)
     assert {r["candidate"] for r in report["rows"]} == {"good"}
     assert unverified.batches == []
-    entry = report["candidates"][0]
-    assert status in entry["not_measured"]
-    assert f"parity check: {status}" in bench_text(report)
+    assert [line for line in bench_text(report).splitlines() if "unverified" in line or "failed" in line] == [
+        f"unverified: {status}; not measured: {reason}"
+    ]
 
 
 def test_peers_are_verified_before_they_are_measured() -> None:
@@ -121,8 +125,8 @@ def test_peers_are_verified_before_they_are_measured() -> None:
     report = bench(
         SPEC,
         [
-            candidate("good", good, status="to-verify", verify=verify),
-            candidate("bad", bad, status="to-verify", verify=verify),
+            candidate("good", good, status="unverified", verify=verify),
+            candidate("bad", bad, status="unverified", verify=verify),
         ],
         QUICK,
     )
@@ -130,6 +134,7 @@ def test_peers_are_verified_before_they_are_measured() -> None:
     assert [c["status"] for c in report["candidates"]] == ["verified", "failed"]
     assert report["candidates"][1]["accuracy"] == {"max_logits": 0.5}
     assert bad.batches == []
+    assert "bad: failed; not measured: it failed the parity check; max_logits 0.5" in bench_text(report).splitlines()
 
 
 def test_what_does_not_open_here_is_listed_and_the_rest_goes_on() -> None:
@@ -186,9 +191,7 @@ def test_candidates_of_a_bundle(tmp_path: Path) -> None:
     assert (first.name, first.status, first.accuracy) == ("onnxruntime-fp32", "verified", {"matched": 1.0})
     assert first.files == {"m.onnx": "aa", "m.onnx.data": "bb"}
     assert first.weight_bytes == 12
-    assert second.cold_start == (
-        str(tmp_path), "--backend", "openvino", "--precision", "fp32",
-    )  # fmt: skip
+    assert second.bundle == tmp_path
     assert [c.name for c in engine_candidates(bundle, ["openvino"])] == ["openvino-fp32"]
 
     failed = replace(bundle.manifest.engines[1], name="openvino-int8", precision="int8", status="failed")
@@ -202,18 +205,18 @@ def test_candidates_of_a_bundle(tmp_path: Path) -> None:
 def test_cold_start_goes_into_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     run = {"import_s": 0.1, "load_s": 2.0, "first_result_s": 0.5, "total_s": 3.0, "peak_bytes": 130e6}
     monkeypatch.setattr(
-        runtime.profiling.bench, "measure_cold_start", lambda arguments, repeats: {"runs": [run] * repeats}
+        runtime.profiling.bench, "measure_cold_start", lambda bundle, engine, repeats: {"runs": [run] * repeats}
     )
-    measured = candidate("x", FakeBackend(), cold_start=("bundle",), weight_bytes=100_000_000)
-    unverified = candidate("y", FakeBackend(), cold_start=("bundle",), status="unverified")
+    measured = candidate("x", FakeBackend(), bundle=Path("bundle"), weight_bytes=100_000_000)
+    unverified = candidate("y", FakeBackend(), bundle=Path("bundle"), status="unverified")
     report = bench(SPEC, [measured, unverified], QUICK)
     assert [c["cold_start"] for c in report["candidates"]] == [{"runs": [run]}, None]
     assert "1.30" in bench_text(report)
 
 
-def test_cold_start_of_what_is_no_bundle(tmp_path: Path) -> None:
+def test_cold_start_of_what_is_not_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"no bundle\.json|has no bundle"):
-        measure_cold_start([str(tmp_path)], repeats=1)
+        measure_cold_start(tmp_path, "onnxruntime-fp32", repeats=1)
 
 
 def test_sample_videos_differ_and_are_reproducible() -> None:
@@ -246,11 +249,11 @@ def test_bench_needs_no_torch() -> None:
 
 
 def test_a_cold_start_that_fails_is_listed_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(arguments: Any, repeats: int) -> Any:
+    def fail(bundle: Path, engine: str, repeats: int) -> Any:
         raise EngineError("no such arithmetic here")
 
     monkeypatch.setattr(runtime.profiling.bench, "measure_cold_start", fail)
-    unable = candidate("x", FakeBackend(), cold_start=("bundle",))
+    unable = candidate("x", FakeBackend(), bundle=Path("bundle"))
     report = bench(SPEC, [unable, candidate("y", FakeBackend())], QUICK)
     assert [c["not_measured"] for c in report["candidates"]] == ["no such arithmetic here", None]
     assert {row["candidate"] for row in report["rows"]} == {"y"}
@@ -270,6 +273,21 @@ def test_what_is_out_of_range_is_refused(options: list[str], message: str, capsy
         main(["bench", "bundle", *options])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_report_alone_is_on_standard_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = manifest_bundle(tmp_path, ())
+    monkeypatch.setattr(ccnet.cli.bench, "read_bundle", lambda _: bundle)
+    monkeypatch.setattr(ccnet.cli.bench, "engine_candidates", lambda *_: [candidate("x", FakeBackend())])
+    report = tmp_path / "report.json"
+    options = ["--seconds", "0", "--calls", "2", "--batches", "1", "--json", str(report)]
+    assert main(["bench", str(tmp_path), *options]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == bench_text(json.loads(report.read_text())) + "\n"
+    assert f"report: {report}" in shown.err
+    assert "batch 1: x" in shown.err
 
 
 def test_an_option_without_effect_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,9 @@
-"""`ccnet bench`: the speed of every verified way to run a bundle here, each with its accuracy."""
+"""`ccnet bench`: the speed of every verified engine of a bundle on this machine, with its accuracy."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from export.parity.inputs import ParityVideo
     from export.parity.reference import Outputs
     from runtime.backends.base import Backend, BaseBackend
+
+log = logging.getLogger(__name__)
 
 
 def register(subparsers: Any) -> None:
@@ -57,26 +60,26 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         candidates = [*peers, *candidates]
     rules = Rules(warmup_seconds=min(0.5, arguments.seconds), seconds=arguments.seconds, calls=arguments.calls)
     plan = Plan(rules=rules, batches=tuple(sorted(set(arguments.batches))))
-    report = bench(bundle.spec, candidates, plan, progress=lambda text: print(f"bench: {text}", flush=True))
+    report = bench(bundle.spec, candidates, plan)
     report["bundle"] = {
         "checkpoint_sha256": bundle.manifest.checkpoint_sha256,
         "created": bundle.manifest.created,
         "versions": bundle.manifest.versions,
     }
-    print("\n" + bench_text(report))
+    print(bench_text(report))
     if arguments.json:
         write_json(arguments.json, report)
-        print(f"\nreport: {arguments.json}")
+        log.info("report: %s", arguments.json)
     if arguments.plot:
         from ccnet.plots import plot_bench
 
         plot_bench(report, arguments.plot)
-        print(f"plot: {arguments.plot}")
+        log.info("plot: %s", arguments.plot)
     return 0
 
 
 def _torch_candidates(folder: str, expected_sha256: str, compiled: bool) -> list[Candidate]:
-    """Eager PyTorch in fp32 first (what everything is compared with), then its faster ways."""
+    """Return eager PyTorch in fp32, which everything is compared with, its other precisions, and compiled."""
     import torch
 
     from ccnet.checkpoint import read_checkpoint
@@ -109,7 +112,7 @@ def _torch_candidate(
     return Candidate(
         name=name,
         open=partial(_open_torch, checkpoint, device, precision, compiled),
-        status="reference" if reference else "to-verify",
+        status="reference" if reference else "unverified",
         verify=None if reference else partial(_verify_torch, checkpoint, device),
         files={"model.safetensors": checkpoint.weights_sha256},
         weight_bytes=checkpoint.weights_size,
@@ -128,7 +131,7 @@ def _open_torch(checkpoint: Checkpoint, device: str, precision: TorchPrecision, 
 
 
 def _verify_torch(checkpoint: Checkpoint, device: str, backend: Backend) -> tuple[str, dict[str, Any]]:
-    """The parity check of the export on a way to run PyTorch: verdict and accuracy."""
+    """Run the export's parity check on a way to run PyTorch. Returns status and accuracy."""
     from export.parity.compare import compare
 
     videos, expected = _expected(checkpoint.folder, device)
@@ -138,7 +141,7 @@ def _verify_torch(checkpoint: Checkpoint, device: str, backend: Backend) -> tupl
 
 @lru_cache(maxsize=1)
 def _expected(folder: Path, device: str) -> tuple[list[ParityVideo], Outputs]:
-    """A part of the export's inputs, enough to tell a wrong result, and what eager fp32 makes of them."""
+    """Return a part of the export's inputs, enough to tell a wrong result, and what eager fp32 makes of them."""
     from ccnet.checkpoint import read_checkpoint
     from export.parity.inputs import stress_inputs, synthetic_inputs
     from export.parity.reference import record

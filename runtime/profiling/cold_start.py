@@ -1,7 +1,7 @@
 """From nothing to the first events: import, load and first result of a bundle, and the memory that takes.
 
-Run as `python -m runtime.profiling.cold_start BUNDLE --backend B [--precision P]` in a fresh process; prints one JSON
-object with seconds and bytes. The first events are those of one video of full length.
+`python -m runtime.profiling.cold_start BUNDLE ENGINE` is the fresh process; it prints one JSON object with seconds and
+bytes. The first events are those of one video of full length.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from runtime.errors import CCNetError, EngineError
+from runtime.errors import BackendUnavailable, CCNetError, EngineError
 from runtime.machine import peak_rss_bytes, rss_bytes
 
 _TIMEOUT_S = 600.0
 
 
-def measure_cold_start(arguments: Sequence[str], *, repeats: int = 3) -> dict[str, Any]:
+def measure_cold_start(bundle: Path, engine: str, *, repeats: int = 3) -> dict[str, Any]:
     """Run this module `repeats` times in fresh processes, one after the other; every run is kept.
+
+    `engine`: its name in the manifest of `bundle`.
 
     Returns `{"runs": [...]}`: seconds for import_s, load_s, first_result_s and total_s (process start to exit), bytes
     for imported_bytes, loaded_bytes and peak_bytes. Raises EngineError with the child's message when a run fails.
@@ -29,7 +31,7 @@ def measure_cold_start(arguments: Sequence[str], *, repeats: int = 3) -> dict[st
     runs = []
     for _ in range(repeats):
         begin = time.perf_counter_ns()
-        command = [sys.executable, "-m", "runtime.profiling.cold_start", *arguments]
+        command = [sys.executable, "-m", "runtime.profiling.cold_start", str(bundle), engine]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired as error:
@@ -42,23 +44,25 @@ def measure_cold_start(arguments: Sequence[str], *, repeats: int = 3) -> dict[st
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The fresh process: prints its own times and memory."""
+    """Open an engine and localize one video; print the times and the memory that this process took."""
     parser = argparse.ArgumentParser(prog="runtime.profiling.cold_start")
     parser.add_argument("bundle")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--precision")
+    parser.add_argument("engine", help="its name in the manifest")
     arguments = parser.parse_args(argv)
     begin = time.perf_counter_ns()
     import runtime.localizer
-    from runtime.backends.select import open_engine
+    from runtime.backends.select import load_engine
     from runtime.bundle import read_bundle
     from runtime.profiling.workload import sample_videos
 
-    bundle = read_bundle(arguments.bundle)
     imported = time.perf_counter_ns()
     imported_bytes = rss_bytes()
     try:
-        backend = open_engine(bundle, arguments.backend, precision=arguments.precision).backend
+        bundle = read_bundle(arguments.bundle)
+        engine = next((e for e in bundle.manifest.engines if e.name == arguments.engine), None)
+        if engine is None:
+            raise BackendUnavailable(f"{bundle.folder} has no engine '{arguments.engine}'")
+        backend = load_engine(bundle, engine)
         localizer = runtime.localizer.Localizer([backend], backend.spec)
         loaded = time.perf_counter_ns()
         loaded_bytes = rss_bytes()

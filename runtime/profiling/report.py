@@ -8,7 +8,7 @@ from typing import Any
 
 
 def bench_text(report: Mapping[str, Any]) -> str:
-    """Three tables (accuracy, speed, start and memory) and the machine they are of."""
+    """Return the machine and three tables: accuracy, speed, start and memory."""
     machine = report["machine"]
     parts = [
         f"{machine['cpu']}, {machine['cores']} cores"
@@ -27,7 +27,7 @@ def bench_text(report: Mapping[str, Any]) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned for a terminal: the first one left, the others right."""
+    """Align columns for a terminal: the first one left, the others right."""
     table = [list(header), *map(list, rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = [
@@ -40,15 +40,13 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _accuracy(candidates: Sequence[Mapping[str, Any]]) -> str:
+    """Return one line for each candidate: its status, and either its accuracy or why it was not measured."""
     lines = []
     for candidate in candidates:
-        facts = ", ".join(
-            f"{k} {_value(v)}" for k, v in candidate["accuracy"].items() if not isinstance(v, dict | list)
-        )
-        line = f"{candidate['name']}: parity check {candidate['status']}"
-        lines.append(line + (f"; {facts}" if facts else ""))
-        if candidate["not_measured"]:
-            lines.append(f"    not measured: {candidate['not_measured']}")
+        values = {k: v for k, v in candidate["accuracy"].items() if not isinstance(v, dict | list)}
+        facts = ", ".join(f"{name} {_value(value)}" for name, value in values.items())
+        reason = candidate["not_measured"] and f"not measured: {' '.join(candidate['not_measured'].split())}"
+        lines.append("; ".join(filter(None, [f"{candidate['name']}: {candidate['status']}", reason, facts])))
     return "Accuracy\n" + "\n".join(lines)
 
 

@@ -41,7 +41,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Timing:
-    """Every measured sample of one candidate, in the order of measurement."""
+    """All measured samples of one candidate, in the order of measurement."""
 
     seconds: npt.NDArray[np.float64]
     """[n] seconds of each call."""
@@ -52,11 +52,11 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """The median in seconds."""
         return float(np.median(self.seconds))
 
     def summary(self) -> dict[str, float | int]:
-        """Milliseconds: p50, p90, p95, p99, mean, min, max; and n. Percentiles are interpolated linearly."""
+        """Return p50, p90, p95, p99 (interpolated linearly), mean, min and max in milliseconds, and n."""
         ms = self.seconds * 1e3
         p50, p90, p95, p99 = (float(v) for v in np.percentile(ms, (50, 90, 95, 99)))
         spread = {"mean": float(ms.mean()), "min": float(ms.min()), "max": float(ms.max())}
@@ -65,7 +65,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """How many times as long A took as B: median over the rounds, with a confidence interval."""
+    """The time of A in times of B: median over the rounds, with a confidence interval."""
 
     median: float
     low: float
@@ -90,9 +90,6 @@ class Rate:
     """Results counted."""
     seconds: float
     """Time over which they were counted."""
-
-    def to_json(self) -> dict[str, float | int]:
-        return dict(vars(self))
 
 
 def measure(call: Callable[[], Any], rules: Rules | None = None) -> Timing:
@@ -141,7 +138,7 @@ def _warm_up(call: Callable[[], Any], rules: Rules) -> None:
 
 
 def ratio(a: Timing, b: Timing, *, confidence: float = 0.95) -> Ratio:
-    """How many times as long `a` takes as `b`, from samples measured in the same rounds.
+    """Return how many times as long `a` takes as `b`, from samples measured in the same rounds.
 
     The median of the pairwise ratios, with the percentile bootstrap interval of that median (fixed seed, so the same
     samples give the same interval). Raises ValueError when the two do not come from the same rounds.
@@ -157,7 +154,7 @@ def ratio(a: Timing, b: Timing, *, confidence: float = 0.95) -> Ratio:
 
 
 def steady_rate(results: Iterator[Any], rules: Rules | None = None) -> Rate:
-    """Results per second of a stream whose stages overlap.
+    """Count the results per second of a stream whose stages overlap.
 
     The first results fill the pipeline and are not counted (`warmup_seconds`, `warmup_calls`, at least one); counting
     starts when the last of them is there, so the rate is taken between two results. The stream must be long enough,

@@ -12,7 +12,7 @@ from runtime.spec import ModelSpec
 
 
 def sample_videos(spec: ModelSpec, count: int, *, steps: int | None = None, seed: int = 0) -> list[VideoFeatures]:
-    """`count` different videos of `steps` (default T, the longest that is not cropped) grid steps.
+    """Return `count` different videos of `steps` (default T, the longest that is not cropped) grid steps.
 
     Values are non-negative and of unit scale like those of I3D and VGGish features: rectified Gaussian noise.
     """
