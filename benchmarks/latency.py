@@ -29,7 +29,7 @@ from runtime.profiling.timing import Ratio, Timing, measure_interleaved, ratio
 from runtime.profiling.workload import sample_videos
 
 if TYPE_CHECKING:
-    from runtime.backends.base import BaseBackend, Bool, Float32
+    from runtime.backends.base import BaseBackend, Float32, Int32
 
 GRAPHS = {
     "reference": ("reference", ONNX_ENGINES),
@@ -109,7 +109,7 @@ def _torch_backends(setting: Setting) -> dict[str, BaseBackend]:
 
 
 def _compared(
-    name: str, backend: BaseBackend, inputs: tuple[Float32, Float32, Bool], reference: tuple[Float32, Float32]
+    name: str, backend: BaseBackend, inputs: tuple[Float32, Float32, Int32], reference: tuple[Float32, Float32]
 ) -> Entry:
     """Compare one full-length video, at which every point is valid. The whole parity check is part of the export."""
     logits, offsets = backend.infer(*inputs)
@@ -125,7 +125,7 @@ def _compared(
     return Entry(name, float(off_logits.max()), float(off_offsets.max()), bool(passed))
 
 
-def _call(backend: BaseBackend, inputs: tuple[Float32, Float32, Bool]) -> Callable[[], Any]:
+def _call(backend: BaseBackend, inputs: tuple[Float32, Float32, Int32]) -> Callable[[], Any]:
     return lambda: backend.infer(*inputs)
 
 

@@ -138,8 +138,11 @@ class Networks:
         return {**dataclasses.asdict(info), "path": path.name}
 
     def module(self, form: str) -> nn.Module:
+        """Return the module of a form, which takes the inputs of an engine."""
         if form == "reference":
-            return self.eager()
+            from export.graph.reference import ReferenceGraph
+
+            return ReferenceGraph(self.eager())
         from export.fused.network import fused_network
         from export.parity.tolerances import graph_precision, torch_dtype
 

@@ -57,6 +57,8 @@ def read_gates(model: Any, spec: ModelSpec, features: VideoFeatures) -> Gates:
     """
     import torch
 
+    from ccnet.network.model import released_inputs
+
     layer = model.cmcc.layers[0]
     if not model.config.tcg:
         raise ConfigError("model.tcg: got false, expected a network with temporal consistency gates")
@@ -67,7 +69,7 @@ def read_gates(model: Any, spec: ModelSpec, features: VideoFeatures) -> Gates:
     ]
     try:
         with torch.no_grad():
-            model(*(torch.from_numpy(array) for array in pack([features], spec)))
+            model(*released_inputs(*(torch.from_numpy(array) for array in pack([features], spec))))
     finally:
         for hook in hooks:
             hook.remove()

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from runtime.backends.base import BaseBackend, Bool, Float32, Outputs
+from ccnet.network.model import released_inputs
+from runtime.backends.base import BaseBackend, Float32, Int32, Outputs
 from runtime.errors import BackendUnavailable, ConfigError, EngineError
 from runtime.spec import ModelSpec
 
@@ -24,7 +25,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchBackend(BaseBackend):
-    """Any module with the network's forward contract, as a backend. Not thread-safe.
+    """Any module with the forward contract of `CCNet`, as a backend. Not thread-safe.
 
     `precision` says how it computes: `fp32` keeps the TensorFloat-32 units of a GPU out of it, `tf32` lets matmuls
     and convolutions use them (GPU only), `bf16` and `fp16` are PyTorch's autocast. Outputs are float32.
@@ -50,12 +51,17 @@ class TorchBackend(BaseBackend):
         super().__init__("torch", precision, spec, max_batch)
         self._model: nn.Module | None = model.to(self.device)
 
-    def _infer(self, visual: Float32, audio: Float32, mask: Bool) -> Outputs:
+    def forward(self, model: nn.Module, visual: Tensor, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the model on a batch on its device: the inputs of an engine -> logits [B, P, C], offsets [B, P, C, 2]."""
+        logits, offsets = model(*released_inputs(visual, audio, lengths))
+        return logits, offsets
+
+    def _infer(self, visual: Float32, audio: Float32, lengths: Int32) -> Outputs:
         assert self._model is not None
-        tensors = [torch.tensor(array, device=self.device) for array in (visual, audio, mask)]
+        tensors = [torch.tensor(array, device=self.device) for array in (visual, audio, lengths)]
         try:
             with torch.inference_mode(), _evaluating(self._model), self._arithmetic():
-                logits, offsets = self._model(*tensors)
+                logits, offsets = self.forward(self._model, *tensors)
         except RuntimeError as error:  # out of memory, or what torch.compile could not compile
             raise EngineError(f"torch: {error}") from error
         return logits.float().cpu().numpy(), offsets.float().cpu().numpy()

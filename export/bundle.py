@@ -231,7 +231,9 @@ def _add_graph(
 
 def _module(model: CCNet, options: ExportOptions, precision: str) -> nn.Module:
     if options.graph == "reference":
-        return model
+        from export.graph.reference import ReferenceGraph
+
+        return ReferenceGraph(model)
     from export.fused.network import fused_network
     from export.parity.tolerances import torch_dtype
 

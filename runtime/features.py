@@ -21,10 +21,7 @@ from runtime.records import BadRecord, check_video_id
 from runtime.spec import FeatureLayout, ModelSpec
 
 Float32 = npt.NDArray[np.float32]
-Bool = npt.NDArray[np.bool_]
-
-# Steps copied at once while transposing [n, C] into [C, T]: keeps source and target lines in the first-level cache.
-_TRANSPOSE_STEPS = 32
+Int32 = npt.NDArray[np.int32]
 
 # Two modalities that differ by more than this share, and by more than this many steps, are worth a note.
 _NOTED_SHARE = 0.1
@@ -110,22 +107,21 @@ def check_features(visual: Any, audio: Any, spec: ModelSpec, *, name: str = "fea
     return VideoFeatures(seen[:steps], heard[:steps], note)
 
 
-def pack(videos: Sequence[VideoFeatures], spec: ModelSpec) -> tuple[Float32, Float32, Bool]:
-    """Videos as one batch: visual [B, Cv, T], audio [B, Ca, T], mask [B, 1, T].
+def pack(videos: Sequence[VideoFeatures], spec: ModelSpec) -> tuple[Float32, Float32, Int32]:
+    """Pack videos into one batch: visual [B, T, Cv], audio [B, T, Ca], lengths [B] int32.
 
-    Shorter videos are padded with zeros, longer ones cropped to their first T steps (the paper's crop). The mask
-    is true where a video has content. Values are copied once, straight into the batch. The videos must have been
-    checked against `spec`.
+    Shorter videos are padded with zeros, longer ones cropped to their first T steps (the paper's crop); a length
+    counts the steps of a video that are in the batch. The videos must have been checked against `spec`.
     """
     batch = len(videos)
-    visual = np.empty((batch, spec.visual_dim, spec.length), np.float32)
-    audio = np.empty((batch, spec.audio_dim, spec.length), np.float32)
-    mask = np.zeros((batch, 1, spec.length), np.bool_)
-    for row, video in enumerate(videos):
-        _transpose_into(visual[row], video.visual)
-        _transpose_into(audio[row], video.audio)
-        mask[row, :, : video.steps] = True
-    return visual, audio, mask
+    visual = np.empty((batch, spec.length, spec.visual_dim), np.float32)
+    audio = np.empty((batch, spec.length, spec.audio_dim), np.float32)
+    lengths = np.array([min(video.steps, spec.length) for video in videos], np.int32)
+    for row, (video, steps) in enumerate(zip(videos, lengths, strict=True)):
+        for target, source in ((visual[row], video.visual), (audio[row], video.audio)):
+            target[:steps] = source[:steps]
+            target[steps:] = 0
+    return visual, audio, lengths
 
 
 def find_videos(folder: str | Path, layout: FeatureLayout) -> list[str]:
@@ -236,12 +232,3 @@ def _length_note(lengths: dict[str, int], steps: int) -> str | None:
         return None
     found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
     return f"lengths differ: {found} steps; cut to {steps}"
-
-
-def _transpose_into(target: Float32, source: Float32) -> None:
-    """source [n, C] -> target [C, T]: cropped at T, padded with zeros."""
-    steps = min(len(source), target.shape[1])
-    for start in range(0, steps, _TRANSPOSE_STEPS):
-        stop = min(start + _TRANSPOSE_STEPS, steps)
-        target[:, start:stop] = source[start:stop].T
-    target[:, steps:] = 0

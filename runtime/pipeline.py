@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from runtime.backends.base import Backend, Bool, Float32
+from runtime.backends.base import Backend, Float32, Int32
 from runtime.detections import Detections
 from runtime.errors import CCNetError
 from runtime.features import VideoFeatures, pack
@@ -66,7 +66,7 @@ class _Batch:
 
     owners: list[tuple[_Video, int]]
     """(video, index of the window) of each row."""
-    packed: Future[tuple[Float32, Float32, Bool]]
+    packed: Future[tuple[Float32, Float32, Int32]]
 
 
 def stream_videos(

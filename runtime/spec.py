@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
@@ -20,9 +21,10 @@ import numpy.typing as npt
 
 from runtime.schema import require, section_from_json
 
-VISUAL, AUDIO, MASK = "visual", "audio", "mask"
+VISUAL, AUDIO, LENGTHS = "visual", "audio", "lengths"
 LOGITS, OFFSETS = "logits", "offsets"
-INPUT_NAMES = (VISUAL, AUDIO, MASK)
+INPUT_TYPES: Mapping[str, type[np.generic]] = {VISUAL: np.float32, AUDIO: np.float32, LENGTHS: np.int32}
+INPUT_NAMES = tuple(INPUT_TYPES)
 OUTPUT_NAMES = (LOGITS, OFFSETS)
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -120,7 +122,8 @@ class PostProcessing:
 class ModelSpec:
     """The contract of one exported network.
 
-    Inputs:  visual [B, Cv, T] float32, audio [B, Ca, T] float32, mask [B, 1, T] bool (a prefix of True).
+    Inputs:  visual [B, T, Cv] float32, audio [B, T, Ca] float32, lengths [B] int32 (valid steps of a video, 1 to T;
+    the features behind them are zeros).
     Outputs: logits [B, P, C] float32, offsets [B, P, C, 2] float32 (distances to start and end in units of the
     level's stride, >= 0). Points run level by level, level 1 (the finest) first.
     """
@@ -153,9 +156,9 @@ class ModelSpec:
 
     def input_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         return {
-            VISUAL: (batch, self.visual_dim, self.length),
-            AUDIO: (batch, self.audio_dim, self.length),
-            MASK: (batch, 1, self.length),
+            VISUAL: (batch, self.length, self.visual_dim),
+            AUDIO: (batch, self.length, self.audio_dim),
+            LENGTHS: (batch,),
         }
 
     def output_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
@@ -195,9 +198,10 @@ class PointGrid:
         ends = np.cumsum(self.lengths).tolist()
         return tuple(slice(end - n, end) for end, n in zip(ends, self.lengths, strict=True))
 
-    def valid_points(self, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """Step mask [..., T] -> point mask [..., P]: level l keeps every `2**l`-th entry."""
-        return np.concatenate([mask[..., ::s] for s in self.strides], axis=-1)
+    def valid_points(self, lengths: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Return which points [..., P] lie on a valid step of videos of `lengths` [...] steps."""
+        valid: npt.NDArray[np.bool_] = self.positions < np.asarray(lengths)[..., None]
+        return valid
 
 
 @functools.lru_cache(maxsize=64)

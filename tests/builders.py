@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ccnet.config import ModelConfig
-from runtime.backends.base import Bool, Float32, check_inputs
+from runtime.backends.base import Float32, Int32, check_inputs
 from runtime.bundle import MANIFEST, Bundle, Engine, FileRecord, Manifest, ModelFile, read_bundle
 from runtime.features import VideoFeatures
 from runtime.files import sha256_file, write_json
@@ -53,8 +53,8 @@ def shared_path(relative: str) -> Path:
     return path
 
 
-# The oracle. At a point p of the pyramid that lies on grid step t: logits[p, c] = visual[c, t] and
-# offsets[p, c] = audio[0:2, t]; logits are very low where the mask is false. So a test chooses the events to be found.
+# The oracle. At a point p of the pyramid that lies on grid step t: logits[p, c] = visual[t, c] and
+# offsets[p, c] = audio[t, 0:2]; logits are very low behind a video's end. So a test chooses the events to be found.
 
 LABELS = ("speech", "dog", "engine", "bell")
 SPEC = ModelSpec(
@@ -71,14 +71,13 @@ SPEC = ModelSpec(
 _LOW = -100.0
 
 
-def oracle(visual: Float32, audio: Float32, mask: Bool, spec: ModelSpec = SPEC) -> tuple[Float32, Float32]:
+def oracle(visual: Float32, audio: Float32, lengths: Int32, spec: ModelSpec = SPEC) -> tuple[Float32, Float32]:
     """The network in numpy."""
     steps = spec.grid.positions.astype(np.int64)
-    low = np.where(mask, np.float32(0), np.float32(_LOW))
-    logits = (visual[:, : spec.num_classes] + low)[:, :, steps].transpose(0, 2, 1)
-    pairs = np.maximum(audio[:, :2, steps], 0).transpose(0, 2, 1)
-    offsets = np.repeat(pairs[:, :, None, :], spec.num_classes, axis=2)
-    return np.ascontiguousarray(logits), np.ascontiguousarray(offsets)
+    low = np.where(np.arange(spec.length) < lengths[:, None], np.float32(0), np.float32(_LOW))
+    logits = (visual[:, :, : spec.num_classes] + low[:, :, None])[:, steps]
+    pairs = np.maximum(audio[:, steps, :2], 0)
+    return logits, np.repeat(pairs[:, :, None, :], spec.num_classes, axis=2)
 
 
 class OracleBackend:
@@ -90,10 +89,10 @@ class OracleBackend:
         self.batches: list[int] = []
         self.closed = 0
 
-    def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
-        visual, audio, mask = check_inputs(visual, audio, mask, self.spec, self.max_batch)
+    def infer(self, visual: Float32, audio: Float32, lengths: Int32) -> tuple[Float32, Float32]:
+        visual, audio, lengths = check_inputs(visual, audio, lengths, self.spec, self.max_batch)
         self.batches.append(len(visual))
-        return oracle(visual, audio, mask, self.spec)
+        return oracle(visual, audio, lengths, self.spec)
 
     def describe(self) -> dict[str, Any]:
         return {"backend": self.name, "precision": self.precision}
@@ -139,33 +138,36 @@ def write_oracle_onnx(path: Path, spec: ModelSpec = SPEC) -> None:
     steps, points, classes = spec.grid.positions.astype(np.int64), spec.grid.num_points, spec.num_classes
     constants = {
         "steps": steps,
+        "every_step": np.arange(spec.length, dtype=np.int32),
         "zero": np.array([0]),
         "two": np.array([2]),
         "classes": np.array([classes]),
-        "one_axis": np.array([1]),
+        "step_axis": np.array([1]),
+        "channel_axis": np.array([2]),
         "low": np.array(_LOW, np.float32),
         "nothing": np.array(0, np.float32),
         "column": np.array([-1, points, 1, 2]),
         "repeated": np.array([1, 1, classes, 1]),
     }
     nodes = [
-        helper.make_node("Slice", ["visual", "zero", "classes", "one_axis"], ["seen"]),
-        helper.make_node("Where", ["mask", "nothing", "low"], ["added"]),
+        helper.make_node("Slice", ["visual", "zero", "classes", "channel_axis"], ["seen"]),
+        helper.make_node("Unsqueeze", ["lengths", "step_axis"], ["ends"]),
+        helper.make_node("Less", ["every_step", "ends"], ["inside"]),
+        helper.make_node("Unsqueeze", ["inside", "channel_axis"], ["valid"]),
+        helper.make_node("Where", ["valid", "nothing", "low"], ["added"]),
         helper.make_node("Add", ["seen", "added"], ["masked"]),
-        helper.make_node("Gather", ["masked", "steps"], ["gathered"], axis=2),
-        helper.make_node("Transpose", ["gathered"], ["logits"], perm=[0, 2, 1]),
-        helper.make_node("Slice", ["audio", "zero", "two", "one_axis"], ["heard"]),
+        helper.make_node("Gather", ["masked", "steps"], ["logits"], axis=1),
+        helper.make_node("Slice", ["audio", "zero", "two", "channel_axis"], ["heard"]),
         helper.make_node("Relu", ["heard"], ["positive"]),
-        helper.make_node("Gather", ["positive", "steps"], ["pairs"], axis=2),
-        helper.make_node("Transpose", ["pairs"], ["by_point"], perm=[0, 2, 1]),
-        helper.make_node("Reshape", ["by_point", "column"], ["columns"]),
+        helper.make_node("Gather", ["positive", "steps"], ["pairs"], axis=1),
+        helper.make_node("Reshape", ["pairs", "column"], ["columns"]),
         helper.make_node("Tile", ["columns", "repeated"], ["offsets"]),
     ]
 
     def tensors(shapes: dict[str, tuple[int, ...]]) -> list[Any]:
         return [
             helper.make_tensor_value_info(
-                name, TensorProto.BOOL if name == "mask" else TensorProto.FLOAT, ["batch", *shape[1:]]
+                name, TensorProto.INT32 if name == "lengths" else TensorProto.FLOAT, ["batch", *shape[1:]]
             )
             for name, shape in shapes.items()
         ]
@@ -330,12 +332,14 @@ def write_attention_onnx(
     constant("far", np.array(-10000.0))
     constant("one", np.array(1.0))
 
-    op("Cast", "mask", "valid", to=kind)  # [B, 1, T]
+    initializers.append(numpy_helper.from_array(np.arange(spec.length, dtype=np.int32), "every_step"))
+    op("Unsqueeze", "lengths axes12", "ends")
+    op("Less", "every_step ends", "inside")
+    op("Cast", "inside", "valid", to=kind)  # [B, 1, T]
     op("Transpose", "valid", "valid_rows", perm=[0, 2, 1])
     for name in ("visual", "audio"):
         op("Cast", name, f"{name}_in", to=kind)
-        op("Transpose", f"{name}_in", f"{name}_rows", perm=[0, 2, 1])
-        op("MatMul", f"{name}_rows w_{name}", f"{name}_wide")
+        op("MatMul", f"{name}_in w_{name}", f"{name}_wide")
     op("Add", "visual_wide audio_wide", "sum")
     op("LayerNormalization", "sum ones zeros", "normed", axis=-1)
     source = "normed"
@@ -373,7 +377,7 @@ def write_attention_onnx(
         return helper.make_tensor_value_info(name, element, [first, *shape[1:]])
 
     inputs = [
-        value(n, s, TensorProto.BOOL if n == "mask" else TensorProto.FLOAT) for n, s in spec.input_shapes(1).items()
+        value(n, s, TensorProto.INT32 if n == "lengths" else TensorProto.FLOAT) for n, s in spec.input_shapes(1).items()
     ]
     outputs = [value(n, s) for n, s in spec.output_shapes(1).items()]
     graph = helper.make_graph(nodes, "small", inputs, outputs, initializers)
@@ -391,15 +395,16 @@ _SHAPES = {
     "to": [ATTENTION_SPEC.length],
     "step": [2],
     "axis1": [1],
+    "axes12": [1, 2],
 }
 
 
-def attention_outputs(visual: np.ndarray, audio: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def attention_outputs(visual: np.ndarray, audio: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The network in float64."""
     p = {name: value.astype(np.float64) for name, value in attention_weights().items()}
     batch = len(visual)
-    valid = mask.astype(np.float64)
-    x = visual.transpose(0, 2, 1) @ p["w_visual"] + audio.transpose(0, 2, 1) @ p["w_audio"]
+    valid = (np.arange(ATTENTION_SPEC.length) < lengths[:, None, None]).astype(np.float64)
+    x = visual @ p["w_visual"] + audio @ p["w_audio"]
     centred = x - x.mean(-1, keepdims=True)
     x = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
     q, k, v = (
@@ -467,6 +472,11 @@ def random_batch(config: ModelConfig, lengths: list[int], seed: int = 1) -> tupl
     visual = torch.randn(len(lengths), config.visual_dim, config.length, generator=generator) * mask
     audio = torch.randn(len(lengths), config.audio_dim, config.length, generator=generator) * mask
     return visual, audio, mask
+
+
+def engine_inputs(visual: Tensor, audio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inputs of a CCNet as those of an engine: visual `[B, T, Cv]`, audio `[B, T, Ca]`, lengths `[B]`."""
+    return visual.transpose(1, 2).contiguous(), audio.transpose(1, 2).contiguous(), mask.sum((1, 2)).int()
 
 
 if __name__ == "__main__":

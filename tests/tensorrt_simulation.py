@@ -205,7 +205,7 @@ def bindings(sim: Simulation) -> types.ModuleType:
     return module
 
 
-DataType = enum.Enum("DataType", ["FLOAT", "HALF", "BOOL", "BF16"])
+DataType = enum.Enum("DataType", ["FLOAT", "HALF", "INT32", "BF16"])
 TensorIOMode = enum.Enum("TensorIOMode", ["INPUT", "OUTPUT"])
 Severity = enum.Enum("Severity", ["ERROR", "WARNING"])
 
@@ -279,7 +279,7 @@ class Context:
     def _compute(self) -> None:
         inputs = {}
         for name, (_, kind) in self._plan["inputs"].items():
-            dtype, shape = np.dtype(np.bool_ if kind == "BOOL" else np.float32), self._shapes[name]
+            dtype, shape = np.dtype(np.int32 if kind == "INT32" else np.float32), self._shapes[name]
             memory = self._sim.bytes_at(self._addresses[name], int(np.prod(shape)) * dtype.itemsize)
             inputs[name] = memory.view(dtype).reshape(shape)
         batch = len(next(iter(inputs.values())))
@@ -363,7 +363,7 @@ def write_engine(path: Path, magic: bytes = b"ftrt") -> Path:
     """Write an engine file of the simulation: its tensors with their shapes (batch -1) and types."""
     shapes = {"inputs": ENGINE_SPEC.input_shapes(1), "outputs": ENGINE_SPEC.output_shapes(1)}
     plan = {
-        kind: {n: ([-1, *s[1:]], "BOOL" if n == "mask" else "FLOAT") for n, s in of_kind.items()}
+        kind: {n: ([-1, *s[1:]], "INT32" if n == "lengths" else "FLOAT") for n, s in of_kind.items()}
         for kind, of_kind in shapes.items()
     }
     path.parent.mkdir(exist_ok=True)

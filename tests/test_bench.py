@@ -40,8 +40,8 @@ class FakeBackend:
         self.batches: list[int] = []
         self.closed = False
 
-    def infer(self, visual: Any, audio: Any, mask: Any) -> tuple[Any, Any]:
-        batch = len(check_inputs(visual, audio, mask, self.spec, self.max_batch)[0])
+    def infer(self, visual: Any, audio: Any, lengths: Any) -> tuple[Any, Any]:
+        batch = len(check_inputs(visual, audio, lengths, self.spec, self.max_batch)[0])
         self.batches.append(batch)
         time.sleep(self.seconds)
         shapes = self.spec.output_shapes(batch)
@@ -154,8 +154,8 @@ def test_the_number_of_videos_is_the_same_for_every_batch() -> None:
 
 def test_an_error_in_the_stream_is_not_counted_as_a_result() -> None:
     class Broken(FakeBackend):
-        def infer(self, visual: Any, audio: Any, mask: Any) -> tuple[Any, Any]:
-            logits, offsets = super().infer(visual, audio, mask)
+        def infer(self, visual: Any, audio: Any, lengths: Any) -> tuple[Any, Any]:
+            logits, offsets = super().infer(visual, audio, lengths)
             return np.full_like(logits, np.nan), offsets
 
     with pytest.raises(EngineError):

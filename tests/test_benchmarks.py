@@ -19,6 +19,7 @@ from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.arguments import Setting  # noqa: E402
 from benchmarks.compare import compare  # noqa: E402
 from benchmarks.networks import BRANCH_SCALE, Networks, benchmark_config, random_network  # noqa: E402
+from export.graph.reference import ReferenceGraph  # noqa: E402
 from runtime.errors import ConfigError  # noqa: E402
 from runtime.profiling.timing import Rules  # noqa: E402
 from runtime.spec import ModelSpec  # noqa: E402
@@ -49,7 +50,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Networks]:
     made = Networks(tmp_path_factory.mktemp("work"), benchmark_config("tiny"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Networks, "eager", lambda self: Toy(self.spec))
-        patch.setattr(Networks, "module", lambda self, form: Toy(self.spec))
+        patch.setattr(Networks, "module", lambda self, form: ReferenceGraph(Toy(self.spec)))
         yield made
 
 

@@ -167,24 +167,23 @@ def test_arrays_get_the_same_checks_as_files() -> None:
             check_features(seen, heard, SPEC)
 
 
-def test_pack_transposes_pads_and_crops() -> None:
+def test_pack_pads_and_crops() -> None:
     rng = np.random.default_rng(0)
-    lengths = [1, 31, 32, 40]
+    steps = [1, 31, 32, 40]
     videos = [
         check_features(rng.normal(size=(n, 6)).astype(np.float32), rng.normal(size=(n, 3)).astype(np.float32), SPEC)
-        for n in lengths
+        for n in steps
     ]
-    visual, audio, mask = pack(videos, SPEC)
-    assert (visual.shape, audio.shape, mask.shape) == ((4, 6, 32), (4, 3, 32), (4, 1, 32))
+    visual, audio, lengths = pack(videos, SPEC)
+    assert (visual.shape, audio.shape) == ((4, 32, 6), (4, 32, 3))
     assert visual.dtype == audio.dtype == np.float32
-    assert mask.dtype == np.bool_
-    for row, (video, n) in enumerate(zip(videos, lengths, strict=True)):
-        kept = min(n, 32)
-        np.testing.assert_array_equal(visual[row, :, :kept], video.visual[:kept].T)
-        np.testing.assert_array_equal(audio[row, :, :kept], video.audio[:kept].T)
-        assert not visual[row, :, kept:].any()
-        assert not audio[row, :, kept:].any()
-        np.testing.assert_array_equal(mask[row, 0], np.arange(32) < kept)
+    assert lengths.dtype == np.int32
+    assert lengths.tolist() == [1, 31, 32, 32]
+    for row, (video, kept) in enumerate(zip(videos, lengths, strict=True)):
+        np.testing.assert_array_equal(visual[row, :kept], video.visual[:kept])
+        np.testing.assert_array_equal(audio[row, :kept], video.audio[:kept])
+        assert not visual[row, kept:].any()
+        assert not audio[row, kept:].any()
 
 
 def test_find_videos_lists_ids_with_any_file(tmp_path: Path) -> None:

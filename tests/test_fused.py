@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import SWITCHES, TINY, Exported, random_batch, random_network, shared_path
+from builders import SWITCHES, TINY, Exported, engine_inputs, random_batch, random_network, shared_path
 from torch import Tensor
 
 from ccnet.config import Config, ModelConfig
@@ -18,7 +18,7 @@ from ccnet.network.released import load_released
 from export.fused.layout import Layout
 from export.fused.network import FusedNetwork, fused_network
 from runtime.errors import ExportError
-from runtime.spec import point_grid
+from runtime.spec import INPUT_NAMES, point_grid
 
 LENGTHS = [32, 31, 17, 16, 15, 9, 8, 7, 2, 1]
 """Full, around every stride of the pyramid, and single steps."""
@@ -32,14 +32,13 @@ ABLATIONS = {name: change for name, change in SWITCHES.items() if name not in ("
 
 
 def valid_points(mask: Tensor, levels: int) -> Tensor:
-    grid = point_grid(mask.shape[2], levels)
-    return torch.from_numpy(grid.valid_points(mask[:, 0].numpy()))
+    return torch.from_numpy(point_grid(mask.shape[2], levels).valid_points(mask.sum((1, 2))))
 
 
 def largest_difference(eager: CCNet, fused: FusedNetwork, batch: tuple[Tensor, Tensor, Tensor]) -> float:
     """Return the largest absolute difference of logits and offsets at valid points."""
     with torch.inference_mode():
-        expected, got = eager(*batch), fused(*batch)
+        expected, got = eager(*batch), fused(*engine_inputs(*batch))
     valid = valid_points(batch[2], eager.config.levels)
     return max(float((one - other)[valid].abs().max()) for one, other in zip(expected, got, strict=True))
 
@@ -78,7 +77,7 @@ def test_golden_weights_with_values_of_hundreds() -> None:
     # Measured: float32 4e-6; float16 0.010; bfloat16 0.069.
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 0.03), (torch.bfloat16, 0.25)):
         with torch.inference_mode():
-            got, _ = fused_network(eager, dtype=dtype)(visual, audio, mask)
+            got, _ = fused_network(eager, dtype=dtype)(*engine_inputs(visual, audio, mask))
         assert (got - logits)[valid].abs().max() < tolerance
 
 
@@ -92,24 +91,24 @@ def test_half_types_stay_near_and_finite(structure: str, dtype: torch.dtype, tol
     # Measured: float16 0.004, bfloat16 0.041.
     assert largest_difference(eager, fused, (visual, audio, mask)) < tolerance
     for factor in (0.0, 1e6):
-        outputs = fused(factor * visual, factor * audio, mask)
+        outputs = fused(*engine_inputs(factor * visual, factor * audio, mask))
         assert all(out.dtype == torch.float32 and out.isfinite().all() for out in outputs)
 
 
 def test_no_valid_step_at_all_gives_finite_numbers() -> None:
     eager = random_network(TINY)
     for dtype in (torch.float32, torch.float16):
-        outputs = fused_network(eager, dtype=dtype)(*random_batch(TINY, [0, 3]))
+        outputs = fused_network(eager, dtype=dtype)(*engine_inputs(*random_batch(TINY, [0, 3])))
         assert all(out.isfinite().all() for out in outputs)
 
 
 def test_a_video_gets_the_same_alone_and_in_a_batch() -> None:
     fused = fused_network(random_network(TINY))
-    visual, audio, mask = random_batch(TINY, [32, 17, 1])
+    visual, audio, lengths = engine_inputs(*random_batch(TINY, [32, 17, 1]))
     with torch.inference_mode():
-        together = fused(visual, audio, mask)
+        together = fused(visual, audio, lengths)
         for i in range(3):
-            alone = fused(visual[i : i + 1], audio[i : i + 1], mask[i : i + 1])
+            alone = fused(visual[i : i + 1], audio[i : i + 1], lengths[i : i + 1])
             for ours, expected in zip(together, alone, strict=True):
                 torch.testing.assert_close(ours[i : i + 1], expected, rtol=1e-5, atol=1e-5)
 
@@ -135,7 +134,7 @@ def test_exports_to_onnx_within_the_node_budget(six_levels: Exported) -> None:
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     operators = [node.op_type for node in onnx.load(six_levels.path).graph.node]
-    assert len(operators) <= 1000  # measured: 995
+    assert len(operators) <= 1000  # measured: 993
     assert "Slice" not in operators
     session = onnxruntime.InferenceSession(str(six_levels.path), providers=["CPUExecutionProvider"])
     for lengths in ([20], [40, 64, 1]):
@@ -155,10 +154,9 @@ def test_the_graph_of_opset_17_computes_the_network(tmp_path: Path) -> None:
 
 
 def assert_same_outputs(eager: CCNet, session: Any, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    visual, audio, mask = batch
     with torch.inference_mode():
-        expected = eager(visual, audio, mask)
-    got = session.run(None, {"visual": visual.numpy(), "audio": audio.numpy(), "mask": mask.numpy()})
-    valid = valid_points(mask, eager.config.levels)
+        expected = eager(*batch)
+    got = session.run(None, {n: x.numpy() for n, x in zip(INPUT_NAMES, engine_inputs(*batch), strict=True)})
+    valid = valid_points(batch[2], eager.config.levels)
     for one, other in zip(expected, got, strict=True):
         assert (one - torch.from_numpy(other))[valid].abs().max() < 1e-5  # measured: 9e-7

@@ -9,7 +9,7 @@ import pytest
 from builders import LABELS, SPEC, OracleBackend, features_with
 
 from runtime import Localizer
-from runtime.backends.base import Bool, Float32
+from runtime.backends.base import Float32, Int32
 from runtime.detections import Detections
 from runtime.errors import ConfigError, EngineError, FeatureError
 from runtime.features import VideoFeatures
@@ -95,8 +95,8 @@ def test_bad_features_are_named() -> None:
 
 
 class Overflowing(OracleBackend):
-    def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
-        logits, offsets = super().infer(visual, audio, mask)
+    def infer(self, visual: Float32, audio: Float32, lengths: Int32) -> tuple[Float32, Float32]:
+        logits, offsets = super().infer(visual, audio, lengths)
         logits[0, 0] = np.nan
         return logits, offsets
 

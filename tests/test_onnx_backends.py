@@ -36,9 +36,9 @@ def graph(tmp_path: Path) -> Path:
 def inputs(batch: int, seed: int = 0) -> tuple[Any, Any, Any]:
     rng = np.random.default_rng(seed)
     shapes = SPEC.input_shapes(batch)
-    mask = np.arange(SPEC.length) < rng.integers(1, SPEC.length + 1, (batch, 1, 1))
+    lengths = rng.integers(1, SPEC.length + 1, shapes["lengths"], dtype=np.int32)
     visual, audio = (rng.normal(size=shapes[name]).astype(np.float32) for name in ("visual", "audio"))
-    return visual, audio, mask
+    return visual, audio, lengths
 
 
 def test_computes_what_the_graph_says_for_every_batch_size(open_it: Open, graph: Path) -> None:
@@ -64,37 +64,39 @@ def test_returned_arrays_belong_to_the_caller(open_it: Open, graph: Path) -> Non
 
 
 def test_inputs_with_strides_are_taken(open_it: Open, graph: Path) -> None:
-    visual, audio, mask = inputs(2)
+    visual, audio, lengths = inputs(2)
     with open_it(graph, SPEC, max_batch=4) as backend:
-        found = backend.infer(np.asfortranarray(visual), audio[:, ::-1][:, ::-1], mask)
-    np.testing.assert_array_equal(found[0], oracle(visual, audio, mask)[0])
+        found = backend.infer(np.asfortranarray(visual), audio[:, ::-1][:, ::-1], lengths)
+    np.testing.assert_array_equal(found[0], oracle(visual, audio, lengths)[0])
 
 
 def test_wrong_inputs_are_named(open_it: Open, graph: Path) -> None:
-    visual, audio, mask = inputs(2)
+    visual, audio, lengths = inputs(2)
     with open_it(graph, SPEC, max_batch=4) as backend:
         for bad, message in (
-            ((visual[:, :5], audio, mask), r"visual: got float32 \(2, 5, 32\), expected float32 \(2, 6, 32\)"),
-            ((visual, audio[:1], mask), r"audio: got float32 \(1, 3, 32\), expected float32 \(2, 3, 32\)"),
-            ((visual, audio, mask.astype(np.float32)), r"mask: got float32 .* expected bool"),
-            ((visual.astype(np.float64), audio, mask), r"visual: got float64"),
+            ((visual[..., :5], audio, lengths), r"visual: got float32 \(2, 32, 5\), expected float32 \(2, 32, 6\)"),
+            ((visual, audio[:1], lengths), r"audio: got float32 \(1, 32, 3\), expected float32 \(2, 32, 3\)"),
+            ((visual, audio, lengths.astype(np.float32)), r"lengths: got float32 .* expected int32"),
+            ((visual, audio, lengths * 0), r"lengths: got \[0, 0\], expected 1 to 32 valid steps of each video"),
+            ((visual, audio, lengths + 32), r"lengths: got .* expected 1 to 32 valid steps of each video"),
+            ((visual.astype(np.float64), audio, lengths), r"visual: got float64"),
             (inputs(5), r"got 5 video\(s\), this engine takes 1 to 4"),
-            (tuple(array[:0] for array in (visual, audio, mask)), r"got 0 video\(s\)"),
+            (tuple(array[:0] for array in (visual, audio, lengths)), r"got 0 video\(s\)"),
         ):
             with pytest.raises(FeatureError, match=message):
                 backend.infer(*bad)
 
 
 def test_a_graph_of_another_network_is_refused(open_it: Open, graph: Path, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"input 'visual' is \[.*6, 32\], the manifest says \['batch', 6, 64\]"):
+    with pytest.raises(BundleError, match=r"input 'visual' is \[.*32, 6\], the manifest says \['batch', 64, 6\]"):
         open_it(graph, dataclasses.replace(SPEC, length=64))
     import onnx
 
     model = onnx.load(graph)
-    model.graph.input[2].name = "valid"
-    model.graph.node[1].input[0] = "valid"
+    model.graph.input[2].name = "ends_at"
+    model.graph.node[1].input[0] = "ends_at"
     onnx.save(model, tmp_path / "renamed.onnx")
-    with pytest.raises(BundleError, match=r"inputs are \['audio', 'valid', 'visual'\], the manifest says"):
+    with pytest.raises(BundleError, match=r"inputs are \['audio', 'ends_at', 'visual'\], the manifest says"):
         open_it(tmp_path / "renamed.onnx", SPEC)
 
 
@@ -192,11 +194,11 @@ def test_a_cuda_session_that_fell_back_is_refused(
 
 def test_openvino_gives_a_video_the_same_alone_and_in_a_batch(graph: Path) -> None:
     pytest.importorskip("openvino")
-    visual, audio, mask = inputs(3)
+    visual, audio, lengths = inputs(3)
     with OpenVinoBackend.open(graph, SPEC, max_batch=4, threads=1) as backend:
-        together = backend.infer(visual, audio, mask)
+        together = backend.infer(visual, audio, lengths)
         for i in range(3):
-            alone = backend.infer(visual[i : i + 1], audio[i : i + 1], mask[i : i + 1])
+            alone = backend.infer(visual[i : i + 1], audio[i : i + 1], lengths[i : i + 1])
             for a, b in zip(together, alone, strict=True):
                 np.testing.assert_array_equal(a[i], b[0])
 

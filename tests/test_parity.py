@@ -19,25 +19,25 @@ from export.parity.events import FEWEST_EVENTS, match_events
 from export.parity.inputs import ParityVideo, folder_inputs, stress_inputs, stress_lengths, synthetic_inputs
 from export.parity.reference import Outputs, Reference, load_reference, record, save_reference
 from export.parity.tolerances import TOLERANCES, graph_precision, tolerance
-from runtime.backends.base import Bool, Float32
+from runtime.backends.base import Float32, Int32
 from runtime.detections import Detections
 from runtime.errors import ConfigError, ParityError
 from runtime.files import write_json
 from runtime.spec import ModelSpec
 
-Change = Callable[[Float32, Float32, Bool], tuple[Float32, Float32]]
+Change = Callable[[Float32, Float32, Int32], tuple[Float32, Float32]]
 
 
 class ChangedBackend(OracleBackend):
-    """The oracle with a mistake: `change(logits, offsets, mask)` on every answer."""
+    """The oracle with a mistake: `change(logits, offsets, lengths)` on every answer."""
 
     def __init__(self, change: Change) -> None:
         super().__init__()
         self.change = change
 
-    def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
-        logits, offsets = super().infer(visual, audio, mask)
-        return self.change(logits.copy(), offsets.copy(), mask)
+    def infer(self, visual: Float32, audio: Float32, lengths: Int32) -> tuple[Float32, Float32]:
+        logits, offsets = super().infer(visual, audio, lengths)
+        return self.change(logits.copy(), offsets.copy(), lengths)
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,8 @@ def _set(array: Float32, where: tuple[Any, ...], value: Any) -> Float32:
 
 
 def test_nan_fails_even_at_padded_points(videos: list[ParityVideo]) -> None:
-    def change(logits: Float32, offsets: Float32, mask: Bool) -> tuple[Float32, Float32]:
-        if not mask[0, 0, -1]:
+    def change(logits: Float32, offsets: Float32, lengths: Int32) -> tuple[Float32, Float32]:
+        if lengths[0] < SPEC.length:
             logits[0, SPEC.grid.level_slices[0].stop - 1, 0] = np.nan
         return logits, offsets
 
@@ -102,10 +102,10 @@ def test_nan_fails_even_at_padded_points(videos: list[ParityVideo]) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda x, o, m: (_set(x, (slice(None), 0, 0), x[:, 0, 0] + 2e-4), o), {"max_logits"}),
-        (lambda x, o, m: (x + np.float32(5e-5), o), {"mean_logits"}),
-        (lambda x, o, m: (x, _set(o, (slice(None), 0, 0, 1), o[:, 0, 0, 1] * 1.001 + 2e-4)), {"max_offsets"}),
-        (lambda x, o, m: (x, o * np.float32(1 + 5e-5)), {"mean_offsets"}),
+        (lambda x, o, n: (_set(x, (slice(None), 0, 0), x[:, 0, 0] + 2e-4), o), {"max_logits"}),
+        (lambda x, o, n: (x + np.float32(5e-5), o), {"mean_logits"}),
+        (lambda x, o, n: (x, _set(o, (slice(None), 0, 0, 1), o[:, 0, 0, 1] * 1.001 + 2e-4)), {"max_offsets"}),
+        (lambda x, o, n: (x, o * np.float32(1 + 5e-5)), {"mean_offsets"}),
     ],
     ids=["one logit", "all logits a little", "one offset", "all offsets a little"],
 )
@@ -118,28 +118,28 @@ def test_a_small_difference_fails_its_tensor_alone(
 
 
 def test_what_a_video_gets_must_not_depend_on_its_batch(videos: list[ParityVideo]) -> None:
-    def change(logits: Float32, offsets: Float32, mask: Bool) -> tuple[Float32, Float32]:
-        # The mask of the first video used for all, as a wrongly tiled mask does: equal when videos run alone.
-        return logits + np.where(SPEC.grid.valid_points(mask[:1, 0])[:, :, None], 0, -1).astype(np.float32), offsets
+    def change(logits: Float32, offsets: Float32, lengths: Int32) -> tuple[Float32, Float32]:
+        # The length of the first video used for all, as a wrongly tiled mask does: equal when videos run alone.
+        return logits + np.where(SPEC.grid.valid_points(lengths[:1])[:, :, None], 0, -1).astype(np.float32), offsets
 
     assert failing(change, videos) == {"batch_logits"}
 
 
 def test_moved_and_lost_events_fail_events_and_map(videos: list[ParityVideo]) -> None:
-    names = failing(lambda x, o, m: (x, o * np.float32(0.7)), videos, "bf16")
+    names = failing(lambda x, o, n: (x, o * np.float32(0.7)), videos, "bf16")
     assert {"events", "stress_events", "map_difference"} <= names
-    names = failing(lambda x, o, m: (np.roll(x, 1, axis=2), o), videos, "bf16")
+    names = failing(lambda x, o, n: (np.roll(x, 1, axis=2), o), videos, "bf16")
     assert {"events", "map_difference"} <= names
 
 
 def test_scores_that_drift_fail(videos: list[ParityVideo]) -> None:
-    names = failing(lambda x, o, m: (x + np.float32(0.15), o), videos, "bf16")
+    names = failing(lambda x, o, n: (x + np.float32(0.15), o), videos, "bf16")
     assert "score_drift" in names
     assert "max_logits" not in names
 
 
 def test_rounding_to_half_passes_the_limits_of_half_and_not_those_of_fp32(videos: list[ParityVideo]) -> None:
-    def half(x: Float32, o: Float32, m: Bool) -> tuple[Float32, Float32]:
+    def half(x: Float32, o: Float32, n: Int32) -> tuple[Float32, Float32]:
         return x.astype(np.float16).astype(np.float32), o.astype(np.float16).astype(np.float32)
 
     names = failing(half, videos, "fp16")
@@ -153,7 +153,7 @@ def test_without_annotations_the_references_own_events_are_the_truth(videos: lis
     assert report.passed
     assert report.metric["ground_truth"] == "reference events"
     assert report.metric["reference"] > 0.9
-    assert "map_difference" in failing(lambda x, o, m: (x, o * np.float32(0.7)), bare, "bf16")
+    assert "map_difference" in failing(lambda x, o, n: (x, o * np.float32(0.7)), bare, "bf16")
 
 
 def test_without_any_event_video_the_checks_on_events_fail(videos: list[ParityVideo]) -> None:
@@ -266,18 +266,30 @@ def test_the_parity_check_needs_no_torch() -> None:
 
 
 def test_the_oracle_is_what_the_tests_take_it_for() -> None:
-    visual = np.zeros((1, SPEC.visual_dim, SPEC.length), np.float32)
-    logits, _ = oracle(visual, visual[:, : SPEC.audio_dim], np.ones((1, 1, SPEC.length), bool))
+    visual = np.zeros((1, SPEC.length, SPEC.visual_dim), np.float32)
+    logits, _ = oracle(visual, visual[..., : SPEC.audio_dim], np.array([SPEC.length], np.int32))
     assert isinstance(Outputs(logits, logits, {}).logits, np.ndarray)
     assert logits.shape == SPEC.output_shapes(1)["logits"]
 
 
 def test_a_summary_with_nan_can_be_written(tmp_path: Path, videos: list[ParityVideo]) -> None:
     """The manifest takes the summary of an engine that overflows, too: that is whom the parity check is for."""
-    report = compare(ChangedBackend(lambda logits, offsets, mask: (logits * np.nan, offsets)), OracleBackend(), videos)
+    report = compare(ChangedBackend(lambda logits, offsets, _: (logits * np.nan, offsets)), OracleBackend(), videos)
     assert not report.passed
     assert report.summary()["max_logits"] is None
     write_json(tmp_path / "summary.json", report.summary())
+
+
+def test_a_reference_of_the_earlier_schema_is_refused_with_what_to_do(
+    tmp_path: Path, videos: list[ParityVideo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("export.parity.reference.SCHEMA", 1)
+        save_reference(
+            tmp_path / "ref.npz", Reference(SPEC, "ab" * 32, videos[:1], record(OracleBackend(), videos[:1]))
+        )
+    with pytest.raises(ParityError, match=r"got schema 1, this version reads 2; .* ccnet reference CHECKPOINT --out"):
+        load_reference(tmp_path / "ref.npz")
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "altered"])

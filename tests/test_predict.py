@@ -13,7 +13,7 @@ import pytest
 from builders import LABELS, OracleBackend, engine, features_with, make_bundle, write_features
 
 from ccnet.cli.main import main
-from runtime.backends.base import Bool, Float32
+from runtime.backends.base import Float32, Int32
 from runtime.detections import read_events
 from runtime.errors import EngineError
 from runtime.features import FeatureFiles, VideoFeatures
@@ -169,11 +169,11 @@ def test_an_engine_failure_keeps_the_good_ones_and_is_raised(
 ) -> None:
     calls = []
 
-    def failing(self: Any, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
+    def failing(self: Any, visual: Float32, audio: Float32, lengths: Int32) -> tuple[Float32, Float32]:
         calls.append(1)
         if len(calls) > 3:
             raise EngineError("the device fell off the bus")
-        return OracleBackend(self.spec).infer(visual, audio, mask)
+        return OracleBackend(self.spec).infer(visual, audio, lengths)
 
     monkeypatch.setattr("runtime.backends.onnxruntime.OnnxRuntimeBackend.infer", failing)
     out = tmp_path / "events.jsonl"

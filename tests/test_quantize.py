@@ -18,6 +18,7 @@ from torch import Tensor, nn  # noqa: E402
 from ccnet.torch_backend import TorchBackend  # noqa: E402
 from export.bundle import ExportOptions, make_bundle  # noqa: E402
 from export.graph.quantize import quantize_columns, quantize_weights  # noqa: E402
+from export.graph.reference import ReferenceGraph  # noqa: E402
 from export.parity.inputs import stress_inputs, synthetic_inputs  # noqa: E402
 from export.parity.reference import Reference, record  # noqa: E402
 from export.parity.tolerances import TOLERANCES  # noqa: E402
@@ -184,7 +185,7 @@ def making(monkeypatch: pytest.MonkeyPatch) -> Any:
     videos = stress_inputs(spec) + synthetic_inputs(spec, count=4)
     with TorchBackend(model, spec) as eager:
         reference = Reference(spec, "0" * 64, videos, record(eager, videos))
-    monkeypatch.setattr("export.fused.network.fused_network", lambda model, **_: model)
+    monkeypatch.setattr("export.fused.network.fused_network", lambda model, **_: ReferenceGraph(model))
     # Four videos and a random network: a single near tie is worth half a point of mAP, which says nothing about int8.
     loose = replace(TOLERANCES["int8"], average_map=0.05)
     monkeypatch.setitem(TOLERANCES, "int8", loose)

@@ -46,7 +46,7 @@ def losses(data: dict[str, Any]) -> dict[str, float | np.ndarray]:
     logits, offsets = (torch.from_numpy(data[name]).requires_grad_() for name in ("logits", "offsets"))
     targets = Targets(torch.from_numpy(data["class_targets"]), torch.from_numpy(data["offset_targets"]))
     grid = point_grid(int(data["T"]), int(data["levels"]))
-    valid = np.stack([grid.valid_points(np.arange(data["T"]) < length) for length in data["lengths"]])
+    valid = grid.valid_points(data["lengths"])
     criterion = DetectionLoss(LossConfig(iou="diou", normalizer=float(data["loss_normalizer_before"])))
     found = criterion(logits, offsets, targets, torch.from_numpy(valid))
     found.total.backward()

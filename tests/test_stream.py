@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from builders import SPEC, OracleBackend, features_with
 
-from runtime.backends.base import Bool, Float32
+from runtime.backends.base import Float32, Int32
 from runtime.errors import ConfigError, EngineError, FeatureError
 from runtime.features import VideoFeatures
 from runtime.localizer import Localizer
@@ -86,11 +86,11 @@ class Gated(OracleBackend):
         self.running = 0
         self.reads_while_running = 0
 
-    def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
+    def infer(self, visual: Float32, audio: Float32, lengths: Int32) -> tuple[Float32, Float32]:
         self.running += 1
         time.sleep(0.02)
         try:
-            return super().infer(visual, audio, mask)
+            return super().infer(visual, audio, lengths)
         finally:
             self.running -= 1
 
@@ -151,10 +151,10 @@ def test_closing_the_stream_stops_its_threads_and_leaves_the_engine_open() -> No
 
 def test_an_engine_failure_ends_the_stream_after_the_good_ones() -> None:
     class Failing(OracleBackend):
-        def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
+        def infer(self, visual: Float32, audio: Float32, lengths: Int32) -> tuple[Float32, Float32]:
             if len(self.batches) == 3:
                 raise EngineError("out of memory")
-            return super().infer(visual, audio, mask)
+            return super().infer(visual, audio, lengths)
 
     seen: list[str] = []
     with pytest.raises(EngineError, match="out of memory"):
@@ -194,11 +194,11 @@ class Forking(Gated):
     def fork(self) -> Forking:
         return Forking(self.children)
 
-    def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
+    def infer(self, visual: Float32, audio: Float32, lengths: Int32) -> tuple[Float32, Float32]:
         root = self.children[0]
         root.together = max(root.together, 1 + sum(child.running for child in root.children))
         assert self.running == 0, "one context, two threads"
-        return super().infer(visual, audio, mask)
+        return super().infer(visual, audio, lengths)
 
 
 def test_an_engine_that_forks_runs_two_batches_at_once_and_its_forks_are_closed() -> None:

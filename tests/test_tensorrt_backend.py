@@ -43,11 +43,11 @@ def inputs(batch: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarra
     draw = np.random.default_rng(seed)
     shapes = ENGINE_SPEC.input_shapes(batch)
     visual, audio = (draw.standard_normal(shapes[name], dtype=np.float32) for name in ("visual", "audio"))
-    return visual, audio, draw.random(shapes["mask"]) < 0.7
+    return visual, audio, draw.integers(1, ENGINE_SPEC.length + 1, shapes["lengths"], dtype=np.int32)
 
 
 def expected(arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
-    named = dict(zip(("visual", "audio", "mask"), arrays, strict=True))
+    named = dict(zip(("visual", "audio", "lengths"), arrays, strict=True))
     found = expected_outputs(named, ENGINE_SPEC.output_shapes(len(arrays[0])))
     return found["logits"], found["offsets"]
 
@@ -202,13 +202,13 @@ def test_a_failing_cuda_call_is_named(sim: Simulation, engine_path: Path, fault:
 
 def test_wrong_inputs_are_named(sim: Simulation, engine_path: Path) -> None:
     with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as backend:
-        visual, audio, mask = inputs(2)
+        visual, audio, lengths = inputs(2)
         with pytest.raises(FeatureError, match="takes 1 to 4"):
             backend.infer(*inputs(5))
         with pytest.raises(FeatureError, match="audio: got"):
-            backend.infer(visual, audio[:, :2], mask)
-        with pytest.raises(FeatureError, match="mask: got float32"):
-            backend.infer(visual, audio, mask.astype(np.float32))
+            backend.infer(visual, audio[:, :2], lengths)
+        with pytest.raises(FeatureError, match="lengths: got float32"):
+            backend.infer(visual, audio, lengths.astype(np.float32))
 
 
 def test_engine_of_another_network(sim: Simulation, engine_path: Path) -> None:

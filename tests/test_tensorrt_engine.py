@@ -272,9 +272,9 @@ def test_the_attention_network_is_what_it_says(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     shapes = ATTENTION_SPEC.input_shapes(3)
     visual, audio = (draw.standard_normal(shapes[name], dtype=np.float32) for name in ("visual", "audio"))
-    mask = np.arange(ATTENTION_SPEC.length)[None, None] < np.array([ATTENTION_SPEC.length, 20, 1])[:, None, None]
+    lengths = np.array([ATTENTION_SPEC.length, 20, 1], np.int32)
     path = write_attention_onnx(tmp_path / "m.onnx", "fp32")
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    found = session.run(["logits", "offsets"], {"visual": visual, "audio": audio, "mask": mask})
-    for got, want in zip(found, attention_outputs(visual, audio, mask), strict=True):
+    found = session.run(["logits", "offsets"], {"visual": visual, "audio": audio, "lengths": lengths})
+    for got, want in zip(found, attention_outputs(visual, audio, lengths), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from ccnet.network.model import released_inputs
 from ccnet.torch_backend import TorchBackend
 from runtime.errors import BackendUnavailable, ConfigError, EngineError, FeatureError
 from runtime.spec import ModelSpec
@@ -40,16 +41,16 @@ class Toy(nn.Module):
 
 def inputs(batch: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     generator = np.random.default_rng(0)
-    mask = np.arange(8) < generator.integers(1, 9, (batch, 1, 1))
-    visual, audio = generator.normal(size=(2, batch, 6, 8)).astype(np.float32)
-    return visual, audio[:, :4], mask
+    lengths = generator.integers(1, 9, batch, dtype=np.int32)
+    visual, audio = generator.normal(size=(2, batch, 8, 6)).astype(np.float32)
+    return visual, audio[..., :4], lengths
 
 
 def test_outputs_are_the_modules_own_as_float32_arrays() -> None:
     model = Toy().eval()
     backend = TorchBackend(model, SPEC)
     logits, offsets = backend.infer(*inputs())
-    expected, _ = model(*(torch.from_numpy(a) for a in inputs()))
+    expected, _ = model(*released_inputs(*(torch.from_numpy(a) for a in inputs())))
     np.testing.assert_array_equal(logits, expected.detach().numpy())
     assert logits.dtype == offsets.dtype == np.float32
     assert offsets.shape == SPEC.output_shapes(2)["offsets"]
@@ -111,12 +112,12 @@ def test_an_absent_gpu_is_an_error() -> None:
 
 
 def test_wrong_shapes_and_too_many_videos_are_feature_errors() -> None:
-    visual, audio, mask = inputs()
+    visual, audio, lengths = inputs()
     backend = TorchBackend(Toy(), SPEC, max_batch=2)
     with pytest.raises(FeatureError, match="audio"):
-        backend.infer(visual, audio[:, :3], mask)
-    with pytest.raises(FeatureError, match="mask.*float32"):
-        backend.infer(visual, audio, mask.astype(np.float32))
+        backend.infer(visual, audio[:, :3], lengths)
+    with pytest.raises(FeatureError, match="lengths.*float32"):
+        backend.infer(visual, audio, lengths.astype(np.float32))
     with pytest.raises(FeatureError, match="1 to 2"):
         backend.infer(*inputs(3))
 

@@ -13,12 +13,14 @@ onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
 
 from benchmarks.networks import Networks  # noqa: E402
+from ccnet.network.model import released_inputs  # noqa: E402
 from export.parity.inputs import stress_inputs  # noqa: E402
 from export.parity.tolerances import TOLERANCES  # noqa: E402
 from runtime.backends.openvino import OpenVinoBackend  # noqa: E402
 from runtime.backends.registry import Precision  # noqa: E402
 from runtime.errors import BackendUnavailable  # noqa: E402
 from runtime.features import pack  # noqa: E402
+from runtime.spec import INPUT_NAMES  # noqa: E402
 
 pytestmark = pytest.mark.slow  # exporting
 
@@ -71,12 +73,12 @@ def test_typed_graphs_compute_the_network(
     limits = TOLERANCES[precision]
     worst: list[float] = []
     for video in stress_inputs(spec):
-        visual, audio, mask = pack([video.features], spec)
-        logits, offsets = run({"visual": visual, "audio": audio, "mask": mask})
+        inputs = pack([video.features], spec)
+        logits, offsets = run(dict(zip(INPUT_NAMES, inputs, strict=True)))
         with torch.inference_mode():
-            inputs = (torch.from_numpy(x) for x in (visual, audio, mask))
-            expected_logits, expected_offsets = (x.numpy() for x in network(*inputs))
-        valid = spec.grid.valid_points(mask[:, 0])
+            released = released_inputs(*(torch.from_numpy(array) for array in inputs))
+            expected_logits, expected_offsets = (x.numpy() for x in network(*released))
+        valid = spec.grid.valid_points(inputs[2])
         assert np.isfinite(logits).all(), video.name
         assert np.isfinite(offsets).all(), video.name
         off_logits = np.abs(logits - expected_logits)[valid]

@@ -106,15 +106,22 @@ def peer(settings: Settings) -> dict[str, Any]:
     from ccnet.checkpoint import read_checkpoint
     from ccnet.torch_backend import TorchBackend
 
+    class FusedBackend(TorchBackend):
+        """Runs the fused network, which takes the inputs of an engine as they are."""
+
+        def forward(self, model: Any, visual: Any, audio: Any, lengths: Any) -> Any:
+            return model(visual, audio, lengths)
+
     checkpoint = read_checkpoint(settings["checkpoint"])
     model: Any = checkpoint.load_model()
+    opened = TorchBackend
     if settings["form"] == "fused":
         from export.fused.network import fused_network
 
-        model = fused_network(model)
+        model, opened = fused_network(model), FusedBackend
     elif settings["form"] == "compiled":
         model = torch.compile(model, mode="max-autotune" if settings["device"] == "cuda" else "default")
-    with TorchBackend(
+    with opened(
         model,
         checkpoint.spec,
         device=settings["device"],

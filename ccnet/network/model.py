@@ -71,3 +71,13 @@ class CCNet(nn.Module):
         bias = self.class_head.output.bias
         assert bias is not None
         nn.init.constant_(bias, prior_bias())
+
+
+def released_inputs(visual: Tensor, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn the inputs of an engine into those of `CCNet`, on their device.
+
+    visual [B, T, Cv], audio [B, T, Ca], lengths [B] -> visual [B, Cv, T], audio [B, Ca, T], mask [B, 1, T].
+    """
+    steps = torch.arange(visual.shape[1], device=lengths.device)
+    mask = steps < lengths[:, None, None]
+    return visual.transpose(1, 2).contiguous(), audio.transpose(1, 2).contiguous(), mask

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ccnet.config import Config, TrainConfig
+from ccnet.network.model import released_inputs
 from ccnet.training.targets import Targets, build_targets
 from runtime.annotations import VideoAnnotation
 from runtime.errors import CCNetError, FeatureError
@@ -173,7 +174,7 @@ class Collate:
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         arrays = pack([VideoFeatures(sample.visual, sample.audio) for sample in samples], self._spec)
-        visual, audio, mask = (torch.from_numpy(array) for array in arrays)
+        visual, audio, mask = released_inputs(*(torch.from_numpy(array) for array in arrays))
         most = max(len(sample.labels) for sample in samples)
         segments = torch.zeros(len(samples), most, 2)
         labels = torch.full((len(samples), most), -1)

@@ -15,7 +15,6 @@ import json
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ccnet.config import ModelConfig
 from ccnet.network.cmcc import CrossModalLayer
@@ -34,17 +33,19 @@ from export.fused.parts import (
     stacked_matmul,
     typed,
 )
-from export.fused.streams import KeyBiases, StreamEmbedding, StreamLayer
+from export.fused.streams import StreamEmbedding, StreamLayer, key_steps
 from export.fused.tdm import FusedTemporalDependency
 from runtime.errors import ExportError
 
+BEHIND_ALL = torch.iinfo(torch.int32).max
+"""Step of a padding point: no video is that long."""
 BOUND = 1e30
 """Far above every output, so that a clamp to it changes nothing. Computing in bfloat16, OpenVINO writes a last matmul
 that ends in an activation directly in float32, and rounds any other to bfloat16 first: logits would tie."""
 
 
 def fused_network(model: CCNet, *, dtype: torch.dtype = torch.float32) -> FusedNetwork:
-    """Fuse a trained network; the result has the forward contract of `CCNet` (float32 in and out).
+    """Fuse a trained network; the result takes and returns the tensors of `runtime.spec.ModelSpec`.
 
     dtype: float32, float16 or bfloat16, of weights and arithmetic; softmax, normalization statistics, the first and
     the last layers stay in float32. Raises ExportError for another dtype or a network of another structure than the
@@ -71,6 +72,7 @@ class FusedNetwork(nn.Module):
     """The rewritten network. Made by `fused_network`."""
 
     point_steps: Tensor
+    key_steps: Tensor
     step_points: Tensor
 
     def __init__(self, model: CCNet, dtype: torch.dtype):
@@ -81,9 +83,8 @@ class FusedNetwork(nn.Module):
         layout = Layout(tuple(config.length // stride for stride in strides))
         self.sizes = layout.sizes
 
-        # The step whose mask a point takes; padding reads an invalid step added at the end.
         steps = layout.position() * torch.tensor(strides)[layout.level()]
-        self.register_buffer("point_steps", torch.where(layout.is_step(), steps, config.length))
+        self.register_buffer("point_steps", torch.where(layout.is_step(), steps, BEHIND_ALL).int())
         self.register_buffer("step_points", layout.is_step().nonzero()[:, 0])
         self.padded = not bool(layout.is_step().all())
 
@@ -91,7 +92,7 @@ class FusedNetwork(nn.Module):
         self.embed = StreamEmbedding(embeddings, layout.part(0, 1), dtype)
         pairs = zip(*(typed(embedding.blocks, Block) for embedding in embeddings), strict=True)
         self.self_layers = nn.ModuleList(StreamLayer(pair, [], layout, 0, dtype) for pair in pairs)
-        self.key_biases = KeyBiases(layout, dtype)
+        self.register_buffer("key_steps", key_steps(layout, self.point_steps))
         self.cross_layers = nn.ModuleList(
             StreamLayer(
                 [layer.visual_block, layer.audio_block], [layer.visual_gate, layer.audio_gate], layout, level, dtype
@@ -106,16 +107,14 @@ class FusedNetwork(nn.Module):
         self.fine_to_coarse = FusedFineToCoarse(fine_to_coarse, layout, dtype)
         self.heads = FusedHeads(model, layout, dtype)
 
-    def forward(self, visual: Tensor, audio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Map visual [B, Cv, T], audio [B, Ca, T], mask [B, 1, T] bool to logits [B, P, C], offsets [B, P, C, 2]."""
-        valid = mask.float()
-        if self.padded:
-            valid = F.pad(valid, (0, 1))
-        allowed = valid.index_select(2, self.point_steps)  # [B, 1, P] float32
-        point_mask = allowed.transpose(1, 2).to(self.dtype)  # [B, P, 1]
+    def forward(self, visual: Tensor, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Map visual [B, T, Cv], audio [B, T, Ca], lengths [B] int32 to logits [B, P, C], offsets [B, P, C, 2]."""
+        lengths = lengths.reshape(-1, 1, 1)
+        point_mask = (self.point_steps[:, None] < lengths).to(self.dtype)  # [B, P, 1]
         masks = torch.split_with_sizes(point_mask, self.sizes, dim=1)
-        key_bias = (1 - allowed) * EXCLUDED
-        cross_biases = self.key_biases(key_bias)
+        key_bias = torch.where(self.point_steps < lengths, 0.0, EXCLUDED)  # [B, 1, P]
+        cross_bias = torch.where(self.key_steps < lengths, 0.0, EXCLUDED).reshape(-1, 1, 1, key_bias.shape[2])
+        cross_biases = torch.split_with_sizes(cross_bias, self.sizes, dim=3)  # [A B, 1, 1, T_l]
         # At the finest level all attentions exclude invalid keys: self-attention takes the biases of the Blocks.
         self_bias = equal_parts(cross_biases[0], 2)[0]
 

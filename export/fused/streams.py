@@ -16,7 +16,6 @@ from ccnet.network.cmcc import ConsistencyGate, Embedding
 from ccnet.network.layers import Block, MaskedConv1d
 from export.fused.layout import Layout
 from export.fused.parts import (
-    EXCLUDED,
     HeadedAttention,
     MaxPool,
     Mlp,
@@ -64,9 +63,9 @@ class StreamEmbedding(Part):
         self.second_norm = NormRelu([pair[1] for pair in norms], dtype)
 
     def forward(self, visual: Tensor, audio: Tensor, mask: Tensor) -> Tensor:
-        """Map visual [B, Cv, steps], audio [B, Ca, steps] and mask [B, T, 1] to [2, B T, D]."""
-        first_visual = self.input_neighbours(visual.transpose(1, 2)) @ self.visual
-        first_audio = self.input_neighbours(audio.transpose(1, 2)) @ self.audio
+        """Map visual [B, steps, Cv], audio [B, steps, Ca] and mask [B, T, 1] to [2, B T, D]."""
+        first_visual = self.input_neighbours(visual) @ self.visual
+        first_audio = self.input_neighbours(audio) @ self.audio
         x: Tensor = self.first_norm(torch.cat([first_visual, first_audio]), mask)
         x = self.second_norm(stacked_matmul(self.neighbours(x), self.second), mask)
         return (x + self.positions * mask).flatten(1, 2)
@@ -179,26 +178,12 @@ class Gates(Part):
         return torch.sigmoid((attended * self.vector).sum(-1, keepdim=True) + self.bias)
 
 
-class KeyBiases(Part):
-    """Float32 attention biases of the CMCC layers, of all levels at once.
+def key_steps(layout: Layout, point_steps: Tensor) -> Tensor:
+    """Return the step [A, 1, 1, P] that must be valid for a point to count as a key in the A attentions of CMCC.
 
-    Blocks exclude invalid keys. Gates of all levels but the finest do not (see `ConsistencyGate`): there an invalid
-    step counts as a key of zeros, and only the points for alignment are excluded.
+    For Blocks it is the point's own step. Gates of all levels but the finest do not exclude invalid keys (see
+    `ConsistencyGate`), which are zero there: any step will do, and only padding points are excluded.
     """
-
-    exclude: Tensor
-    extra: Tensor
-
-    def __init__(self, layout: Layout, dtype: torch.dtype):
-        super().__init__(dtype)
-        self.sizes = layout.sizes
-        keeps_invalid = (layout.level() > 0).repeat(4, 1, 1, 1)  # [A, 1, 1, P]
-        keeps_invalid[:2] = False  # the Blocks
-        behind = torch.where(layout.is_step(), 0.0, EXCLUDED)
-        self.keep("exclude", (~keeps_invalid).float(), torch.float32)
-        self.keep("extra", torch.where(keeps_invalid, behind, 0.0), torch.float32)
-
-    def forward(self, key_bias: Tensor) -> tuple[Tensor, ...]:
-        """Map key_bias [B, 1, P] to one bias per level, [A B, 1, 1, T_l]."""
-        biases = (key_bias * self.exclude + self.extra).reshape(-1, 1, 1, key_bias.shape[2])
-        return torch.split_with_sizes(biases, self.sizes, dim=3)
+    strided = (layout.level() > 0) & layout.is_step()
+    gates = torch.where(strided, -1, point_steps)
+    return torch.stack([point_steps, point_steps, gates, gates])[:, None, None]

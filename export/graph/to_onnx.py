@@ -23,7 +23,7 @@ from torch import nn
 from export.graph.opset17 import lower_to_17
 from runtime.errors import ExportError
 from runtime.packages import distribution_of, missing
-from runtime.spec import AUDIO, INPUT_NAMES, MASK, OUTPUT_NAMES, VISUAL, ModelSpec
+from runtime.spec import AUDIO, INPUT_NAMES, LENGTHS, OUTPUT_NAMES, VISUAL, ModelSpec
 
 MIN_OPSET, MAX_OPSET = 17, 23
 """17 brings LayerNormalization and is the last one TensorRT 8.6 reads; 20 brings Gelu; none above 23 was tried."""
@@ -102,11 +102,12 @@ def example_inputs(spec: ModelSpec, batch: int) -> tuple[torch.Tensor, torch.Ten
     """Draw inputs to trace with: videos of full, half, full, ... length. Shapes as in `ModelSpec`."""
     generator = torch.Generator().manual_seed(0)
     shapes = spec.input_shapes(batch)
-    mask = torch.ones(shapes[MASK], dtype=torch.bool)
-    mask[1::2, :, spec.length // 2 :] = False
+    lengths = torch.full(shapes[LENGTHS], spec.length, dtype=torch.int32)
+    lengths[1::2] = spec.length // 2
+    mask = torch.arange(spec.length)[:, None] < lengths[:, None, None]
     visual = torch.randn(shapes[VISUAL], generator=generator) * mask
     audio = torch.randn(shapes[AUDIO], generator=generator) * mask
-    return visual, audio, mask
+    return visual, audio, lengths
 
 
 def audit(path: Path, spec: ModelSpec, *, opset: int, batch: int | None) -> Any:
@@ -145,7 +146,7 @@ def _check_value(path: Path, value: Any, expected: tuple[int | str, ...]) -> Non
     shape = dimensions(value)
     if shape != expected:
         raise ExportError(f"{path}: tensor '{value.name}' has shape {shape}, expected {expected}")
-    wanted = onnx.TensorProto.BOOL if value.name == MASK else onnx.TensorProto.FLOAT
+    wanted = onnx.TensorProto.INT32 if value.name == LENGTHS else onnx.TensorProto.FLOAT
     if tensor.elem_type != wanted:
         got = onnx.TensorProto.DataType.Name(tensor.elem_type)
         raise ExportError(f"{path}: tensor '{value.name}' is {got}, expected {onnx.TensorProto.DataType.Name(wanted)}")

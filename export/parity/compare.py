@@ -170,8 +170,7 @@ def compare(
 
 def _valid_points(videos: Sequence[ParityVideo], spec: ModelSpec) -> Bools:
     """[N, P] points that lie on content."""
-    steps = np.array([video.features.steps for video in videos])
-    return spec.grid.valid_points(np.arange(spec.length) < steps[:, None])
+    return spec.grid.valid_points([video.features.steps for video in videos])
 
 
 def _finite_check(found: Outputs) -> Check:

@@ -45,7 +45,7 @@ class ParityVideo:
 
 
 def stress_inputs(spec: ModelSpec, seed: int = 0) -> list[ParityVideo]:
-    """Videos of every length at which the mask, a stride or the padding could go wrong, and of unusual content."""
+    """Videos of every length at which a length, a stride or the padding could go wrong, and of unusual content."""
     rng = np.random.default_rng((seed, 1))
     full, odd = spec.length, max(1, spec.length // 2 - 1)
 

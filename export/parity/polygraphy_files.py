@@ -13,7 +13,7 @@ import numpy as np
 from export.parity.compare import ParityReport, compare
 from export.parity.reference import Outputs, Reference
 from export.parity.tolerances import tolerance
-from runtime.backends.base import Bool, Float32
+from runtime.backends.base import Float32, Int32
 from runtime.errors import ParityError
 from runtime.features import pack
 from runtime.packages import missing
@@ -67,7 +67,7 @@ class _Recorded:
         self.spec = spec
         self._rows = iter(zip(outputs.logits, outputs.offsets, strict=True))
 
-    def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
+    def infer(self, visual: Float32, audio: Float32, lengths: Int32) -> tuple[Float32, Float32]:
         logits, offsets = next(self._rows)
         return logits[None], offsets[None]
 

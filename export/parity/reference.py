@@ -23,7 +23,7 @@ from runtime.features import VideoFeatures, pack
 from runtime.files import atomic_file
 from runtime.spec import ModelSpec
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def record(backend: Backend, videos: Sequence[ParityVideo]) -> Outputs:
 def save_reference(path: str | Path, reference: Reference) -> None:
     """Write a reference as one .npz file without pickled objects, whole or not at all."""
     videos = reference.videos
-    visual, audio, mask = pack([video.features for video in videos], reference.spec)
+    visual, audio, lengths = pack([video.features for video in videos], reference.spec)
     header = {
         "schema": SCHEMA,
         "spec": reference.spec.to_json(),
@@ -73,7 +73,7 @@ def save_reference(path: str | Path, reference: Reference) -> None:
             header=np.array(json.dumps(header)),
             visual=visual,
             audio=audio,
-            mask=mask,
+            lengths=lengths,
             logits=reference.outputs.logits,
             offsets=reference.outputs.offsets,
             events_per_video=np.array([len(v.labels) for v in videos], np.int64),
@@ -93,7 +93,10 @@ def load_reference(path: str | Path) -> Reference:
             arrays: dict[str, npt.NDArray[Any]] = {name: file[name] for name in file.files}
         header = json.loads(str(arrays["header"]))
         if header["schema"] != SCHEMA:
-            raise ParityError(f"{path}: got schema {header['schema']!r}, this version reads {SCHEMA}; record it again")
+            raise ParityError(
+                f"{path}: got schema {header['schema']!r}, this version reads {SCHEMA}; record it again: "
+                f"ccnet reference CHECKPOINT --out {path}"
+            )
         spec = ModelSpec.from_json(header["spec"])
         outputs = Outputs(arrays["logits"], arrays["offsets"], header["source"])
         videos = _unpack(header["videos"], arrays)
@@ -110,10 +113,10 @@ def load_reference(path: str | Path) -> Reference:
 
 def _unpack(facts: list[dict[str, Any]], arrays: dict[str, npt.NDArray[Any]]) -> list[ParityVideo]:
     ends = np.cumsum(arrays["events_per_video"])
-    steps = arrays["mask"][:, 0].sum(1)
+    lengths = arrays["lengths"]
     videos = []
     for i, fact in enumerate(facts):
-        visual, audio = (np.ascontiguousarray(arrays[name][i, :, : steps[i]].T) for name in ("visual", "audio"))
+        visual, audio = (arrays[name][i, : lengths[i]] for name in ("visual", "audio"))
         events = slice(ends[i] - arrays["events_per_video"][i], ends[i])
         videos.append(
             ParityVideo(

@@ -13,14 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import BundleError, EngineError, FeatureError
-from runtime.spec import AUDIO, MASK, VISUAL, ModelSpec
+from runtime.spec import INPUT_TYPES, ModelSpec
 
 Float32 = npt.NDArray[np.float32]
-Bool = npt.NDArray[np.bool_]
+Int32 = npt.NDArray[np.int32]
 Outputs = tuple[Float32, Float32]
 Self = TypeVar("Self", bound="BaseBackend")
-
-_DTYPES: dict[str, type] = {VISUAL: np.float32, AUDIO: np.float32, MASK: np.bool_}
 
 
 class Backend(Protocol):
@@ -33,11 +31,11 @@ class Backend(Protocol):
     spec: ModelSpec
     max_batch: int
 
-    def infer(self, visual: Float32, audio: Float32, mask: Bool) -> Outputs:
-        """Run one batch: visual [B, Cv, T], audio [B, Ca, T], mask [B, 1, T] -> logits [B, P, C], offsets [B, P, C, 2].
+    def infer(self, visual: Float32, audio: Float32, lengths: Int32) -> Outputs:
+        """Run one batch: visual [B, T, Cv], audio [B, T, Ca], lengths [B] -> logits [B, P, C], offsets [B, P, C, 2].
 
-        The returned arrays belong to the caller. Raises EngineError when the engine fails, FeatureError when
-        the shapes are not those of `spec` or B is above `max_batch`.
+        The returned arrays belong to the caller. Raises EngineError when the engine fails, FeatureError when the
+        shapes are not those of `spec`, a length is not within 1 to T, or B is above `max_batch`.
         """
         ...
 
@@ -60,11 +58,11 @@ class BaseBackend(abc.ABC):
         self.max_batch = max_batch
         self.closed = False
 
-    def infer(self, visual: Float32, audio: Float32, mask: Bool) -> Outputs:
+    def infer(self, visual: Float32, audio: Float32, lengths: Int32) -> Outputs:
         """See `Backend.infer`."""
         if self.closed:
             raise EngineError(f"{self.name}: the backend is closed")
-        return self._infer(*check_inputs(visual, audio, mask, self.spec, self.max_batch))
+        return self._infer(*check_inputs(visual, audio, lengths, self.spec, self.max_batch))
 
     def describe(self) -> dict[str, Any]:
         """See `Backend.describe`."""
@@ -88,7 +86,7 @@ class BaseBackend(abc.ABC):
         self.close()
 
     @abc.abstractmethod
-    def _infer(self, visual: Float32, audio: Float32, mask: Bool) -> Outputs:
+    def _infer(self, visual: Float32, audio: Float32, lengths: Int32) -> Outputs:
         """Run one checked, C-contiguous batch."""
 
     @abc.abstractmethod
@@ -101,23 +99,24 @@ class BaseBackend(abc.ABC):
 
 
 def check_inputs(
-    visual: Float32, audio: Float32, mask: Bool, spec: ModelSpec, max_batch: int
-) -> tuple[Float32, Float32, Bool]:
-    """The inputs as C-contiguous arrays, after checking them against `spec`.
+    visual: Float32, audio: Float32, lengths: Int32, spec: ModelSpec, max_batch: int
+) -> tuple[Float32, Float32, Int32]:
+    """Check the inputs against `spec` and return them as C-contiguous arrays.
 
-    Raises FeatureError, naming the tensor, for a shape or dtype other than `spec` states, an empty batch, or one
-    above `max_batch`.
+    Raises FeatureError, naming the tensor, for a shape or dtype other than `spec` states, a length that is not within
+    1 to T, an empty batch, or one above `max_batch`.
     """
     batch = visual.shape[0] if np.ndim(visual) else 0
     if not 1 <= batch <= max_batch:
         raise FeatureError(f"batch: got {batch} video(s), this engine takes 1 to {max_batch}; split the batch")
     checked = []
-    for (name, expected), array in zip(spec.input_shapes(batch).items(), (visual, audio, mask), strict=True):
-        if array.shape != expected or array.dtype != _DTYPES[name]:
-            raise FeatureError(
-                f"{name}: got {array.dtype} {array.shape}, expected {np.dtype(_DTYPES[name])} {expected}"
-            )
+    for (name, expected), array in zip(spec.input_shapes(batch).items(), (visual, audio, lengths), strict=True):
+        wanted = np.dtype(INPUT_TYPES[name])
+        if array.shape != expected or array.dtype != wanted:
+            raise FeatureError(f"{name}: got {array.dtype} {array.shape}, expected {wanted} {expected}")
         checked.append(np.ascontiguousarray(array))
+    if lengths.min() < 1 or lengths.max() > spec.length:
+        raise FeatureError(f"lengths: got {lengths.tolist()}, expected 1 to {spec.length} valid steps of each video")
     return checked[0], checked[1], checked[2]
 
 

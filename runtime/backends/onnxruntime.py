@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from runtime.backends.base import BaseBackend, Bool, Float32, Outputs, check_graph
+from runtime.backends.base import BaseBackend, Float32, Int32, Outputs, check_graph
 from runtime.bundle import ModelFile
 from runtime.errors import BackendUnavailable, BundleError, EngineError
 from runtime.packages import import_package
-from runtime.spec import AUDIO, LOGITS, MASK, OFFSETS, OUTPUT_NAMES, VISUAL, ModelSpec
+from runtime.spec import AUDIO, INPUT_TYPES, LENGTHS, LOGITS, OFFSETS, OUTPUT_NAMES, VISUAL, ModelSpec
 
 Device = Literal["cpu", "cuda"]
 
@@ -121,8 +121,8 @@ class OnnxRuntimeBackend(BaseBackend):
             facts["note"] = "ONNX Runtime keeps some small nodes of this graph on the CPU"
         return cls(session, spec, device=device, precision=precision, max_batch=max_batch, facts=facts)
 
-    def _infer(self, visual: Float32, audio: Float32, mask: Bool) -> Outputs:
-        feeds = {VISUAL: visual, AUDIO: audio, MASK: mask}
+    def _infer(self, visual: Float32, audio: Float32, lengths: Int32) -> Outputs:
+        feeds = {VISUAL: visual, AUDIO: audio, LENGTHS: lengths}
         try:
             if self._device == "cuda":
                 return self._infer_cuda(feeds, len(visual))
@@ -150,13 +150,10 @@ class _CudaBinding:
     def __init__(self, session: Any, spec: ModelSpec, batch: int) -> None:
         import onnxruntime
 
-        def allocate(shape: tuple[int, ...], dtype: type) -> Any:
+        def allocate(shape: tuple[int, ...], dtype: type[np.generic]) -> Any:
             return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", 0)
 
-        self._inputs = {
-            name: allocate(shape, np.bool_ if name == MASK else np.float32)
-            for name, shape in spec.input_shapes(batch).items()
-        }
+        self._inputs = {name: allocate(shape, INPUT_TYPES[name]) for name, shape in spec.input_shapes(batch).items()}
         self._outputs = {name: allocate(shape, np.float32) for name, shape in spec.output_shapes(batch).items()}
         self._io = session.io_binding()
         for name, value in self._inputs.items():

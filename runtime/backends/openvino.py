@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.base import BaseBackend, Bool, Float32, Outputs, check_graph
+from runtime.backends.base import BaseBackend, Float32, Int32, Outputs, check_graph
 from runtime.bundle import ModelFile
 from runtime.errors import BackendUnavailable, BundleError, EngineError, FeatureError
 from runtime.packages import import_package
-from runtime.spec import AUDIO, INPUT_NAMES, LOGITS, MASK, OFFSETS, VISUAL, ModelSpec
+from runtime.spec import AUDIO, INPUT_NAMES, LENGTHS, LOGITS, OFFSETS, VISUAL, ModelSpec
 
 # Precision -> (OpenVINO's name of the arithmetic, capability the processor must have). An int8 graph holds its own
 # quantization; what is not quantized in it runs in fp32.
@@ -136,21 +136,21 @@ class OpenVinoBackend(BaseBackend):
         request = compiled.create_infer_request()
         return cls(request, spec, precision=precision, compiled_for=compiled_for, max_batch=max_batch, facts=facts)
 
-    def _infer(self, visual: Float32, audio: Float32, mask: Bool) -> Outputs:
+    def _infer(self, visual: Float32, audio: Float32, lengths: Int32) -> Outputs:
         batch = len(visual)
         if batch == self._compiled_for:
-            return self._run(visual, audio, mask)
+            return self._run(visual, audio, lengths)
         if self._compiled_for > 1:
             raise FeatureError(f"batch: got {batch} video(s), this ONNX file takes exactly {self._compiled_for}")
-        parts = [self._run(visual[i : i + 1], audio[i : i + 1], mask[i : i + 1]) for i in range(batch)]
+        parts = [self._run(visual[i : i + 1], audio[i : i + 1], lengths[i : i + 1]) for i in range(batch)]
         logits, offsets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return logits, offsets
 
-    def _run(self, visual: Float32, audio: Float32, mask: Bool) -> Outputs:
+    def _run(self, visual: Float32, audio: Float32, lengths: Int32) -> Outputs:
         """As many videos as the graph is compiled for."""
         try:
             # Inputs are only read; outputs are copied out, because the request reuses its own buffers.
-            found = self._request.infer({VISUAL: visual, AUDIO: audio, MASK: mask}, share_inputs=True)
+            found = self._request.infer({VISUAL: visual, AUDIO: audio, LENGTHS: lengths}, share_inputs=True)
         except RuntimeError as error:
             raise EngineError(f"{self.name}: {error}") from error
         return found[LOGITS], found[OFFSETS]

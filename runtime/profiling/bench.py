@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.backends.base import Backend, Bool, Float32
+from runtime.backends.base import Backend, Float32, Int32
 from runtime.backends.select import load_engine
 from runtime.bundle import Bundle, Engine
 from runtime.errors import CCNetError
@@ -245,10 +245,10 @@ class Stopwatch:
         self.inside_ns: list[int] = []
         """Nanoseconds in `infer` of each end-to-end call."""
 
-    def infer(self, visual: Float32, audio: Float32, mask: Bool) -> tuple[Float32, Float32]:
+    def infer(self, visual: Float32, audio: Float32, lengths: Int32) -> tuple[Float32, Float32]:
         begin = time.perf_counter_ns()
         try:
-            return self._backend.infer(visual, audio, mask)
+            return self._backend.infer(visual, audio, lengths)
         finally:
             self.inside_ns[-1] += time.perf_counter_ns() - begin
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from runtime.backends.base import BaseBackend, Bool, Float32, Outputs, check_graph
+from runtime.backends.base import BaseBackend, Float32, Int32, Outputs, check_graph
 from runtime.backends.tensorrt import cuda
 from runtime.backends.tensorrt import engine as loaded
 from runtime.backends.tensorrt.context import ExecutionContext
@@ -22,7 +22,7 @@ from runtime.backends.tensorrt.engine import LoadedEngine
 from runtime.backends.tensorrt.library import load_library
 from runtime.bundle import ModelFile
 from runtime.errors import BackendUnavailable, BundleError, EngineError
-from runtime.spec import AUDIO, LOGITS, MASK, OFFSETS, VISUAL, ModelSpec
+from runtime.spec import AUDIO, LENGTHS, LOGITS, OFFSETS, VISUAL, ModelSpec
 
 
 def check_engine(name: str, model_file: ModelFile, precision: str) -> None:
@@ -100,11 +100,11 @@ class TensorRTBackend(BaseBackend):
             raise EngineError(f"{self.name}: the backend is closed")
         return TensorRTBackend(self._engine.retain(), self._model_file, self.spec, cuda_graph=self._cuda_graph)
 
-    def _infer(self, visual: Float32, audio: Float32, mask: Bool) -> Outputs:
+    def _infer(self, visual: Float32, audio: Float32, lengths: Int32) -> Outputs:
         context = self._ready_context()
         known = len(context.graphs)
         batch = max(len(visual), self._min_batch)
-        outputs = context.infer({VISUAL: visual, AUDIO: audio, MASK: mask}, batch)
+        outputs = context.infer({VISUAL: visual, AUDIO: audio, LENGTHS: lengths}, batch)
         if self._cuda_graph and len(context.graphs) > known:
             self._warn_without_graph(batch, context.graphs[batch])
         logits, offsets = (outputs[name].astype(np.float32, copy=False) for name in (LOGITS, OFFSETS))
@@ -165,7 +165,7 @@ class TensorRTBackend(BaseBackend):
         draw = np.random.default_rng(0)
         shapes = self.spec.input_shapes(batch)
         visual, audio = (draw.standard_normal(shapes[name], dtype=np.float32) for name in (VISUAL, AUDIO))
-        self.infer(visual, audio, np.ones(shapes[MASK], np.bool_))
+        self.infer(visual, audio, np.full(shapes[LENGTHS], self.spec.length, np.int32))
 
     def _warn_without_graph(self, batch: int, state: str) -> None:
         if state != "replayed":
