@@ -15,7 +15,7 @@ from benchmarks.arguments import add_options
 
 SIZED = ("latency", "growth", "throughput", "roofline", "rtx_engines")
 """Benchmarks of the network; they take the shared options and share the exported graphs."""
-FIXED = ("postprocessing",)
+FIXED = ("host_path", "postprocessing")
 """Benchmarks that do not depend on the network."""
 
 

@@ -23,8 +23,9 @@ from benchmarks.arguments import Setting, parse
 from benchmarks.engines import available_engines
 from benchmarks.plots import curves
 from benchmarks.results import Measurement, markdown_table, write_result
+from runtime.batches import pack
 from runtime.decode import decode
-from runtime.features import pack, read_video
+from runtime.features import read_video
 from runtime.localizer import Localizer
 from runtime.machine import machine_facts
 from runtime.postprocess import to_events

@@ -23,7 +23,7 @@ from benchmarks.engines import INT8_ENGINES, ONNX_ENGINES, available_engines
 from benchmarks.plots import bars
 from benchmarks.results import Measurement, markdown_table, write_result
 from export.parity.tolerances import tolerance
-from runtime.features import pack
+from runtime.batches import pack
 from runtime.machine import machine_facts
 from runtime.profiling.timing import Ratio, Timing, measure_interleaved, ratio
 from runtime.profiling.workload import sample_videos

@@ -22,7 +22,7 @@ from benchmarks.engines import available_engines
 from benchmarks.graph_cost import GraphCost, graph_cost
 from benchmarks.results import Measurement, markdown_table, write_result
 from export.parity.tolerances import graph_precision, torch_dtype
-from runtime.features import pack
+from runtime.batches import pack
 from runtime.machine import machine_facts
 from runtime.profiling.timing import Timing, measure_interleaved
 from runtime.profiling.workload import sample_videos

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.annotations import VideoAnnotation
+from runtime.batches import pack
 from runtime.detections import Detections
 from runtime.errors import ConfigError
-from runtime.features import VideoFeatures, pack
+from runtime.features import VideoFeatures
 from runtime.files import atomic_file
 from runtime.packages import missing
 from runtime.spec import ModelSpec

@@ -25,12 +25,16 @@ def decode(
     valid_steps: int,
     grid: PointGrid,
     post: PostProcessing,
+    *,
+    first_valid: int = 0,
+    first_step: int = 0,
 ) -> Candidates:
     """logits [P, C], offsets [P, C, 2] -> segments [N, 2] in grid steps, scores [N], labels [N].
 
     Per level: score = sigmoid(logit) at the points of the first `valid_steps` steps; of the scores above
     `post.pre_nms_score` the best `post.pre_nms_top_k`; segment = point -/+ offset * stride; segments not longer than
-    `post.min_length` are dropped. Candidates come level by level, best first within a level.
+    `post.min_length` are dropped. Candidates come level by level, best first within a level. Points before step
+    `first_valid` do not count either; `first_step` is added to the segments, where a video has more than these steps.
 
     Ties: of equal logits in a level the earlier point comes first, within a point the lower label; this also decides
     which ones are cut at `pre_nms_top_k`.
@@ -47,8 +51,8 @@ def decode(
         settings,
         address(values),
         address(distances),
-        0,
-        0,
+        first_step,
+        first_valid,
         valid_steps,
         address(segments),
         address(scores),

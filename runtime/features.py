@@ -1,6 +1,6 @@
-"""Feature files and arrays: read, checked, cut to one length, and packed into the tensors a network takes.
+"""Feature files and arrays of one video: found, read, checked and cut to one length.
 
-Shapes: n steps of one video   Cv, Ca visual / audio feature width   B batch   T steps of the network
+Shapes: n steps of one video   Cv, Ca visual / audio feature width
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import FeatureError
+from runtime.kernels.library import OUT_OF_MEMORY, address, kernels
 from runtime.records import BadRecord, check_video_id
 from runtime.spec import FeatureLayout, ModelSpec
 
@@ -26,6 +27,9 @@ Int32 = npt.NDArray[np.int32]
 # Two modalities that differ by more than this share, and by more than this many steps, are worth a note.
 _NOTED_SHARE = 0.1
 _NOTED_STEPS = 2
+
+NOT_REGULAR, TOO_LONG = -1, -2
+"""Why `read_into` gave a video no row."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,12 @@ def read_video(
         check_video_id(video_id)
     except BadRecord as error:
         raise FeatureError(str(error)) from None
+    prefix = os.path.join(folder, video_id)
+    regular = _read_regular(prefix, layout, visual_dim, audio_dim)
+    if regular is not None:
+        return regular
     visual = [_read_array(Path(folder) / f"{video_id}{suffix}.npy") for suffix in layout.visual]
     audio = [_read_array(Path(folder) / f"{video_id}{suffix}.npy") for suffix in layout.audio]
-    names = [f"{video_id}{suffix}.npy" for suffix in (*layout.visual, *layout.audio)]
     for modality, arrays, suffixes, expected in (
         ("visual", visual, layout.visual, visual_dim),
         ("audio", audio, layout.audio, audio_dim),
@@ -89,9 +96,9 @@ def read_video(
                 f"{folder}: {modality} features {files} are {width} wide, expected {expected}; "
                 "they come from another extractor than the network was trained on"
             )
-    steps = min(len(array) for array in (*visual, *audio))
-    lengths = dict(zip(names, (len(array) for array in (*visual, *audio)), strict=True))
-    return VideoFeatures(_join(visual, steps), _join(audio, steps), _length_note(lengths, steps))
+    lengths = [len(array) for array in (*visual, *audio)]
+    steps = min(lengths)
+    return VideoFeatures(_join(visual, steps), _join(audio, steps), files_note(prefix, layout, lengths))
 
 
 def check_features(visual: Any, audio: Any, spec: ModelSpec, *, name: str = "features") -> VideoFeatures:
@@ -100,28 +107,87 @@ def check_features(visual: Any, audio: Any, spec: ModelSpec, *, name: str = "fea
     Both are cut to the shorter one and converted to float32. `name` stands in front of error messages. Raises
     FeatureError for a wrong type, rank, width or dtype, for zero steps, and for NaN or Inf (with its position).
     """
+    features = check_shapes(visual, audio, spec, name=name)
+    seen, heard = (_finite_float32(a, f"{name}: {kind}") for a, kind in zip(features, ("visual", "audio"), strict=True))
+    return VideoFeatures(seen, heard, features.note)
+
+
+def check_shapes(visual: Any, audio: Any, spec: ModelSpec, *, name: str) -> VideoFeatures:
+    """Do all of `check_features` but convert the arrays and look at the values of the steps that both have.
+
+    That is for `copy_rows` to do, in the same pass as the copy into a batch.
+    """
     seen = _check_array(visual, f"{name}: visual", expected_width=spec.visual_dim)
     heard = _check_array(audio, f"{name}: audio", expected_width=spec.audio_dim)
     steps = min(len(seen), len(heard))
-    note = _length_note({"visual": len(seen), "audio": len(heard)}, steps)
-    return VideoFeatures(seen[:steps], heard[:steps], note)
+    for array, kind in ((seen, "visual"), (heard, "audio")):
+        if len(array) > steps:
+            copy_rows(array[steps:], None, f"{name}: {kind}", first_step=steps)
+    return VideoFeatures(seen[:steps], heard[:steps], length_note({"visual": len(seen), "audio": len(heard)}))
 
 
-def pack(videos: Sequence[VideoFeatures], spec: ModelSpec) -> tuple[Float32, Float32, Int32]:
-    """Pack videos into one batch: visual [B, T, Cv], audio [B, T, Ca], lengths [B] int32.
+def copy_rows(array: npt.NDArray[Any], target: Float32 | None, name: str, *, first_step: int = 0) -> None:
+    """Copy floats [n, C] of any dtype and memory order into the first n rows of target [T, C], float32.
 
-    Shorter videos are padded with zeros, longer ones cropped to their first T steps (the paper's crop); a length
-    counts the steps of a video that are in the batch. The videos must have been checked against `spec`.
+    Every value is checked in the same pass, also where there is no target or it has fewer rows. `first_step` is the
+    step of the first row. Raises FeatureError, saying where, for a value that is not finite in float32.
     """
-    batch = len(videos)
-    visual = np.empty((batch, spec.length, spec.visual_dim), np.float32)
-    audio = np.empty((batch, spec.length, spec.audio_dim), np.float32)
-    lengths = np.array([min(video.steps, spec.length) for video in videos], np.int32)
-    for row, (video, steps) in enumerate(zip(videos, lengths, strict=True)):
-        for target, source in ((visual[row], video.visual), (audio[row], video.audio)):
-            target[:steps] = source[:steps]
-            target[steps:] = 0
-    return visual, audio, lengths
+    size = array.dtype.itemsize
+    finite = kernels().ccnet_copy_rows(
+        size if array.dtype.isnative else -size,
+        address(array),
+        *array.shape,
+        *array.strides,
+        None if target is None else address(target),
+        0 if target is None else target.strides[0] // 4,
+        0 if target is None else len(target),
+    )
+    if finite == OUT_OF_MEMORY:
+        raise MemoryError
+    if not finite:
+        raise _not_finite(array, name, first_step)
+
+
+def read_into(
+    prefixes: Sequence[str],
+    layout: FeatureLayout,
+    visual: Float32,
+    audio: Float32,
+    lengths: Int32,
+    *,
+    crop: bool,
+) -> npt.NDArray[np.int64]:
+    """Read videos from files straight into rows of a batch: visual [B, T, Cv], audio [B, T, Ca], lengths [B].
+
+    A prefix is a video's path up to the suffix. One compiled call without the interpreter lock reads, converts, checks
+    and pads. Returns [videos, 1 + files]: the row that a video got, one after the other from 0, and the steps of each
+    of its files; no row but TOO_LONG where a video has more than T steps and is not to be cropped; NOT_REGULAR where
+    something needs the closer look of `read_video`.
+    """
+    suffixes = [f"{suffix}.npy".encode() for suffix in (*layout.visual, *layout.audio)]
+    found = np.full((len(prefixes), 1 + len(suffixes)), NOT_REGULAR, np.int64)
+    paths = os.fsencode("\0".join(prefixes))
+    if paths.count(0) != len(prefixes) - 1:  # a path with a zero in it
+        return found
+    done = kernels().ccnet_read_videos(
+        paths,
+        len(prefixes),
+        b"\0".join(suffixes),
+        len(layout.visual),
+        len(suffixes),
+        visual.shape[2],
+        audio.shape[2],
+        visual.shape[1],
+        crop,
+        address(visual),
+        address(audio),
+        address(lengths),
+        len(visual),
+        address(found),
+    )
+    if done == OUT_OF_MEMORY:
+        raise MemoryError
+    return found
 
 
 def find_videos(folder: str | Path, layout: FeatureLayout) -> list[str]:
@@ -146,6 +212,18 @@ def find_videos(folder: str | Path, layout: FeatureLayout) -> list[str]:
     return sorted(ids)
 
 
+def _read_regular(prefix: str, layout: FeatureLayout, visual_dim: int, audio_dim: int) -> VideoFeatures | None:
+    """Read files that are as numpy.save writes them; None where something needs a closer look."""
+    visual, audio = (np.empty((1, 0, width), np.float32) for width in (visual_dim, audio_dim))
+    lengths = np.empty(1, np.int32)
+    row, *steps = read_into([prefix], layout, visual, audio, lengths, crop=False)[0].tolist()  # no room: headers alone
+    if row != TOO_LONG:
+        return None
+    visual, audio = (np.empty((1, min(steps), width), np.float32) for width in (visual_dim, audio_dim))
+    row, *steps = read_into([prefix], layout, visual, audio, lengths, crop=False)[0].tolist()
+    return VideoFeatures(visual[0], audio[0], files_note(prefix, layout, steps)) if row == 0 else None
+
+
 def _read_array(path: Path) -> npt.NDArray[Any]:
     """One `.npy` file as a finite float32 [n, C] array. The header is checked before any data are read."""
     try:
@@ -157,15 +235,15 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
             data = stream.read(expected) if present >= expected else b""
     except FileNotFoundError as error:
         raise FeatureError(f"{path}: no such feature file") from error
-    except OSError as error:
-        raise FeatureError(f"{path}: can't be read ({error.strerror or error})") from error
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        raise FeatureError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})") from error
     if len(data) != expected:
         raise FeatureError(
             f"{path}: truncated: {present} bytes of data, its header says {expected} for "
             f"{shape[0]} x {shape[1]} {dtype.name}; extract or copy it again"
         )
     array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
-    return _as_finite_float32(array, str(path))
+    return _finite_float32(array, str(path))
 
 
 def _read_header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -181,7 +259,7 @@ def _read_header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, 
     raise FeatureError(f"{path}: .npy format version {version}; expected 1.0 or 2.0, as numpy.save writes float arrays")
 
 
-def _check_array(array: Any, name: str, *, expected_width: int) -> Float32:
+def _check_array(array: Any, name: str, *, expected_width: int) -> npt.NDArray[Any]:
     if not isinstance(array, np.ndarray):
         try:
             array = np.asarray(array)
@@ -191,7 +269,8 @@ def _check_array(array: Any, name: str, *, expected_width: int) -> Float32:
     if array.shape[1] != expected_width:
         hint = "; the array looks transposed" if array.shape[0] == expected_width else ""
         raise FeatureError(f"{name}: got shape {array.shape}, expected [steps, {expected_width}]{hint}")
-    return _as_finite_float32(array, name)
+    checked: npt.NDArray[Any] = array
+    return checked
 
 
 def _check_shape(shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> None:
@@ -206,18 +285,24 @@ def _check_shape(shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> Non
         raise FeatureError(f"{name}: got shape {shape}: there is no content; expected at least one step")
 
 
-def _as_finite_float32(array: npt.NDArray[Any], name: str) -> Float32:
-    with np.errstate(over="ignore"):
-        values = array.astype(np.float32, copy=False)
-    finite = np.isfinite(values)
-    if not finite.all():
-        bad = int(finite.size - np.count_nonzero(finite))
-        step, channel = (int(i) for i in np.argwhere(~finite)[0])
-        got = array[step, channel]
-        raise FeatureError(
-            f"{name}: {got} at step {step}, channel {channel} ({bad} of {finite.size} values are not finite in float32)"
-        )
+def _finite_float32(array: npt.NDArray[Any], name: str) -> Float32:
+    if array.dtype == np.float32:
+        copy_rows(array, None, name)
+        return array
+    values = np.empty(array.shape, np.float32)
+    copy_rows(array, values, name)
     return values
+
+
+def _not_finite(array: npt.NDArray[Any], name: str, first_step: int) -> FeatureError:
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(array.astype(np.float32, copy=False))
+    bad = int(finite.size - np.count_nonzero(finite))
+    step, channel = (int(i) for i in np.argwhere(~finite)[0])
+    return FeatureError(
+        f"{name}: {array[step, channel]} at step {first_step + step}, channel {channel} "
+        f"({bad} of {finite.size} values are not finite in float32)"
+    )
 
 
 def _join(arrays: Sequence[Float32], steps: int) -> Float32:
@@ -226,9 +311,18 @@ def _join(arrays: Sequence[Float32], steps: int) -> Float32:
     return np.concatenate([array[:steps] for array in arrays], axis=1)
 
 
-def _length_note(lengths: dict[str, int], steps: int) -> str | None:
-    longest = max(lengths.values())
-    if longest - steps <= max(_NOTED_STEPS, _NOTED_SHARE * longest):
+def files_note(prefix: str, layout: FeatureLayout, steps: Sequence[int]) -> str | None:
+    """`length_note` of the files of one video, given the steps of each."""
+    if max(steps) - min(steps) <= _NOTED_STEPS:
+        return None
+    names = (f"{os.path.basename(prefix)}{suffix}.npy" for suffix in (*layout.visual, *layout.audio))
+    return length_note(dict(zip(names, steps, strict=True)))
+
+
+def length_note(lengths: dict[str, int]) -> str | None:
+    """Say what was cut where the lengths, in steps by file or modality, clearly differ."""
+    shortest, longest = min(lengths.values()), max(lengths.values())
+    if longest - shortest <= max(_NOTED_STEPS, _NOTED_SHARE * longest):
         return None
     found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-    return f"lengths differ: {found} steps; cut to {steps}"
+    return f"lengths differ: {found} steps; cut to {shortest}"

@@ -5,43 +5,22 @@ Shapes:  n steps of one video   Cv, Ca visual / audio feature width   T steps of
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-from runtime.backends.base import Backend, Float32
+from runtime.backends.base import Backend
 from runtime.backends.registry import runs_on_gpu
 from runtime.backends.select import OnMismatch, OpenedEngine, open_engine
+from runtime.batches import Batch
 from runtime.bundle import read_bundle
 from runtime.detections import Detections
-from runtime.errors import ConfigError, FeatureError
-from runtime.features import FeatureFiles, VideoFeatures, check_features, pack
-from runtime.pipeline import Item, Results, stream_videos
-from runtime.postprocess import detect
+from runtime.errors import ConfigError
+from runtime.pipeline import Item, Localized, LongVideos, Pipeline, Results, Task, Video
 from runtime.schema import require
 from runtime.spec import ModelSpec, PostProcessing
-from runtime.windows import Window, merge_windows, plan_windows
-
-LongVideos = Literal["crop", "windows"]
-Video: TypeAlias = "VideoFeatures | FeatureFiles | tuple[Any, Any] | tuple[Any, Any, float | None]"
-"""Checked features, their files, or arrays: (visual [n, Cv], audio [n, Ca]) or (visual, audio, duration in seconds)."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One video, ready to be packed, and where it is cut."""
-
-    name: str
-    features: VideoFeatures
-    duration: float
-    """Seconds."""
-    windows: tuple[Window, ...]
-
-    def pieces(self) -> list[VideoFeatures]:
-        """The features of each window."""
-        visual, audio = self.features
-        return [VideoFeatures(visual[w.start : w.stop], audio[w.start : w.stop]) for w in self.windows]
+from runtime.stream import stream_videos
 
 
 class Localizer:
@@ -72,6 +51,8 @@ class Localizer:
         self.post = post or spec.post
         self.long_videos = long_videos
         self.window_overlap = window_overlap
+        self._pipeline = Pipeline(spec, self.post, long_videos, window_overlap)
+        self._batch: Batch | None = None  # kept for the next call
         self._opened: OpenedEngine | None = None
         require(len(self.backends) > 0, "backends", [], "at least one")
         for backend in self.backends:
@@ -112,17 +93,24 @@ class Localizer:
         return self.batch([(visual, audio, duration)])[0]
 
     def batch(self, videos: Sequence[Video]) -> list[Detections]:
-        """Events of several videos, in their order; run in batches as large as the engines take."""
-        jobs = [self.prepare(video, name=f"video {i}") for i, video in enumerate(videos)]
-        outputs: list[list[tuple[Float32, Float32]]] = [[] for _ in jobs]
+        """Events of several videos, in their order; run in batches as large as the engine takes.
+
+        Raises as `__call__`, for the first video that fails.
+        """
         backend = self.backends[0]
-        pieces = [(i, piece) for i, job in enumerate(jobs) for piece in job.pieces()]
-        for start in range(0, len(pieces), backend.max_batch):
-            chunk = pieces[start : start + backend.max_batch]
-            logits, offsets = backend.infer(*pack([piece for _, piece in chunk], self.spec))
-            for row, (i, _) in enumerate(chunk):
-                outputs[i].append((logits[row], offsets[row]))
-        return [self.finish(job, found) for job, found in zip(jobs, outputs, strict=True)]
+        tasks = [Task(f"video {i}", video) for i, video in enumerate(videos)]
+        left = deque(tasks)
+        size = backend.max_batch if self.long_videos == "windows" else min(backend.max_batch, max(1, len(tasks)))
+        if self._batch is None or self._batch.size != size:
+            self._batch = Batch(self.spec, size, getattr(backend, "allocate", None))
+        self._pipeline.run(
+            lambda count, _: [left.popleft() for _ in range(min(count, len(left)))],
+            _raise_errors,
+            backend.infer,
+            self._batch,
+        )
+        results = (task.result for task in tasks if isinstance(task.result, Localized))
+        return [result.detections for result in results if result.detections is not None]
 
     def stream(self, videos: Iterable[Item], *, batch_size: int | None = None, workers: int | None = None) -> Results:
         """Events of a stream of videos, in their order, while reading, inference and post-processing overlap.
@@ -132,36 +120,12 @@ class Localizer:
         that stands for a video that can't be had. A video with an error of its own, such as a FeatureError or output
         that is not finite, comes out as a `Localized` with that error; anything else ends the stream.
 
-        `batch_size`: windows per engine call; None: what the engine takes on a GPU, 1 on a CPU. `workers`: threads
-        that read, and as many that pack and post-process. Results lag behind the input by some batches. Closing the
-        generator stops all threads.
+        `batch_size`: windows per engine call; None: what the engine takes on a GPU, 1 on a CPU. `workers`: threads that
+        read and post-process, beside those that wait for an engine. Results lag behind the input by some batches.
+        Closing the generator stops all threads.
         """
         size = self._batch_size() if batch_size is None else batch_size
-        return stream_videos(self, videos, batch_size=size, workers=workers)
-
-    def prepare(self, video: Video, *, name: str, duration: float | None = None) -> Job:
-        """Check the features of a video and plan its windows. Raises FeatureError."""
-        if isinstance(video, FeatureFiles):
-            video = video.read(self.spec)
-        if isinstance(video, VideoFeatures):
-            features = self._check_widths(video, name)
-        else:
-            visual, audio, *rest = video
-            features = check_features(visual, audio, self.spec, name=name)
-            duration = rest[0] if rest and rest[0] is not None else duration
-        covered = self.spec.time_base.covered_seconds(features.steps)
-        windows = [Window(0, min(features.steps, self.spec.length), 0, features.steps)]
-        if self.long_videos == "windows":
-            windows = plan_windows(features.steps, self.spec.length, self.window_overlap)
-        return Job(name, features, float(covered if duration is None else duration), tuple(windows))
-
-    def finish(self, job: Job, outputs: Sequence[tuple[Float32, Float32]]) -> Detections:
-        """What the engine put out for each window of a video -> its events."""
-        if len(job.windows) > 1:
-            return merge_windows(job.windows, outputs, duration=job.duration, spec=self.spec, post=self.post)
-        ((logits, offsets),) = outputs
-        steps = job.windows[0].steps
-        return detect(logits, offsets, valid_steps=steps, duration=job.duration, spec=self.spec, post=self.post)
+        return stream_videos(self._pipeline, self.backends, videos, batch_size=size, workers=workers)
 
     def describe(self) -> dict[str, Any]:
         """Describe the engines, and for a loaded bundle which one was chosen, its status, and why others were not."""
@@ -186,9 +150,9 @@ class Localizer:
         backend = self.backends[0]
         return backend.max_batch if runs_on_gpu(backend.name) else 1
 
-    def _check_widths(self, features: VideoFeatures, name: str) -> VideoFeatures:
-        found = (features.visual.shape[1], features.audio.shape[1])
-        expected = (self.spec.visual_dim, self.spec.audio_dim)
-        if found != expected:
-            raise FeatureError(f"{name}: features are {found} wide (visual, audio), the network takes {expected}")
-        return features
+
+def _raise_errors(tasks: Sequence[Task]) -> None:
+    for task in tasks:
+        error = task.result.error if isinstance(task.result, Localized) else task.result
+        if error is not None:
+            raise error

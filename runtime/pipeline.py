@@ -1,37 +1,39 @@
-"""A stream of videos through the engines: reading, packing, inference and post-processing overlap.
+"""Videos through reading, the engine and post-processing, one batch at a time.
 
-Three groups of threads do the work: readers, one thread per engine context, and finishers that pack batches and turn
-outputs into events. The generator itself only hands tasks from one to the next and keeps the number of tasks in
-flight bounded, so that memory does not grow with the stream and a slow consumer slows the readers.
+A thread takes a batch through all stages, so that nothing is handed from thread to thread and the interpreter is
+entered a few times for a batch: files are read and outputs post-processed in one compiled call each. `Localizer` runs
+a pipeline in its caller's thread, `runtime.stream` in several.
+
+Shapes: n steps of one video   T steps of the network   B rows of a batch   P points of all levels   C classes
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from runtime.backends.base import Backend, Float32, Int32
+from runtime.backends.base import Float32, Int32
+from runtime.batches import Batch
+from runtime.decode import Candidates
 from runtime.detections import Detections
-from runtime.errors import CCNetError
-from runtime.features import VideoFeatures, pack
-from runtime.machine import usable_cores
-from runtime.schema import require
+from runtime.errors import CCNetError, FeatureError
+from runtime.features import FeatureFiles, VideoFeatures, check_shapes, copy_rows, files_note
+from runtime.postprocess import detect_batch
+from runtime.spec import ModelSpec, PostProcessing
+from runtime.windows import Window, decode_window, merge_windows, plan_windows
 
-if TYPE_CHECKING:
-    from runtime.localizer import Job, Localizer, Video
-
+LongVideos = Literal["crop", "windows"]
+Video: TypeAlias = "VideoFeatures | FeatureFiles | tuple[Any, Any] | tuple[Any, Any, float | None]"
+"""Checked features, their files, or arrays: (visual [n, Cv], audio [n, Ca]) or (visual, audio, duration in seconds)."""
 Source: TypeAlias = "Video | Callable[[], Video] | CCNetError"
 Item: TypeAlias = "tuple[str, Source] | tuple[str, Source, float | None]"
 
 
 @dataclass(frozen=True)
 class Localized:
-    """What became of one video of a stream: detections, or the error that it has of its own."""
+    """Result of one video of a stream: detections, or the error that it has of its own."""
 
     video_id: str
     duration: float | None
@@ -46,189 +48,218 @@ Results: TypeAlias = Generator[Localized, None, None]
 """What a stream gives; its `close` stops the threads."""
 
 
-@dataclass(eq=False)
-class _Video:
-    """A video under way."""
+@dataclass(eq=False, slots=True)
+class Task:
+    """A video on its way; `result` is what became of it, an exception where that is to end the stream."""
 
     video_id: str
-    duration: float | None
-    read: Future[Job]
-    done: Future[Localized] = field(default_factory=Future)
-    job: Job | None = None
-    outputs: list[tuple[Float32, Float32] | None] = field(default_factory=list)
-    missing: int = 0
-    """Windows whose output is not there yet."""
+    source: Source | None
+    """None once it was opened: a result may wait long, and should not keep the features."""
+    duration: float | None = None
+    note: str | None = None
+    windows: Sequence[Window] = ()
+    """Empty for a video that is one row of a batch."""
+    found: list[Candidates] = field(default_factory=list)
+    """Of the windows that went through the engine, which they do in order."""
+    result: Localized | BaseException | None = None
+
+    def settle(self, found: Detections | CCNetError) -> None:
+        """Make detections, or an error of the video's own, the result."""
+        if isinstance(found, CCNetError):
+            self.result = Localized(self.video_id, self.duration, None, found, self.note)
+        else:
+            self.result = Localized(self.video_id, self.duration, found, None, self.note)
 
 
-@dataclass(eq=False)
-class _Batch:
-    """Windows that go through an engine together."""
-
-    owners: list[tuple[_Video, int]]
-    """(video, index of the window) of each row."""
-    packed: Future[tuple[Float32, Float32, Int32]]
+Take: TypeAlias = Callable[[int, bool], Sequence[Task]]
+"""(count, wait): at most so many tasks; none where there are none now, or with `wait` where no more will come."""
+Finish: TypeAlias = Callable[[Sequence[Task]], None]
+"""Is given tasks that have their result."""
+Infer: TypeAlias = Callable[[Float32, Float32, Int32], tuple[Float32, Float32]]
 
 
-def stream_videos(
-    localizer: Localizer, videos: Iterable[Item], *, batch_size: int, workers: int | None = None
-) -> Results:
-    """See `Localizer.stream`."""
-    largest = min(backend.max_batch for backend in localizer.backends)
-    require(1 <= batch_size <= largest, "batch_size", batch_size, f"1 to {largest}, what the engines take")
-    workers = min(4, usable_cores()) if workers is None else workers
-    require(workers >= 1, "workers", workers, "an integer >= 1")
-    return _run(localizer, videos, batch_size, workers)
+@dataclass(frozen=True)
+class Pipeline:
+    """How videos are cut and post-processed. Holds nothing of a run, so any number of threads may run one."""
 
+    spec: ModelSpec
+    post: PostProcessing
+    long_videos: LongVideos
+    window_overlap: float
 
-def _run(localizer: Localizer, videos: Iterable[Item], batch_size: int, workers: int) -> Results:
-    # A generator, so that threads and engine contexts exist only once somebody iterates, and end when they stop.
-    stream = _Stream(localizer, videos, batch_size, workers)
-    try:
-        yield from stream.results()
-    finally:
-        stream.stop()
+    def run(self, take: Take, finish: Finish, infer: Infer, batch: Batch) -> None:
+        """Process tasks until there are none any more, in batches as full as `take` makes them.
 
-
-class _Stream:
-    def __init__(self, localizer: Localizer, videos: Iterable[Item], batch_size: int, workers: int) -> None:
-        self._localizer = localizer
-        self._source = iter(videos)
-        self._source_error: BaseException | None = None
-        self._exhausted = False
-        self._batch_size = batch_size
-        self._read_ahead = 2 * batch_size + workers
-        self._order: deque[_Video] = deque()  # everything not yet handed out, in the order of the stream
-        self._unadmitted: deque[_Video] = deque()  # its tail: being read
-        self._group: list[tuple[_Video, int, VideoFeatures]] = []
-        self._in_flight: set[Future[None]] = set()
-        self._lock = threading.Lock()
-        self._contexts = [context for backend in localizer.backends for context in _contexts(backend)]
-        self._most_in_flight = len(self._contexts) + 1
-        self._readers = ThreadPoolExecutor(workers, "ccnet-read")
-        self._engines = ThreadPoolExecutor(len(self._contexts), "ccnet-engine")
-        self._finishers = ThreadPoolExecutor(workers, "ccnet-finish")
-        self._free: queue.SimpleQueue[Backend] = queue.SimpleQueue()
-        for backend in self._contexts:
-            self._free.put(backend)
-
-    def results(self) -> Iterator[Localized]:
-        while True:
-            self._start_reading()
-            if self._order and self._order[0].done.done():
-                yield self._order.popleft().done.result()
-            elif self._unadmitted and self._may_admit():
-                self._admit(self._unadmitted.popleft())
-            elif self._order:
-                self._flush(self._order[0])
-                yield self._order.popleft().done.result()
-            elif self._source_error is not None:
-                raise self._source_error
-            else:
-                return
-
-    def _start_reading(self) -> None:
-        while not self._exhausted and len(self._unadmitted) < self._read_ahead:
-            try:
-                video_id, source, *rest = next(self._source)
-            except StopIteration:
-                self._exhausted = True
-                return
-            except Exception as error:  # noqa: BLE001  handed on once the videos before it are out
-                self._exhausted, self._source_error = True, error
-                return
-            duration = rest[0] if rest else None
-            video = _Video(video_id, duration, self._readers.submit(self._read, video_id, source, duration))
-            self._order.append(video)
-            self._unadmitted.append(video)
-
-    def _read(self, video_id: str, source: Source, duration: float | None) -> Job:
-        if isinstance(source, CCNetError):
-            raise source
-        video = source() if callable(source) else source
-        return self._localizer.prepare(video, name=video_id, duration=duration)
-
-    def _may_admit(self) -> bool:
-        """Whether another video may join the batches: keeps packed batches and waiting videos bounded."""
-        self._in_flight = {future for future in self._in_flight if not future.done()}
-        held_back = len(self._order) - len(self._unadmitted)
-        return len(self._in_flight) < self._most_in_flight and len(self._group) + held_back < 8 * self._batch_size + 8
-
-    def _admit(self, video: _Video) -> None:
-        """Wait until a video is read and put its windows into batches."""
+        Errors become results of the tasks; what `take` and `finish` raise ends the run.
+        """
+        run = _Run(self, take, finish, batch)
         try:
-            job = video.job = video.read.result()
-        except CCNetError as error:
-            video.done.set_result(Localized(video.video_id, video.duration, None, error))
-            return
-        except Exception as error:  # noqa: BLE001  raised where this video's turn comes, after the good ones before it
-            video.done.set_exception(error)
-            return
-        pieces = job.pieces()
-        video.outputs, video.missing = [None] * len(pieces), len(pieces)
-        for index, piece in enumerate(pieces):
-            self._group.append((video, index, piece))
-            if len(self._group) == self._batch_size:
-                self._submit()
-
-    def _flush(self, awaited: _Video) -> None:
-        """Send an incomplete batch: at the end of the stream, or when the awaited video is held up in it."""
-        if self._group and (not self._unadmitted or any(video is awaited for video, _, _ in self._group)):
-            self._submit()
-
-    def _submit(self) -> None:
-        group, self._group = self._group, []
-        packed = self._finishers.submit(pack, [piece for _, _, piece in group], self._localizer.spec)
-        batch = _Batch([(video, index) for video, index, _ in group], packed)
-        self._in_flight.add(self._engines.submit(self._infer, batch))
-
-    def _infer(self, batch: _Batch) -> None:
-        backend = self._free.get()
-        try:
-            logits, offsets = backend.infer(*batch.packed.result())
-        except Exception as error:  # noqa: BLE001  it belongs to the consumer of these videos
-            self._fail(batch, error)
-            return
+            while run.fill():
+                run.process(infer)
         finally:
-            self._free.put(backend)
-        for row, (video, index) in enumerate(batch.owners):
-            video.outputs[index] = (logits[row], offsets[row])
-            with self._lock:
-                video.missing -= 1
-                complete = video.missing == 0
-            if complete:
-                self._finishers.submit(self._finish, video)
+            batch.clear()
 
-    def _fail(self, batch: _Batch, error: BaseException) -> None:
-        for video in dict.fromkeys(video for video, _ in batch.owners):
-            with self._lock:
-                if not video.done.done():
-                    video.done.set_exception(error)
 
-    def _finish(self, video: _Video) -> None:
-        job: Any = video.job
-        note = job.features.note
+class _Run:
+    """One thread's way through a pipeline."""
+
+    def __init__(self, pipeline: Pipeline, take: Take, finish: Finish, batch: Batch) -> None:
+        self._pipeline, self._take, self._finish, self._batch = pipeline, take, finish, batch
+        self._rows: list[tuple[Task, int]] = []  # task and index of its window, of each row of the batch
+        self._waiting: deque[tuple[Task, VideoFeatures, int]] = deque()  # windows that are not in a batch yet
+
+    def fill(self) -> bool:
+        """Fill the batch; False where there is nothing to fill it with any more."""
+        self._batch.clear()
+        self._rows = []
+        while self._batch.free:
+            if self._waiting:
+                self._add(*self._waiting.popleft())
+                continue
+            tasks = self._take(self._batch.free, not self._rows)
+            if not tasks:
+                break
+            self._place(tasks)
+        return bool(self._rows)
+
+    def process(self, infer: Infer) -> None:
+        """Run the engine on the batch and post-process its outputs."""
+        tasks = list(dict.fromkeys(task for task, _ in self._rows if task.result is None))
+        inputs = self._batch.inputs()
         try:
-            detections = self._localizer.finish(job, [output for output in video.outputs if output is not None])
-            result = Localized(video.video_id, job.duration, detections, None, note)
-        except CCNetError as error:
-            result = Localized(video.video_id, job.duration, None, error, note)
-        except Exception as error:  # noqa: BLE001  as in _infer
-            video.done.set_exception(error)
+            self._post_process(inputs[2], *infer(*inputs))
+        except BaseException as error:  # noqa: BLE001  it is for the consumer of the videos
+            for task in tasks:
+                task.result = error
+        self._finish([task for task in tasks if task.result is not None])
+
+    def _place(self, tasks: Sequence[Task]) -> None:
+        """Put new videos, no more than the batch has free rows, into it; what is cut into windows waits."""
+        files: list[tuple[Task, FeatureFiles]] = []
+        arrays: list[tuple[Task, VideoFeatures]] = []
+        for task in tasks:
+            video = self._open(task)
+            if isinstance(video, FeatureFiles):
+                files.append((task, video))
+            elif video is not None:
+                arrays.append((task, video))
+        if files:
+            self._read(files)
+        for task, features in arrays:
+            self._plan(task, features)
+
+    def _open(self, task: Task) -> VideoFeatures | FeatureFiles | None:
+        """Return what the source of a video gives, arrays checked but for their values; None for one that fails."""
+        source, task.source = task.source, None
+        try:
+            if isinstance(source, CCNetError):
+                raise source
+            video = source() if callable(source) else source
+            return video if isinstance(video, FeatureFiles) else self._check(task, video)
+        except BaseException as error:  # noqa: BLE001  it is for the consumer of the video
+            self._fail(task, error)
+            return None
+
+    def _read(self, files: Sequence[tuple[Task, FeatureFiles]]) -> None:
+        spec, crop = self._pipeline.spec, self._pipeline.long_videos == "crop"
+        looked_at = self._batch.read([video for _, video in files], crop=crop)
+        for (task, video), (row, steps) in zip(files, looked_at, strict=True):
+            if row >= 0:
+                task.note = files_note(video.video_id, spec.layout, steps)
+                self._settle_duration(task, min(steps))
+                self._rows.append((task, 0))
+        for (task, video), (row, _) in zip(files, looked_at, strict=True):
+            if row < 0:
+                self._look_closer(task, video)
+
+    def _look_closer(self, task: Task, video: FeatureFiles) -> None:
+        """Read files that are long, of an unusual format, or wrong: then the error says what is."""
+        try:
+            features = video.read(self._pipeline.spec)
+        except BaseException as error:  # noqa: BLE001  as above
+            self._fail(task, error)
+        else:
+            self._plan(task, features)
+
+    def _check(self, task: Task, video: Any) -> VideoFeatures:
+        spec = self._pipeline.spec
+        if not isinstance(video, VideoFeatures):
+            visual, audio, *rest = video
+            if rest and rest[0] is not None:
+                task.duration = float(rest[0])
+            return check_shapes(visual, audio, spec, name=task.video_id)
+        found = (video.visual.shape[1], video.audio.shape[1])
+        if found != (spec.visual_dim, spec.audio_dim):
+            expected = (spec.visual_dim, spec.audio_dim)
+            raise FeatureError(
+                f"{task.video_id}: features are {found} wide (visual, audio), the network takes {expected}"
+            )
+        return video
+
+    def _plan(self, task: Task, features: VideoFeatures) -> None:
+        """Cut a video that is in memory: into windows, or to its first T steps."""
+        pipeline, length = self._pipeline, self._pipeline.spec.length
+        task.note = features.note
+        self._settle_duration(task, features.steps)
+        if pipeline.long_videos == "windows" and features.steps > length:
+            task.windows = plan_windows(features.steps, length, pipeline.window_overlap)
+            self._waiting.extend((task, features, index) for index in range(len(task.windows)))
+        else:
+            self._add(task, features, 0)
+
+    def _add(self, task: Task, features: VideoFeatures, index: int) -> None:
+        """Put a window, or a video that is not cut into any, into the batch."""
+        if task.result is not None:
             return
-        video.job = None  # the features are not needed any more, the result may wait long
-        video.done.set_result(result)
+        length = self._pipeline.spec.length
+        try:
+            if task.windows:
+                self._batch.add(features, task.windows[index].start, task.windows[index].stop, task.video_id)
+            else:
+                if features.steps > length:  # what is cut off is checked too
+                    for array, modality in zip(features, ("visual", "audio"), strict=True):
+                        copy_rows(array[length:], None, f"{task.video_id}: {modality}", first_step=length)
+                self._batch.add(features, 0, min(features.steps, length), task.video_id)
+        except FeatureError as error:
+            self._fail(task, error)
+        else:
+            self._rows.append((task, index))
 
-    def stop(self) -> None:
-        for pool in (self._readers, self._engines, self._finishers):
-            pool.shutdown(wait=False, cancel_futures=True)
-        for pool in (self._readers, self._engines, self._finishers):
-            pool.shutdown(wait=True)
-        for backend in self._contexts:
-            if backend not in self._localizer.backends:
-                backend.close()
+    def _post_process(self, lengths: Int32, logits: Float32, offsets: Float32) -> None:
+        spec, post = self._pipeline.spec, self._pipeline.post
+        whole = [row for row, (task, _) in enumerate(self._rows) if not task.windows]
+        if len(whole) < len(self._rows):
+            found = detect_batch(
+                logits[whole], offsets[whole], lengths[whole], self._durations(whole), spec=spec, post=post
+            )
+        else:
+            found = detect_batch(logits, offsets, lengths, self._durations(whole), spec=spec, post=post)
+        for row, detections in zip(whole, found, strict=True):
+            self._rows[row][0].settle(detections)
+        for row, (task, index) in enumerate(self._rows):
+            if task.windows and task.result is None:
+                self._add_window_outputs(task, task.windows[index], logits[row], offsets[row])
 
+    def _add_window_outputs(self, task: Task, window: Window, logits: Float32, offsets: Float32) -> None:
+        spec, post = self._pipeline.spec, self._pipeline.post
+        try:
+            task.found.append(decode_window(window, logits, offsets, spec, post))
+            if len(task.found) == len(task.windows):
+                task.settle(merge_windows(task.found, duration=task.duration or 0.0, spec=spec, post=post))
+        except CCNetError as error:
+            task.settle(error)
 
-def _contexts(backend: Backend) -> list[Backend]:
-    """Return the backend, and a second context on the same engine where it offers one, so that copies overlap."""
-    fork = getattr(backend, "fork", lambda: None)()  # a caller's own backend need not have it
-    return [backend] if fork is None else [backend, fork]
+    def _durations(self, rows: Sequence[int]) -> list[float]:
+        return [self._rows[row][0].duration or 0.0 for row in rows]
+
+    def _settle_duration(self, task: Task, steps: int) -> None:
+        covered = self._pipeline.spec.time_base.covered_seconds(steps)
+        task.duration = float(covered if task.duration is None else task.duration)
+
+    def _fail(self, task: Task, error: BaseException) -> None:
+        """An error of a video's own is its result; any other one ends the stream."""
+        if isinstance(error, CCNetError):
+            task.settle(error)
+        else:
+            task.result = error
+        self._finish([task])

@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from runtime.decode import check_outputs, decode
 from runtime.detections import Detections
-from runtime.errors import CCNetError
+from runtime.errors import CCNetError, EngineError
 from runtime.kernels.library import OUT_OF_MEMORY, address, detection_settings, floats, kernels
 from runtime.schema import require
-from runtime.spec import ModelSpec, PostProcessing
+from runtime.spec import LOGITS, OFFSETS, ModelSpec, PostProcessing
 from runtime.suppression import suppress
 
 
@@ -60,16 +60,22 @@ def detect_batch(
     """Post-process a batch: logits [B, P, C], offsets [B, P, C, 2], valid steps [B], seconds [B] -> one result a video.
 
     All of it is one compiled call without the interpreter lock. A video whose outputs are not finite, or whose
-    duration is out of range, gets the error that `detect` raises; the others are not touched by it. The arrays must
-    have the shapes of `spec`, the lengths lie in 0..T.
+    duration is out of range, gets the error that `detect` raises; the others are not touched by it. Raises EngineError
+    for arrays whose shapes are not those of `spec`, ConfigError for lengths outside 0..T.
     """
     post = post or spec.post
+    for name, array in ((LOGITS, logits), (OFFSETS, offsets)):
+        expected = spec.output_shapes(len(durations))[name]
+        if array.shape != expected:
+            raise EngineError(f"{name}: got shape {list(array.shape)}, expected {list(expected)}")
     settings = detection_settings(post, spec.length, spec.levels, spec.num_classes, spec.time_base)
     batch, most = len(logits), min(post.max_segments, kernels().ccnet_most_candidates(settings))
     segments, scores = np.empty((batch, most, 2)), np.empty((batch, most), np.float32)
     labels, counts = np.empty((batch, most), np.int64), np.empty(batch, np.int64)
     values, distances = floats(logits), floats(offsets)
     steps, seconds = np.ascontiguousarray(lengths, np.int32), np.ascontiguousarray(durations, np.float64)
+    good = steps.shape == (batch,) and bool(((steps >= 0) & (steps <= spec.length)).all())
+    require(good, "lengths", steps.tolist(), f"{batch} integers from 0 to {spec.length}")
     kernels().ccnet_detect(
         settings,
         batch,

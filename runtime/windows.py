@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.backends.base import Float32
-from runtime.decode import decode
+from runtime.decode import Candidates, decode
 from runtime.detections import Detections
 from runtime.postprocess import to_events
 from runtime.schema import require
@@ -54,26 +54,28 @@ def plan_windows(steps: int, length: int, overlap: float) -> list[Window]:
     return [Window(start, start + length, seams[i], seams[i + 1]) for i, start in enumerate(starts)]
 
 
-def merge_windows(
-    windows: Sequence[Window],
-    outputs: Sequence[tuple[Float32, Float32]],
-    *,
-    duration: float,
-    spec: ModelSpec,
-    post: PostProcessing,
-) -> Detections:
-    """Outputs (logits [P, C], offsets [P, C, 2]) of each window -> Detections of the whole video.
+def decode_window(
+    window: Window, logits: Float32, offsets: Float32, spec: ModelSpec, post: PostProcessing
+) -> Candidates:
+    """Decode one window, logits [P, C], offsets [P, C, 2], into candidates at its own points, in steps of the video.
 
-    `spec` has the T of the engine that ran the windows; `duration` is the video's, in seconds. Raises as
-    `runtime.postprocess.detect`.
+    Raises EngineError as `runtime.decode.decode`.
     """
-    found = []
-    for window, (logits, offsets) in zip(windows, outputs, strict=True):
-        position = spec.grid.positions + window.start
-        foreign = (position < window.own_start) | (position >= window.own_stop)
-        logits = np.where(foreign[:, None], np.float32(-1e4), logits)
-        offsets = np.where(foreign[:, None, None], np.float32(0), offsets)  # no length: dropped whatever its score
-        segments, scores, labels = decode(logits, offsets, window.steps, spec.grid, post)
-        found.append((segments.astype(np.float64) + window.start, scores, labels))
+    return decode(
+        logits,
+        offsets,
+        min(window.steps, window.own_stop - window.start),
+        spec.grid,
+        post,
+        first_valid=max(0, window.own_start - window.start),
+        first_step=window.start,
+    )
+
+
+def merge_windows(found: Sequence[Candidates], *, duration: float, spec: ModelSpec, post: PostProcessing) -> Detections:
+    """Merge the candidates of all windows of a video into its events; `duration` is the video's, in seconds.
+
+    Raises as `runtime.postprocess.detect`.
+    """
     segments, scores, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return to_events(segments, scores, labels, duration=duration, spec=spec, post=post)

@@ -12,7 +12,7 @@ import pytest
 from builders import shared_path
 
 from runtime.errors import FeatureError
-from runtime.features import VideoFeatures, check_features, find_videos, pack, read_video
+from runtime.features import VideoFeatures, check_features, find_videos, read_video
 from runtime.spec import FeatureLayout, ModelSpec
 
 LAYOUT = FeatureLayout()
@@ -167,23 +167,14 @@ def test_arrays_get_the_same_checks_as_files() -> None:
             check_features(seen, heard, SPEC)
 
 
-def test_pack_pads_and_crops() -> None:
-    rng = np.random.default_rng(0)
-    steps = [1, 31, 32, 40]
-    videos = [
-        check_features(rng.normal(size=(n, 6)).astype(np.float32), rng.normal(size=(n, 3)).astype(np.float32), SPEC)
-        for n in steps
-    ]
-    visual, audio, lengths = pack(videos, SPEC)
-    assert (visual.shape, audio.shape) == ((4, 32, 6), (4, 32, 3))
-    assert visual.dtype == audio.dtype == np.float32
-    assert lengths.dtype == np.int32
-    assert lengths.tolist() == [1, 31, 32, 32]
-    for row, (video, kept) in enumerate(zip(videos, lengths, strict=True)):
-        np.testing.assert_array_equal(visual[row, :kept], video.visual[:kept])
-        np.testing.assert_array_equal(audio[row, :kept], video.audio[:kept])
-        assert not visual[row, kept:].any()
-        assert not audio[row, kept:].any()
+def test_a_value_that_is_not_finite_is_found_behind_the_shortest_file_too(tmp_path: Path) -> None:
+    audio = np.ones((700, 3), np.float32)
+    audio[650, 1] = np.nan
+    write(tmp_path, audio=audio)
+    with pytest.raises(FeatureError, match=r"v_vggish\.npy: nan at step 650, channel 1 \(1 of 2100"):
+        read(tmp_path)
+    with pytest.raises(FeatureError, match=r"v: audio: nan at step 650, channel 1"):
+        check_features(np.ones((9, 6)), audio, SPEC, name="v")
 
 
 def test_find_videos_lists_ids_with_any_file(tmp_path: Path) -> None:

@@ -116,5 +116,5 @@ def test_close_closes_every_engine() -> None:
 def test_an_empty_duration_of_the_arrays_leaves_the_given_one() -> None:
     features = features_with(20)
     localizer = Localizer([OracleBackend()], SPEC)
-    job = localizer.prepare((features.visual, features.audio, None), name="v", duration=3.5)
-    assert job.duration == 3.5
+    items = [("v", (features.visual, features.audio, None), 3.5), ("w", (features.visual, features.audio, 4.5), 3.5)]
+    assert [result.duration for result in localizer.stream(items)] == [3.5, 4.5]

@@ -35,6 +35,7 @@ from ccnet.training.loop import TrainingResult, train
 from ccnet.training.optimizer import AveragedWeights, learning_rate, make_optimizer
 from ccnet.training.state import save_state
 from runtime.annotations import read_annotations
+from runtime.batches import Batch
 from runtime.errors import (
     AnnotationError,
     BackendUnavailable,
@@ -44,7 +45,6 @@ from runtime.errors import (
     Interrupted,
     TrainingError,
 )
-from runtime.features import FeatureFiles
 from runtime.spec import TimeBase
 
 CONFIG = Config(
@@ -217,7 +217,7 @@ def test_stopped_and_resumed_equals_not_stopped(
 
 
 def test_stopped_during_validation(data: Data, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = FeatureFiles.read
+    original = Batch.read
 
     def reading(*arguments: Any, **rest: Any) -> Any:
         if next(videos) == 0:
@@ -227,7 +227,7 @@ def test_stopped_during_validation(data: Data, straight: Path, tmp_path: Path, m
     videos = itertools.count()
     monkeypatch.setattr(ccnet.training.validation, "BATCH", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(FeatureFiles, "read", reading)
+        patch.setattr(Batch, "read", reading)
         with pytest.raises(Interrupted):
             data.train(tmp_path / "run")
     assert table(tmp_path / "run" / "metrics.csv") == []

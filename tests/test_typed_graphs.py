@@ -18,8 +18,8 @@ from export.parity.inputs import stress_inputs  # noqa: E402
 from export.parity.tolerances import TOLERANCES  # noqa: E402
 from runtime.backends.openvino import OpenVinoBackend  # noqa: E402
 from runtime.backends.registry import Precision  # noqa: E402
+from runtime.batches import pack  # noqa: E402
 from runtime.errors import BackendUnavailable  # noqa: E402
-from runtime.features import pack  # noqa: E402
 from runtime.spec import INPUT_NAMES  # noqa: E402
 
 pytestmark = pytest.mark.slow  # exporting

@@ -10,9 +10,11 @@ from builders import SPEC, features_with, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.batches import pack
+from runtime.detections import Detections
 from runtime.errors import ConfigError
-from runtime.features import VideoFeatures, pack
-from runtime.windows import merge_windows, plan_windows
+from runtime.features import VideoFeatures
+from runtime.windows import decode_window, merge_windows, plan_windows
 
 
 @settings(max_examples=200, deadline=None)
@@ -49,13 +51,16 @@ def test_an_overlap_out_of_range_is_refused(overlap: float) -> None:
         plan_windows(100, 32, overlap)
 
 
-def through_windows(features: VideoFeatures, overlap: float) -> list[tuple[float, float, int]]:
+def merged(features: VideoFeatures, overlap: float) -> Detections:
     windows = plan_windows(features.steps, SPEC.length, overlap)
     pieces = [VideoFeatures(features.visual[w.start : w.stop], features.audio[w.start : w.stop]) for w in windows]
-    logits, offsets = oracle(*pack(pieces, SPEC))
-    found = merge_windows(
-        windows, list(zip(logits, offsets, strict=True)), duration=float(features.steps), spec=SPEC, post=SPEC.post
-    )
+    outputs = zip(windows, *oracle(*pack(pieces, SPEC)), strict=True)
+    found = [decode_window(window, logits, offsets, SPEC, SPEC.post) for window, logits, offsets in outputs]
+    return merge_windows(found, duration=float(features.steps), spec=SPEC, post=SPEC.post)
+
+
+def through_windows(features: VideoFeatures, overlap: float) -> list[tuple[float, float, int]]:
+    found = merged(features, overlap)
     return [(s - 0.5, e - 0.5, label) for (s, e), label in zip(found.segments.tolist(), found.labels, strict=True)]
 
 
@@ -79,11 +84,7 @@ def test_events_of_two_windows_compete() -> None:
     (first, second) = through_windows(features, 0.5)
     assert first == (20, 26, 1)
     assert second == (20, 28, 1)
-    windows = plan_windows(48, SPEC.length, 0.5)
-    assert windows[0].own_stop == 24  # the points are 23 and 25
-    pieces = [VideoFeatures(features.visual[w.start : w.stop], features.audio[w.start : w.stop]) for w in windows]
-    logits, offsets = oracle(*pack(pieces, SPEC))
-    merged = merge_windows(windows, list(zip(logits, offsets, strict=True)), duration=48.0, spec=SPEC, post=SPEC.post)
+    assert plan_windows(48, SPEC.length, 0.5)[0].own_stop == 24  # the points are 23 and 25
     iou = 6 / 8
     decayed = 1 / (1 + np.exp(-4.0)) * np.exp(-(iou**2) / SPEC.post.sigma)
-    assert merged.scores[1] == pytest.approx(decayed, rel=1e-4)
+    assert merged(features, 0.5).scores[1] == pytest.approx(decayed, rel=1e-4)

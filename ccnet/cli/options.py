@@ -8,7 +8,8 @@ from typing import get_args
 
 from runtime.backends.registry import BACKENDS
 from runtime.backends.select import OnMismatch
-from runtime.localizer import Localizer, LongVideos
+from runtime.localizer import Localizer
+from runtime.pipeline import LongVideos
 
 
 def positive(text: str) -> int:

@@ -24,8 +24,9 @@ from ccnet.config import Config, TrainConfig
 from ccnet.network.model import released_inputs
 from ccnet.training.targets import Targets, build_targets
 from runtime.annotations import VideoAnnotation
+from runtime.batches import pack
 from runtime.errors import CCNetError, FeatureError
-from runtime.features import VideoFeatures, pack, read_video
+from runtime.features import VideoFeatures, read_video
 from runtime.spec import TimeBase
 
 Floats = npt.NDArray[np.float32]

@@ -16,9 +16,9 @@ from export.parity.reference import Reference
 from export.parity.tolerances import tolerance
 from runtime.backends.registry import runs_on_gpu
 from runtime.backends.select import load_engine, matching_engines
+from runtime.batches import pack
 from runtime.bundle import Bundle, Engine, read_bundle
 from runtime.errors import BackendUnavailable, BundleError, EngineError, EngineMismatch, ParityError
-from runtime.features import pack
 from runtime.machine import machine_class
 from runtime.profiling.timing import Rules, measure_interleaved
 from runtime.profiling.workload import sample_videos

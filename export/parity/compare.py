@@ -23,8 +23,8 @@ from export.parity.inputs import ParityVideo
 from export.parity.reference import Outputs, record
 from export.parity.tolerances import Tolerance, tolerance
 from runtime.backends.base import Backend
+from runtime.batches import pack
 from runtime.errors import ParityError
-from runtime.features import pack
 from runtime.spec import ModelSpec
 
 MIXED_VIDEOS, MIXED_BATCH = 8, 4

@@ -14,8 +14,8 @@ from export.parity.compare import ParityReport, compare
 from export.parity.reference import Outputs, Reference
 from export.parity.tolerances import tolerance
 from runtime.backends.base import Float32, Int32
+from runtime.batches import pack
 from runtime.errors import ParityError
-from runtime.features import pack
 from runtime.packages import missing
 from runtime.spec import INPUT_NAMES, LOGITS, OFFSETS, ModelSpec
 

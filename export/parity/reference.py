@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from export.parity.inputs import ParityVideo
 from runtime.backends.base import Backend, Float32
+from runtime.batches import pack
 from runtime.errors import ConfigError, ParityError
-from runtime.features import VideoFeatures, pack
+from runtime.features import VideoFeatures
 from runtime.files import atomic_file
 from runtime.spec import ModelSpec
 

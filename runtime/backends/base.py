@@ -22,7 +22,11 @@ Self = TypeVar("Self", bound="BaseBackend")
 
 
 class Backend(Protocol):
-    """A loaded engine: what a `Localizer` needs of it. One `infer` at a time."""
+    """A loaded engine: what a `Localizer` needs of it. One `infer` at a time.
+
+    Two more methods are used where they exist: `fork` (see `BaseBackend.fork`), and `allocate(shape, dtype)`, which
+    returns memory that the engine reads without a further copy, such as page-locked memory; batches are filled there.
+    """
 
     name: str
     """As in `runtime.backends.registry.REGISTRY`; `torch` for eager PyTorch."""

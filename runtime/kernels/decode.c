@@ -184,7 +184,8 @@ int64_t most_candidates(const Settings *settings) {
 typedef struct {
     uint32_t *found, *keys; /* [steps * classes]: entries of one level */
     uint64_t *items, *spare;
-    float *segments; /* [top_k, 2] in entry order */
+    float *segments;  /* [top_k, 2] in entry order, and */
+    uint32_t *labels; /* [top_k] likewise */
 } Workspace;
 
 static int64_t ceiling(int64_t value, int64_t stride) { return value > 0 ? (value + stride - 1) / stride : 0; }
@@ -215,6 +216,7 @@ static int64_t decode_level(const Settings *settings, const Output *output, int6
         const uint32_t point = (uint32_t)(((double)entry + 0.5) * per_class);
         __builtin_prefetch(offsets + 2 * work.found[i + PREFETCHED < number ? i + PREFETCHED : i]);
         const float centre = (float)((begin + point) * stride);
+        work.labels[i] = entry - point * (uint32_t)classes;
         const float left = offsets[2 * entry], right = offsets[2 * entry + 1];
         infinite |= (bits_of(left) & 0x7F800000u) == 0x7F800000u || (bits_of(right) & 0x7F800000u) == 0x7F800000u;
         work.segments[2 * i] = centre - left * scale;
@@ -223,14 +225,16 @@ static int64_t decode_level(const Settings *settings, const Output *output, int6
     }
     const uint64_t *sorted = sort_items(work.items, work.spare, number);
     for (int64_t i = 0; i < number; i++) {
-        const uint32_t place = (uint32_t)sorted[i], entry = work.found[place];
-        const uint32_t point = (uint32_t)(((double)entry + 0.5) * per_class);
-        if (infinite && *bad_offset < 0 && !(isfinite(offsets[2 * entry]) && isfinite(offsets[2 * entry + 1])))
-            *bad_offset = level_point + begin + point;
+        const uint32_t place = (uint32_t)sorted[i];
+        if (infinite && *bad_offset < 0) {
+            const int64_t entry = work.found[place];
+            if (!(isfinite(offsets[2 * entry]) && isfinite(offsets[2 * entry + 1])))
+                *bad_offset = level_point + begin + entry / classes;
+        }
         segments[2 * i] = work.segments[2 * place];
         segments[2 * i + 1] = work.segments[2 * place + 1];
         scores[i] = ascending((uint32_t)(sorted[i] >> 32));
-        labels[i] = (int64_t)entry - (int64_t)point * classes;
+        labels[i] = work.labels[place];
     }
     sigmoid(scores, number);
     int64_t kept = 0;
@@ -250,10 +254,11 @@ int64_t decode(const Settings *settings, const Output *output, float *segments, 
                int64_t *detail) {
     const int64_t entries = settings->steps * settings->classes;
     const int64_t best = entries < settings->top_k ? entries : settings->top_k;
-    char *memory = malloc((size_t)(entries * 8 + best * 24));
+    char *memory = malloc((size_t)(entries * 8 + best * 28));
     if (memory == NULL) return OUT_OF_MEMORY;
-    const Workspace work = {(uint32_t *)(memory + best * 24), (uint32_t *)(memory + best * 24) + entries,
-                            (uint64_t *)memory, (uint64_t *)memory + best, (float *)(memory + best * 16)};
+    uint64_t *items = (uint64_t *)memory;
+    uint32_t *found = (uint32_t *)(items + 2 * best), *labels_at = found + 2 * entries;
+    const Workspace work = {found, found + entries, items, items + best, (float *)(labels_at + best), labels_at};
     int64_t total = 0, point = 0, bad_offset = -1;
     for (int64_t level = 0; level < settings->levels && total >= 0; level++) {
         const int64_t number = decode_level(settings, output, level, point, work, segments + 2 * total, scores + total,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from typing import Any, get_args
 
 import numpy as np
@@ -55,6 +55,11 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
         *(*[c_void_p] * 3, POINTER(c_int64)),
     ),
     "ccnet_detect": (None, POINTER(Settings), c_int64, *[c_void_p] * 4, c_double, *[c_void_p] * 4, c_int64),
+    "ccnet_copy_rows": (c_int64, c_int64, c_void_p, *[c_int64] * 4, c_void_p, *[c_int64] * 2),
+    "ccnet_read_videos": (
+        *(c_int64, c_char_p, c_int64, c_char_p, *[c_int64] * 6),
+        *(*[c_void_p] * 3, c_int64, c_void_p),
+    ),
     "ccnet_average_precision": (None, *[c_int64] * 4, *[c_void_p] * 11),
     "ccnet_mark_duplicates": (None, c_int64, *[c_void_p] * 2, c_double, c_void_p),
 }

@@ -26,9 +26,10 @@ import numpy as np
 
 from runtime.backends.base import Backend, Float32, Int32
 from runtime.backends.select import load_engine
+from runtime.batches import pack
 from runtime.bundle import Bundle, Engine
 from runtime.errors import CCNetError
-from runtime.features import VideoFeatures, pack
+from runtime.features import VideoFeatures
 from runtime.machine import machine_facts
 from runtime.profiling.cold_start import measure_cold_start
 from runtime.profiling.timing import Rules, Timing, measure_interleaved, ratio, steady_rate
