@@ -65,7 +65,7 @@ def add_video_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def eager_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_video_arguments` as arguments of `export.parity.eager.eager_reference`."""
+    """The options of `add_video_arguments` as arguments of `export.parity.reference.eager_reference`."""
     given = {"count": arguments.videos, "device": arguments.device}
     given |= {"features": arguments.features, "annotations": arguments.annotations}
     return {name: value for name, value in given.items() if value is not None}
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from ccnet.checkpoint import read_checkpoint
     from export.bundle import ExportOptions, make_bundle
     from export.bundle_writer import refuse_foreign
-    from export.parity.eager import eager_reference
+    from export.parity.reference import eager_reference
 
     options = ExportOptions(
         formats=tuple(arguments.format),

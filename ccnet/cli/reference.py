@@ -24,8 +24,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from pathlib import Path
 
     from ccnet.checkpoint import read_checkpoint
-    from export.parity.eager import eager_reference
-    from export.parity.reference import save_reference
+    from export.parity.reference import eager_reference, save_reference
 
     checkpoint = read_checkpoint(arguments.checkpoint)
     reference = eager_reference(checkpoint, checkpoint.load_model(), **eager_arguments(arguments))

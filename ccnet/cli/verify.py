@@ -72,7 +72,7 @@ def _reference(arguments: argparse.Namespace, bundle: Bundle) -> Reference:
         return load_reference(arguments.reference)
 
     from ccnet.checkpoint import read_checkpoint
-    from export.parity.eager import eager_reference
+    from export.parity.reference import eager_reference
 
     checkpoint = read_checkpoint(arguments.checkpoint)
     log.info("running the eager network")

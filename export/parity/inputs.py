@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from ccnet.synthetic.annotations import draw_duration, draw_events
 from ccnet.synthetic.features import FeatureSynthesizer, SynthesisSettings
-from runtime.annotations import Annotations, VideoAnnotation
+from runtime.annotations import Annotations, VideoAnnotation, read_annotations
+from runtime.errors import ConfigError
 from runtime.features import VideoFeatures, find_videos, read_video
 from runtime.spec import ModelSpec
 
@@ -42,6 +43,28 @@ class ParityVideo:
     """[M, 2] annotated events in seconds; none where the video is not annotated."""
     labels: npt.NDArray[np.int64]
     """[M]"""
+
+
+def parity_inputs(
+    spec: ModelSpec,
+    *,
+    features: str | Path | None = None,
+    annotations: str | Path | None = None,
+    count: int = NUM_VIDEOS,
+) -> list[ParityVideo]:
+    """Return the stress inputs and `count` videos: real ones from the folder `features`, else synthetic ones.
+
+    `annotations`: file with the events of the real videos. Raises FeatureError, AnnotationError, and ConfigError for
+    annotations without features.
+    """
+    if features is None:
+        if annotations is not None:
+            raise ConfigError(
+                f"annotations: got {annotations} without a feature folder; synthetic videos have their own"
+            )
+        return stress_inputs(spec) + synthetic_inputs(spec, count=count)
+    known = None if annotations is None else read_annotations(annotations, spec.labels)
+    return stress_inputs(spec) + folder_inputs(features, spec, annotations=known, count=count)
 
 
 def stress_inputs(spec: ModelSpec, seed: int = 0) -> list[ParityVideo]:

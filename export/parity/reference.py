@@ -11,18 +11,22 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from export.parity.inputs import ParityVideo
+from export.parity.inputs import NUM_VIDEOS, ParityVideo, parity_inputs
 from runtime.backends.base import Backend, Float32
 from runtime.batches import pack
 from runtime.errors import ConfigError, ParityError
 from runtime.features import VideoFeatures
 from runtime.files import atomic_file
 from runtime.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from ccnet.checkpoint import Checkpoint
+    from ccnet.network.model import CCNet
 
 SCHEMA = 2
 
@@ -47,6 +51,29 @@ class Reference:
     checkpoint_sha256: str
     videos: list[ParityVideo]
     outputs: Outputs
+
+
+def eager_reference(
+    checkpoint: Checkpoint,
+    model: CCNet,
+    *,
+    features: str | Path | None = None,
+    annotations: str | Path | None = None,
+    count: int = NUM_VIDEOS,
+    device: str = "cpu",
+) -> Reference:
+    """Run the fp32 network on the inputs of the parity check (see `parity_inputs`), each alone. Needs torch.
+
+    Raises FeatureError, AnnotationError, ConfigError for annotations without features, BackendUnavailable for an
+    absent device.
+    """
+    from ccnet.torch_backend import TorchBackend
+
+    videos = parity_inputs(checkpoint.spec, features=features, annotations=annotations, count=count)
+    with TorchBackend(model, checkpoint.spec, device=device) as backend:
+        outputs = record(backend, videos)
+    model.cpu()
+    return Reference(checkpoint.spec, checkpoint.weights_sha256, videos, outputs)
 
 
 def record(backend: Backend, videos: Sequence[ParityVideo]) -> Outputs:
