@@ -350,10 +350,12 @@ def test_auto_keeps_the_engines_that_pass(checkpoint: Path, tmp_path: Path) -> N
     out = tmp_path / "bundle"
     assert main(["export", str(checkpoint), "--out", str(out), "--precision", "auto", "--videos", "6"]) == 0
     manifest = read_bundle(out).manifest
-    speeds = [engine.speed["ms_per_video"] for engine in manifest.engines]
+    verified = [engine for engine in manifest.engines if engine.status == "verified"]
+    assert manifest.engines[: len(verified)] == tuple(verified)  # a tiny network's bf16 may fail
+    speeds = [engine.speed["ms_per_video"] for engine in verified]
     assert speeds == sorted(speeds)
-    assert all(engine.status == "verified" and engine.speed["machine"] for engine in manifest.engines)
-    assert "onnxruntime-fp32" in {engine.name for engine in manifest.engines}
+    assert all(engine.speed["machine"] for engine in verified)
+    assert {"onnxruntime-fp32", "openvino-fp32"} <= {engine.name for engine in verified}
     assert "onnxruntime-cuda-fp32" not in {engine.name for engine in manifest.engines}  # can't run here
 
 
