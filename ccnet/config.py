@@ -72,7 +72,7 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: Any) -> ModelConfig:
-        """Inverse of `to_json`. Raises ConfigError for unknown or mistyped keys."""
+        """Read what `to_json` wrote. Raises ConfigError for unknown or mistyped keys."""
         return section_from_json(cls, data, where="model")
 
 
@@ -177,7 +177,7 @@ class Config:
 
     @classmethod
     def from_json(cls, data: Any) -> Config:
-        """Inverse of `to_json`. Raises ConfigError for unknown or mistyped keys."""
+        """Read what `to_json` wrote. Raises ConfigError for unknown or mistyped keys."""
         return section_from_json(cls, data, where="config")
 
 

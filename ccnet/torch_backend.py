@@ -90,7 +90,7 @@ class TorchBackend(BaseBackend):
 
 @contextlib.contextmanager
 def _float32_matmuls(kind: Literal["ieee", "tf32"]) -> Iterator[None]:
-    """How a GPU multiplies float32 matrices inside the block; the process-wide switches are put back afterwards."""
+    """Set how a GPU multiplies float32 matrices inside the block; the process-wide switches are put back afterwards."""
     backends: Any = torch.backends
     switches = (backends.cuda.matmul, backends.cudnn.conv)
     before = [switch.fp32_precision for switch in switches]
@@ -105,7 +105,7 @@ def _float32_matmuls(kind: Literal["ieee", "tf32"]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode (no stochastic depth); every submodule gets its own mode back."""
+    """Put the module into evaluation mode (no stochastic depth); every submodule gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -80,7 +80,7 @@ def new_bundle(
     checkpoint_sha256: str,
     versions: dict[str, str],
 ) -> Iterator[Draft]:
-    """A draft that becomes the bundle `path` when the block ends well; an earlier bundle there is replaced.
+    """Open a draft that becomes the bundle `path` when the block ends well; an earlier bundle there is replaced.
 
     Raises BundleError when `path` is something else than a bundle or an empty folder, or the draft holds no model file.
     """
@@ -105,7 +105,7 @@ def new_bundle(
 
 @contextlib.contextmanager
 def changed_bundle(path: str | Path) -> Iterator[Draft]:
-    """A draft that starts as the bundle `path` and takes its place when the block ends well.
+    """Open a draft that starts as the bundle `path` and takes its place when the block ends well.
 
     Unchanged files are linked, not copied, where the file system can. A file must be replaced in the draft, never
     written into: the bundle in use shares its content. Raises BundleError when `path` is no bundle.
@@ -127,7 +127,7 @@ def changed_bundle(path: str | Path) -> Iterator[Draft]:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raises BundleError when `path` exists and is neither a bundle nor an empty folder: it would be replaced."""
+    """Raise BundleError when `path` exists and is neither a bundle nor an empty folder: it would be replaced."""
     if path.is_dir() and (not any(path.iterdir()) or (path / MANIFEST).is_file()):
         return
     if path.exists():

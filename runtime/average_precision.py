@@ -96,7 +96,7 @@ class _GroundTruth:
         self.positives = np.bincount(labels[order][self.real], minlength=num_classes)
 
     def groups_of(self, video: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Group of each (video, label), -1 where there is no such ground truth."""
+        """Return the group of each (video, label), -1 where there is no such ground truth."""
         if len(self.keys) == 0:
             return np.full(len(video), -1, np.int64)
         index = np.searchsorted(self.videos, video).clip(max=len(self.videos) - 1)

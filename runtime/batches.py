@@ -98,7 +98,7 @@ class Batch:
         return self._arrays
 
     def _is_batch(self, pieces: Sequence[npt.NDArray[Any]]) -> bool:
-        """Whether arrays can be passed on as they are; an engine with memory of its own wants them there."""
+        """Return whether arrays can be passed on as they are; an engine with memory of its own wants them there."""
         whole = self.size == 1 and self._allocate is None and len(pieces[0]) == self._spec.length
         return whole and all(
             array.dtype == np.float32 and array.flags.c_contiguous and array.flags.aligned for array in pieces

@@ -29,7 +29,7 @@ def decode(
     first_valid: int = 0,
     first_step: int = 0,
 ) -> Candidates:
-    """logits [P, C], offsets [P, C, 2] -> segments [N, 2] in grid steps, scores [N], labels [N].
+    """Decode logits [P, C], offsets [P, C, 2] -> segments [N, 2] in grid steps, scores [N], labels [N].
 
     Per level: score = sigmoid(logit) at the points of the first `valid_steps` steps; of the scores above
     `post.pre_nms_score` the best `post.pre_nms_top_k`; segment = point -/+ offset * stride; segments not longer than

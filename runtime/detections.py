@@ -100,7 +100,7 @@ def event_line(video_id: str, duration: float, detections: Detections) -> bytes:
 
 
 def write_parquet(path: str | Path, records: Iterable[Record]) -> int:
-    """Like `write_events`, as a Parquet file of one row an event; a video without events has no row.
+    """Write records like `write_events`, as a Parquet file of one row an event; a video without events has no row.
 
     Columns: video_id, duration, start, end (seconds), label, label_id, score. Needs the extra `parquet`
     (MissingDependency otherwise).

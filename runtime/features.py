@@ -191,7 +191,7 @@ def read_into(
 
 
 def find_videos(folder: str | Path, layout: FeatureLayout) -> list[str]:
-    """Ids of the videos that have at least one feature file in `folder`, sorted.
+    """Return the ids of the videos that have at least one feature file in `folder`, sorted.
 
     A video that lacks one of its files is listed too, so that reading it reports what is missing.
     Raises FeatureError when there is no such folder or no feature file in it.
@@ -225,7 +225,7 @@ def _read_regular(prefix: str, layout: FeatureLayout, visual_dim: int, audio_dim
 
 
 def _read_array(path: Path) -> npt.NDArray[Any]:
-    """One `.npy` file as a finite float32 [n, C] array. The header is checked before any data are read."""
+    """Read one `.npy` file as a finite float32 [n, C] array. The header is checked before any data are read."""
     try:
         with open(path, "rb") as stream:
             shape, fortran, dtype = _read_header(stream, path)
@@ -274,7 +274,7 @@ def _check_array(array: Any, name: str, *, expected_width: int) -> npt.NDArray[A
 
 
 def _check_shape(shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> None:
-    """Everything that can be said before looking at the values."""
+    """Check everything that can be said before looking at the values."""
     if dtype.hasobject:
         raise FeatureError(f"{name}: holds pickled Python objects, which are never loaded; save a plain float array")
     if dtype.kind != "f" or dtype.itemsize > 8:
@@ -312,7 +312,7 @@ def _join(arrays: Sequence[Float32], steps: int) -> Float32:
 
 
 def files_note(prefix: str, layout: FeatureLayout, steps: Sequence[int]) -> str | None:
-    """`length_note` of the files of one video, given the steps of each."""
+    """Return the `length_note` of the files of one video, given the steps of each."""
     if max(steps) - min(steps) <= _NOTED_STEPS:
         return None
     names = (f"{os.path.basename(prefix)}{suffix}.npy" for suffix in (*layout.visual, *layout.audio))

@@ -1,4 +1,4 @@
-"""Localizer: the whole walk from the features of a video to its events in seconds.
+"""Localizer: from the features of a video to its events in seconds.
 
 Shapes:  n steps of one video   Cv, Ca visual / audio feature width   T steps of an engine
 """
@@ -85,7 +85,7 @@ class Localizer:
         return localizer
 
     def __call__(self, visual: Any, audio: Any, duration: float | None = None) -> Detections:
-        """visual [n, Cv], audio [n, Ca] float arrays -> events, best first.
+        """Localize the events of one video: visual [n, Cv], audio [n, Ca] float arrays -> events, best first.
 
         `duration`: seconds; None takes what the features cover. Raises FeatureError for arrays that don't fit,
         EngineError when the engine fails or its output is not finite.
@@ -93,7 +93,7 @@ class Localizer:
         return self.batch([(visual, audio, duration)])[0]
 
     def batch(self, videos: Sequence[Video]) -> list[Detections]:
-        """Events of several videos, in their order; run in batches as large as the engine takes.
+        """Localize the events of several videos, in their order, in batches as large as the engine takes.
 
         Raises as `__call__`, for the first video that fails.
         """
@@ -113,7 +113,7 @@ class Localizer:
         return [result.detections for result in results if result.detections is not None]
 
     def stream(self, videos: Iterable[Item], *, batch_size: int | None = None, workers: int | None = None) -> Results:
-        """Events of a stream of videos, in their order, while reading, inference and post-processing overlap.
+        """Localize a stream of videos, in their order, while reading, inference and post-processing overlap.
 
         An item is `(video id, source)` or `(video id, source, duration)`. The source is a `Video`, a function without
         arguments that returns one (it is called in a worker thread: this is how reading overlaps), or a CCNetError

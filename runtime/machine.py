@@ -60,7 +60,7 @@ _GPU_FIELDS = (
 
 
 def machine_facts() -> dict[str, Any]:
-    """Processor, memory, system, library versions, load and GPUs of this machine, as JSON."""
+    """Return processor, memory, system, library versions, load and GPUs of this machine, as JSON."""
     return {
         "cpu": cpu_model(),
         "cores": usable_cores(),
@@ -94,20 +94,20 @@ def cpu_model() -> str | None:
 
 
 def cpu_flags() -> list[str] | None:
-    """Those instruction sets of this processor that decide which precision is fast; None where unknown."""
+    """Return those instruction sets of this processor that decide which precision is fast; None where unknown."""
     flags = _cpuinfo().get("flags")
     return None if flags is None else [name for name in _FLAGS if name in flags.split()]
 
 
 def usable_cores() -> int:
-    """Cores this process may run on (affinity, not the number in the machine)."""
+    """Return how many cores this process may run on (affinity, not the number in the machine)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def memory_gib() -> float | None:
-    """Physical memory in GiB."""
+    """Return the physical memory in GiB."""
     with contextlib.suppress(ValueError, OSError, AttributeError):
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     return None
@@ -121,7 +121,7 @@ def load_average() -> list[float] | None:
 
 
 def library_versions() -> dict[str, str]:
-    """Installed versions of the libraries that take part, by distribution name."""
+    """Return the installed versions of the libraries that take part, by distribution name."""
     versions = {}
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -143,7 +143,7 @@ def gpu_processes() -> list[dict[str, str]] | None:
 
 
 def peak_rss_bytes() -> int | None:
-    """Largest resident set of this process so far, in bytes; None where the system does not tell.
+    """Return the largest resident set of this process so far, in bytes; None where the system does not tell.
 
     On Linux from VmHWM, because `ru_maxrss` of a freshly started process begins at its parent's peak.
     """
@@ -159,7 +159,7 @@ def peak_rss_bytes() -> int | None:
 
 
 def rss_bytes() -> int | None:
-    """Resident set of this process now, in bytes; None where the system does not tell."""
+    """Return the resident set of this process now, in bytes; None where the system does not tell."""
     return _status_bytes("VmRSS")
 
 
@@ -172,7 +172,7 @@ def _status_bytes(key: str) -> int | None:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """Fields of the first processor in /proc/cpuinfo; empty on systems without it."""
+    """Return the fields of the first processor in /proc/cpuinfo; empty on systems without it."""
     fields: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():

@@ -257,7 +257,7 @@ class _Run:
         task.duration = float(covered if task.duration is None else task.duration)
 
     def _fail(self, task: Task, error: BaseException) -> None:
-        """An error of a video's own is its result; any other one ends the stream."""
+        """Make an error of a video's own its result; any other one ends the stream."""
         if isinstance(error, CCNetError):
             task.settle(error)
         else:

@@ -112,7 +112,7 @@ def to_events(
     post: PostProcessing,
     first_step: int = 0,
 ) -> Detections:
-    """Candidates of one video, segments [N, 2] in grid steps, scores [N], labels [N] -> Detections; see `detect`."""
+    """Suppress candidates of one video: segments [N, 2] in grid steps, scores [N], labels [N]; see `detect`."""
     require(0 < duration < float("inf"), "duration", duration, "seconds above 0")
     segments, scores, labels = suppress(
         segments,

@@ -52,15 +52,15 @@ class TimeBase:
         return self.stride_frames / self.fps
 
     def to_grid(self, seconds: Any) -> Any:
-        """Seconds -> grid coordinate: `(s * fps - window / 2) / stride`."""
+        """Convert seconds to a grid coordinate: `(s * fps - window / 2) / stride`."""
         return (seconds * self.fps - 0.5 * self.window_frames) / self.stride_frames
 
     def to_seconds(self, grid: Any) -> Any:
-        """Grid coordinate -> seconds: `(grid * stride + window / 2) / fps` (not clamped)."""
+        """Convert a grid coordinate to seconds: `(grid * stride + window / 2) / fps` (not clamped)."""
         return (grid * self.stride_frames + 0.5 * self.window_frames) / self.fps
 
     def covered_seconds(self, steps: int) -> float:
-        """Seconds from the start of the first step's window to the end of the last one's."""
+        """Return the seconds from the start of the first step's window to the end of the last one's."""
         return ((steps - 1) * self.stride_frames + self.window_frames) / self.fps
 
 
@@ -170,7 +170,7 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, data: Any) -> ModelSpec:
-        """Inverse of `to_json`. Raises ConfigError for unknown, missing or mistyped keys."""
+        """Read what `to_json` wrote. Raises ConfigError for unknown, missing or mistyped keys."""
         return section_from_json(cls, data, where="spec")
 
 
@@ -206,7 +206,7 @@ class PointGrid:
 
 @functools.lru_cache(maxsize=64)
 def point_grid(length: int, levels: int) -> PointGrid:
-    """The point grid of a pyramid over `length` steps. Raises ConfigError when `length` does not divide."""
+    """Return the point grid of a pyramid over `length` steps. Raises ConfigError when `length` does not divide."""
     check_length(length, levels)
     strides = tuple(2**level for level in range(levels))
     lengths = tuple(length // s for s in strides)
@@ -217,7 +217,7 @@ def point_grid(length: int, levels: int) -> PointGrid:
 
 
 def check_length(length: int, levels: int) -> None:
-    """Raises ConfigError unless `length` is a positive multiple of the coarsest level's stride."""
+    """Raise ConfigError unless `length` is a positive multiple of the coarsest level's stride."""
     require(isinstance(levels, int) and 1 <= levels <= 12, "levels", levels, "an integer from 1 to 12")
     coarsest = 2 ** (levels - 1)
     good = isinstance(length, int) and length >= coarsest and length % coarsest == 0

@@ -97,7 +97,7 @@ def suppress(
 
 
 def _grouping(labels: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], int, int]:
-    """Labels -> (group labels, the first one, number of groups), in label order and without large gaps."""
+    """Return labels as (group labels, the first one, number of groups), in label order and without large gaps."""
     lowest, highest = int(labels.min()), int(labels.max())
     if highest - lowest < 4096:
         return labels, lowest, highest - lowest + 1

@@ -40,7 +40,7 @@ class Window:
 
 
 def plan_windows(steps: int, length: int, overlap: float) -> list[Window]:
-    """Windows of `length` steps that cover a video of `steps` steps; the last one ends where the video ends.
+    """Plan windows of `length` steps over a video of `steps` steps; the last one ends where the video ends.
 
     `overlap`: share of a window that the next one covers too, at least, 0 <= overlap < 1. A video that fits gets one
     window. Raises ConfigError for an overlap out of range.

@@ -57,7 +57,7 @@ def register(subparsers: Any) -> None:
 
 
 def add_video_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the comparison runs on; shared with `ccnet verify` and `ccnet reference`."""
+    """Declare what the comparison runs on; shared with `ccnet verify` and `ccnet reference`."""
     parser.add_argument("--features", metavar="DIR", help="compare on real videos from here instead of synthetic ones")
     parser.add_argument("--annotations", metavar="F", help="annotation JSON of those videos")
     parser.add_argument("--videos", type=positive, metavar="N", help="how many synthetic or real videos (default: 24)")
@@ -65,7 +65,7 @@ def add_video_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def eager_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_video_arguments` as arguments of `export.parity.reference.eager_reference`."""
+    """Return the options of `add_video_arguments` as arguments of `export.parity.reference.eager_reference`."""
     given = {"count": arguments.videos, "device": arguments.device}
     given |= {"features": arguments.features, "annotations": arguments.annotations}
     return {name: value for name, value in given.items() if value is not None}

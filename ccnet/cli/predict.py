@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     events = 0
 
     def records() -> Iterator[tuple[str, float, Detections]]:
-        """The processed videos; what ends the run early goes to `ended`, so that those before it are written."""
+        """Yield the processed videos; what ends the run early goes to `ended`, so that those before it are written."""
         nonlocal ended, events
         try:
             for result in stream:

@@ -97,7 +97,7 @@ class ParityReport:
         return all(check.passed for check in self.checks)
 
     def summary(self) -> dict[str, Any]:
-        """Value of every check, for the manifest; None where it is no finite number, which JSON can't hold."""
+        """Return the value of every check, for the manifest; None where it is not finite, which JSON can't hold."""
         values = {check.name: check.value for check in self.checks}
         return {name: value if value is not None and np.isfinite(value) else None for name, value in values.items()}
 
@@ -106,14 +106,14 @@ class ParityReport:
         return {**dataclasses.asdict(self), "checks": _finite(checks), "passed": self.passed}
 
     def text(self) -> str:
-        """The report for a person to read."""
+        """Return the report for a person to read."""
         about = f"{self.candidate.get('backend')} {self.precision}"
         heading = f"{about}: {'passed' if self.passed else 'FAILED'} against {self.reference.get('backend')}"
         lines = [f"{heading} on {self.videos['stress']} stress inputs and {self.videos['events']} videos"]
         return "\n".join([*lines, *(f"  {check}" for check in self.checks)])
 
     def require(self) -> None:
-        """Raises ParityError naming the failing checks unless all passed."""
+        """Raise ParityError naming the failing checks unless all passed."""
         failing = [check for check in self.checks if not check.passed]
         if failing:
             told = "\n".join(f"  {check}" for check in failing)
@@ -169,18 +169,18 @@ def compare(
 
 
 def _valid_points(videos: Sequence[ParityVideo], spec: ModelSpec) -> Bools:
-    """[N, P] points that lie on content."""
+    """Return [N, P], true for points that lie on content."""
     return spec.grid.valid_points([video.features.steps for video in videos])
 
 
 def _finite_check(found: Outputs) -> Check:
-    """Everywhere, at padded points too: an engine that makes NaN anywhere will make it elsewhere tomorrow."""
+    """Count NaN and infinity, at padded points too: an engine that makes one there will make it elsewhere."""
     bad = int(np.count_nonzero(~np.isfinite(found.logits)) + np.count_nonzero(~np.isfinite(found.offsets)))
     return Check(name="nonfinite", value=bad, limit=0)
 
 
 def _differences(found: Outputs, expected: Outputs, valid: Bools) -> dict[str, npt.NDArray[np.floating[Any]]]:
-    """Per tensor, [N] largest difference of each video and the sum over all; invalid points count as equal."""
+    """Return for each tensor the differences at every point; invalid points count as equal."""
     with np.errstate(invalid="ignore"):
         logits = np.abs(found.logits - expected.logits)
         offsets = np.abs(found.offsets - expected.offsets) / np.maximum(1.0, np.abs(expected.offsets))
@@ -210,7 +210,7 @@ def _tensor_checks(
 def _batch_checks(
     candidate: Backend, alone: Outputs, videos: Sequence[ParityVideo], valid: Bools, limits: Tolerance
 ) -> list[Check]:
-    """A video in a batch of different lengths gets what it gets alone. Nothing to check for engines of batch 1."""
+    """Check that a video gets the same in a batch of mixed lengths as alone; engines of batch 1 pass."""
     size = min(candidate.max_batch, MIXED_BATCH)
     if size < 2 or len(videos) < 2:
         return []
@@ -229,7 +229,7 @@ def _batch_checks(
 
 
 def _mixed(videos: Sequence[ParityVideo]) -> list[int]:
-    """Indices of videos of all lengths, long and short ones next to each other."""
+    """Return indices of videos of all lengths, long and short ones next to each other."""
     order = np.argsort([video.features.steps for video in videos], kind="stable")
     spread = order[np.unique(np.linspace(0, len(order) - 1, min(MIXED_VIDEOS, len(order))).round().astype(int))]
     half = (len(spread) + 1) // 2
@@ -278,7 +278,7 @@ def _event_checks(events: dict[str, EventAgreement], metric: MapAgreement | None
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become text."""
+    """Replace NaN and infinity, which JSON does not have, by text."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -65,7 +65,7 @@ class MapAgreement:
 
 
 def detections(outputs: Outputs, videos: Sequence[ParityVideo], spec: ModelSpec, *, keep: int = 1) -> list[Detections]:
-    """Full post-processing of every video; `keep` times as many events as `spec.post.max_segments`."""
+    """Post-process every video; `keep` times as many events as `spec.post.max_segments`."""
     post = dataclasses.replace(spec.post, max_segments=keep * spec.post.max_segments)
     return [
         detect(logits, offsets, valid_steps=video.features.steps, duration=video.duration, spec=spec, post=post)
@@ -111,7 +111,7 @@ def match_events(
 
 
 def judged_above(reference: Sequence[Detections]) -> float:
-    """`EVENT_SCORE`, or lower where fewer than `FEWEST_EVENTS` events score above it."""
+    """Return `EVENT_SCORE`, or less where fewer than `FEWEST_EVENTS` events score above it."""
     scores = np.sort(np.concatenate([events.scores for events in reference]) if reference else np.zeros(0))[::-1]
     if np.count_nonzero(scores > EVENT_SCORE) >= FEWEST_EVENTS or not len(scores):
         return EVENT_SCORE
@@ -121,7 +121,7 @@ def judged_above(reference: Sequence[Detections]) -> float:
 def compare_map(
     candidate: Sequence[Detections], reference: Sequence[Detections], videos: Sequence[ParityVideo], num_classes: int
 ) -> MapAgreement:
-    """mAP Avg on the annotated events, or on the reference's own where it knows nothing about those."""
+    """Compare mAP Avg on the annotated events, or on the reference's own where it knows nothing about those."""
     truth = [(video.segments, video.labels) for video in videos]
     known = average_map(reference, truth, num_classes)
     if known >= KNOWING_MAP:
@@ -141,7 +141,7 @@ def compare_map(
 def average_map(
     found: Sequence[Detections], truth: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]], num_classes: int
 ) -> float:
-    """mAP Avg over 0.1:0.1:0.9 and the classes that occur; 0 where no event is annotated."""
+    """Return mAP Avg over 0.1:0.1:0.9 and the classes that occur; 0 where no event is annotated."""
     if not any(len(labels) for _, labels in truth):
         return 0.0
     precision = average_precision(
@@ -159,7 +159,7 @@ def average_map(
 
 
 def tiou(segment: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Temporal IoU of segment [2] with others [N, 2] -> [N]."""
+    """Return the temporal IoU of segment [2] with others [N, 2] -> [N]."""
     shared = np.minimum(segment[1], others[:, 1]) - np.maximum(segment[0], others[:, 0])
     together = np.maximum(segment[1], others[:, 1]) - np.minimum(segment[0], others[:, 0])
     overlap: npt.NDArray[np.float64] = np.maximum(shared, 0.0) / np.maximum(together, 1e-9)

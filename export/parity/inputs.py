@@ -68,7 +68,7 @@ def parity_inputs(
 
 
 def stress_inputs(spec: ModelSpec, seed: int = 0) -> list[ParityVideo]:
-    """Videos of every length at which a length, a stride or the padding could go wrong, and of unusual content."""
+    """Make videos of every length at which padding or a stride could go wrong, and of unusual content."""
     rng = np.random.default_rng((seed, 1))
     full, odd = spec.length, max(1, spec.length // 2 - 1)
 
@@ -99,7 +99,7 @@ def stress_inputs(spec: ModelSpec, seed: int = 0) -> list[ParityVideo]:
 
 
 def stress_lengths(spec: ModelSpec) -> list[int]:
-    """1, 2, 3; one less, exact and one more of every stride; odd ones; T - 1 and T."""
+    """Return 1, 2, 3; one less, exact and one more of every stride; odd ones; T - 1 and T."""
     half = spec.length // 2
     lengths = {1, 2, 3, half - 1, half + 1, 3 * spec.length // 4 + 1, spec.length - 1, spec.length}
     for stride in spec.grid.strides:
@@ -110,7 +110,7 @@ def stress_lengths(spec: ModelSpec) -> list[int]:
 def synthetic_inputs(
     spec: ModelSpec, *, count: int = NUM_VIDEOS, seed: int = 0, settings: SynthesisSettings | None = None
 ) -> list[ParityVideo]:
-    """Videos with synthetic events and distractors (see `ccnet.synthetic.features`), at most T steps long."""
+    """Make videos with synthetic events and distractors (see `ccnet.synthetic.features`), at most T steps long."""
     settings = settings or SynthesisSettings(seed=seed)
     synthesizer = FeatureSynthesizer(
         num_classes=spec.num_classes,
@@ -140,7 +140,7 @@ def synthetic_inputs(
 def folder_inputs(
     folder: str | Path, spec: ModelSpec, *, annotations: Annotations | None = None, count: int = NUM_VIDEOS
 ) -> list[ParityVideo]:
-    """Real videos from a feature folder: up to `count`, spread evenly over the ids.
+    """Read real videos from a feature folder: up to `count`, spread evenly over the ids.
 
     With `annotations`, of the annotated ones, with their events. Raises FeatureError for a folder without videos that
     fit, or for a video that can't be read.

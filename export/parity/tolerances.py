@@ -114,7 +114,7 @@ def graph_precision(precision: str) -> Precision:
 
 
 def tolerance(precision: str) -> Tolerance:
-    """Limits of the parity check. Raises ConfigError for an unknown precision."""
+    """Return the limits of the parity check. Raises ConfigError for an unknown precision."""
     for known, limits in TOLERANCES.items():
         if known == precision:
             return limits
@@ -122,7 +122,7 @@ def tolerance(precision: str) -> Tolerance:
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:
-    """The torch type that a graph is traced in; int8 weights are put into the finished fp32 graph."""
+    """Return the torch type that a graph is traced in; int8 weights are put into the finished fp32 graph."""
     import torch
 
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}[precision]

@@ -192,7 +192,7 @@ def _session(onnxruntime: Any, path: Path, options: Any, providers: list[Any], *
 
 
 def _cuda_session(onnxruntime: Any, path: Path, options: Any, *, tf32: bool) -> tuple[Any, bool]:
-    """A session on the CUDA provider, and whether some nodes stay on the CPU.
+    """Open a session on the CUDA provider; say whether some nodes stay on the CPU.
 
     ONNX Runtime falls back to the CPU with nothing but a log line when a CUDA library or the GPU is missing, so
     first the fallback is switched off, and in the end the session is asked what it took.

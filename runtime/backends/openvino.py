@@ -147,7 +147,7 @@ class OpenVinoBackend(BaseBackend):
         return logits, offsets
 
     def _run(self, visual: Float32, audio: Float32, lengths: Int32) -> Outputs:
-        """As many videos as the graph is compiled for."""
+        """Run as many videos as the graph is compiled for."""
         try:
             # Inputs are only read; outputs are copied out, because the request reuses its own buffers.
             found = self._request.infer({VISUAL: visual, AUDIO: audio, LENGTHS: lengths}, share_inputs=True)
@@ -163,7 +163,7 @@ class OpenVinoBackend(BaseBackend):
 
 
 def check_available(precision: str) -> Any:
-    """OpenVINO's `Core`, after checking that this processor computes in `precision` natively.
+    """Return OpenVINO's `Core`, after checking that this processor computes in `precision` natively.
 
     OpenVINO emulates bfloat16 on processors without it, at a fraction of the speed of float32, and quietly replaces
     float16 by float32: neither is what was asked for. Raises MissingDependency or BackendUnavailable.
@@ -184,7 +184,7 @@ def check_available(precision: str) -> Any:
 
 @cache
 def _core(make: Callable[[], Any]) -> Any:
-    """The one `Core` of this process, never let go.
+    """Return the one `Core` of this process, never let go.
 
     With its last Core OpenVINO unloads the CPU plugin, which gives back the signal stack that it had set for the
     thread that loaded it. Done from another thread that leaves a dangling one, and the next signal (Ctrl-C, or a child
@@ -194,7 +194,7 @@ def _core(make: Callable[[], Any]) -> Any:
 
 
 def _check_delivered(precision: str, hint: str, matmuls: dict[str, int]) -> None:
-    """Raises BackendUnavailable unless the compiled model really computes in `precision`."""
+    """Raise BackendUnavailable unless the compiled model really computes in `precision`."""
     arithmetic = ARITHMETIC[precision][0]
     if hint != arithmetic:
         raise BackendUnavailable(f"openvino: asked for {precision}, OpenVINO delivers {hint} on this processor")
@@ -211,7 +211,7 @@ def _dimensions(ports: Any) -> dict[str, list[Any]]:
 
 
 def _matmul_precisions(compiled: Any) -> dict[str, int]:
-    """How many matrix matmuls and convolutions of the compiled model run in which precision."""
+    """Count the matmuls and convolutions of the compiled model by the precision they run in."""
     counted: Counter[str] = Counter()
     for node in compiled.get_runtime_model().get_ops():
         facts = node.get_rt_info()

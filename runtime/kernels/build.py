@@ -84,7 +84,7 @@ def find_compiler() -> list[str] | None:
 
 
 def _works(compiler: list[str]) -> bool:
-    """Whether a compiler makes a shared library: one without the C library's headers does not."""
+    """Return whether a compiler makes a shared library: one without the C library's headers does not."""
     if shutil.which(compiler[0]) is None:
         return False
     with tempfile.TemporaryDirectory() as folder:
