@@ -47,7 +47,7 @@ class RtxPlan:
     tensors: dict[str, int]
     """Floating point tensors in device memory by precision, `fp32`, `fp16`, `bf16`."""
     matrix_kernels: dict[str, int]
-    """Convolutions, matrix matmuls and fused attentions by the precision of what they write."""
+    """Convolutions, matmuls and fused attentions by the precision of what they write."""
 
 
 def check_version(version: str) -> None:

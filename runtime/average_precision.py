@@ -1,4 +1,4 @@
-"""Average precision over temporal IoU thresholds (reference section 8).
+"""Average precision over temporal IoU thresholds as UnAV-100's evaluation computes it.
 
 Shapes:  N predictions   M ground-truth events   C classes   K thresholds
 """

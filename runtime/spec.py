@@ -33,7 +33,7 @@ Method = Literal["soft", "hard", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class TimeBase:
-    """How grid steps relate to seconds (reference: UnAV-100 features; ONE-PEACE uses 16 / 4 / 16)."""
+    """How grid steps relate to seconds (defaults: UnAV-100's I3D features; ONE-PEACE uses 16 / 4 / 16)."""
 
     fps: float = 25.0
     """Frames per second of the video the features were computed from."""
@@ -83,7 +83,7 @@ class FeatureLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class PostProcessing:
-    """Decoding and suppression settings (reference section 7). Thresholds live here, never in the network."""
+    """Decoding and suppression settings of the released configuration. Thresholds live here, never in the network."""
 
     pre_nms_score: float = 0.001
     """Candidates at or below this score are dropped while decoding."""
@@ -179,7 +179,7 @@ class PointGrid:
     """Points of all pyramid levels, laid out level by level.
 
     Level l (0-based) has `T / 2**l` points at grid positions 0, s, 2s, ... with stride s = 2**l and no half-stride
-    offset (reference section 6).
+    offset, as in the released program.
     """
 
     lengths: tuple[int, ...]

@@ -14,7 +14,7 @@ from runtime.spec import point_grid
 
 
 def by_the_words(segments: Any, labels: Any, grid: Any, num_classes: int) -> Any:
-    """The rule of reference section 6, point by point."""
+    """Assign targets by the released program's rule, point by point."""
     ranges = [(0, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, math.inf)]
     classes = np.zeros((grid.num_points, num_classes), np.float32)
     offsets = np.zeros((grid.num_points, num_classes, 2), np.float32)
