@@ -1,4 +1,4 @@
-"""Suppression: of many overlapping candidates, the best events, by Soft-NMS (Bodla et al. 2017) as in the released program.
+"""Suppression: of many overlapping candidates, the best events (Soft-NMS, Bodla et al. 2017, as it was released).
 
 Shapes:  N candidates   K segments kept, at most `max_segments`
 """
