@@ -24,7 +24,7 @@ from runtime.detections import read_events
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Config:
     config = PRESETS["demo"]
-    model = dataclasses.replace(config.model, length=64, dim=8, heads=2, head_dim=8, tdm_dim=4, self_layers=0)
+    model = dataclasses.replace(config.model, length=64, levels=2, dim=8, heads=2, head_dim=8, tdm_dim=4, self_layers=0)
     train = dataclasses.replace(config.train, epochs=1, warmup_epochs=0, batch_size=4, workers=0)
     config = dataclasses.replace(config, model=model, train=train)
     monkeypatch.setitem(PRESETS, "demo", config)

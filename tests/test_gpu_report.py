@@ -273,14 +273,14 @@ def test_the_torch_side(tmp_path: Path) -> None:
         "reference": str(reference),
         "batches": [1, 4],
     }
-    gpu_torch.export(settings | {"precisions": ["fp16", "tf32", "fp32"], "opset": 17})
+    gpu_torch.export(settings | {"precisions": ["tf32", "fp32"], "opset": 17})
     graphs = {a.precision: a.opset for a in read_bundle(bundle).manifest.model_files}
-    assert graphs == {"fp16": 17, "fp32": 17}
+    assert graphs == {"fp32": 17}
     for form in ("eager", "fused"):
         found = gpu_torch.peer(settings | {"form": form, "precision": "fp32"})
         assert found["status"]["passed"], found["status"]
         assert [row["batch"] for row in found["rows"]] == [1, 4]
-    found = gpu_stages.onnxruntime(settings | {"precision": "fp16"})
+    found = gpu_stages.onnxruntime(settings | {"precision": "fp32"})
     assert found["status"]["passed"], found["status"]
     with pytest.raises(gpu_stages.Absent, match="no bf16 graph"):
         gpu_stages.onnxruntime(settings | {"precision": "bf16"})
