@@ -44,7 +44,7 @@ def decode(
     """
     check_outputs(logits, offsets, valid_steps, grid)
     settings = detection_settings(post, grid.lengths[0], len(grid.lengths), logits.shape[1])
-    most = kernels().ccnet_most_candidates(settings)
+    most = settings.most_candidates
     segments, scores, labels = np.empty((most, 2), np.float32), np.empty(most, np.float32), np.empty(most, np.int64)
     values, distances, point = floats(logits), floats(offsets), ctypes.c_int64()
     count = kernels().ccnet_decode(

@@ -69,7 +69,7 @@ def detect_batch(
         if array.shape != expected:
             raise EngineError(f"{name}: got shape {list(array.shape)}, expected {list(expected)}")
     settings = detection_settings(post, spec.length, spec.levels, spec.num_classes, spec.time_base)
-    batch, most = len(logits), min(post.max_segments, kernels().ccnet_most_candidates(settings))
+    batch, most = len(logits), min(post.max_segments, settings.most_candidates)
     segments, scores = np.empty((batch, most, 2)), np.empty((batch, most), np.float32)
     labels, counts = np.empty((batch, most), np.int64), np.empty(batch, np.int64)
     values, distances = floats(logits), floats(offsets)

@@ -274,8 +274,6 @@ int64_t decode(const Settings *settings, const Output *output, float *segments, 
     return total;
 }
 
-EXPORT int64_t ccnet_most_candidates(const Settings *settings) { return most_candidates(settings); }
-
 /* `decode` for Python. */
 EXPORT int64_t ccnet_decode(const Settings *settings, const float *logits, const float *offsets, int64_t first,
                             int64_t begin, int64_t end, float *segments, float *scores, int64_t *labels,

@@ -43,12 +43,16 @@ class Settings(ctypes.Structure):
         ("fps", c_double),
     )
 
+    @property
+    def most_candidates(self) -> int:
+        """How many candidates one output can give: of each level all, or the best."""
+        return sum(min((self.steps >> level) * self.classes, self.top_k) for level in range(self.levels))
+
 
 OUT_OF_MEMORY, LOGITS_NOT_FINITE, OFFSETS_NOT_FINITE, BAD_CANDIDATE = -1, -2, -3, -4
 """Errors of the kernels, as in kernels.h."""
 
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
-    "ccnet_most_candidates": (c_int64, POINTER(Settings)),
     "ccnet_decode": (c_int64, POINTER(Settings), *[c_void_p] * 2, *[c_int64] * 3, *[c_void_p] * 3, POINTER(c_int64)),
     "ccnet_suppress": (
         *(c_int64, POINTER(Settings), c_int64, *[c_void_p] * 3, c_int64, c_int64),
