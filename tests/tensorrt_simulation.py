@@ -32,6 +32,8 @@ Operation = Callable[[], None]
 class Simulation:
     gpu_name: str = "Simulated GPU"
     capability: tuple[int, int] = (9, 0)
+    driver: int = 13000
+    """Newest CUDA version that the driver serves, as CUDA gives it."""
     device_status: int = 0
     """Status of cudaGetDeviceCount: 35 without a driver, 100 without a GPU."""
     faults: dict[str, int] = field(default_factory=dict)
@@ -41,6 +43,10 @@ class Simulation:
     capture_nothing: bool = False
     """While capturing, execute_async_v3 returns True and puts nothing into the graph: a replay leaves stale output."""
     refuse_inputs: bool = False
+    start_error: str = ""
+    """What the library logs when a Runtime is made that can't start CUDA; freeing it ends the process."""
+    output_points: int | None = None
+    """Points of the outputs that a context infers, where they are others than the engine's."""
 
     device_memory: dict[int, np.ndarray] = field(default_factory=dict)
     pinned: dict[int, np.ndarray] = field(default_factory=dict)
@@ -50,6 +56,8 @@ class Simulation:
     captures: dict[int, tuple[int, list[Operation]]] = field(default_factory=dict)
     """Stream -> the thread that captures it, and the graph so far."""
     contexts: int = 0
+    broken: int = 0
+    """Runtimes that could not start and are still there."""
     engines: int = 0
     launches: int = 0
     plain_runs: int = 0
@@ -109,7 +117,7 @@ class Cuda:
         assert index == 0
 
     def cudaDriverGetVersion(self) -> int:
-        return 13000
+        return self._sim.driver
 
     def cudaMemGetInfo(self) -> tuple[int, int]:
         return (1 << 34) - sum(map(len, self._sim.device_memory.values())), 1 << 34
@@ -228,6 +236,9 @@ def expected_outputs(inputs: dict[str, np.ndarray], outputs: dict[str, tuple[int
     return found
 
 
+SCRATCH_OF_A_VIDEO = 1024
+
+
 class Context:
     """IExecutionContext."""
 
@@ -245,8 +256,18 @@ class Context:
     def __del__(self) -> None:
         self._sim.contexts -= 1
 
+    def update_device_memory_size_for_shapes(self) -> int:
+        return SCRATCH_OF_A_VIDEO * next(iter(self._shapes.values()))[0]
+
     def set_device_memory(self, pointer: int, size: int) -> None:
+        assert size >= self.update_device_memory_size_for_shapes()
+        assert size == len(self._sim.device_memory[pointer])
         self._scratch = pointer
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        _, points, *rest = self._plan["outputs"][name][0]
+        batch = next(iter(self._shapes.values()))[0]
+        return (batch, self._sim.output_points or points, *rest)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self._shapes[name] = tuple(shape)
@@ -282,8 +303,7 @@ class Context:
             dtype, shape = np.dtype(np.int32 if kind == "INT32" else np.float32), self._shapes[name]
             memory = self._sim.bytes_at(self._addresses[name], int(np.prod(shape)) * dtype.itemsize)
             inputs[name] = memory.view(dtype).reshape(shape)
-        batch = len(next(iter(inputs.values())))
-        shapes = {name: (batch, *shape[1:]) for name, (shape, _) in self._plan["outputs"].items()}
+        shapes = {name: self.get_tensor_shape(name) for name in self._plan["outputs"]}
         for name, values in expected_outputs(inputs, shapes).items():
             self._sim.bytes_at(self._addresses[name], values.nbytes)[:] = values.reshape(-1).view(np.uint8)
 
@@ -291,7 +311,7 @@ class Context:
 class Engine:
     """ICudaEngine."""
 
-    device_memory_size_v2 = 4096
+    device_memory_size_v2 = 4 * SCRATCH_OF_A_VIDEO
 
     def __init__(self, sim: Simulation, plan: dict[str, Any], log: ILogger) -> None:
         self._sim, self._plan, self._log = sim, plan, log
@@ -326,6 +346,12 @@ def tensorrt_module(sim: Simulation) -> Any:
         def __init__(self, logger: ILogger) -> None:
             assert sim.device_status == 0, "a Runtime without a driver ends the process"
             self._logger = logger
+            if sim.start_error:
+                sim.broken += 1
+                logger.log(Severity.ERROR, sim.start_error)
+
+        def __del__(self) -> None:
+            sim.broken -= bool(sim.start_error)
 
         def deserialize_cuda_engine(self, blob: Any) -> Engine | None:
             try:

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import importlib.metadata
+import importlib.util
 import re
+import subprocess
 import sys
+import textwrap
 import threading
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorrt_simulation import ENGINE_FILE, ENGINE_SPEC, Simulation, expected_outputs, install, write_engine
+from tensorrt_simulation import (
+    ENGINE_FILE,
+    ENGINE_SPEC,
+    SCRATCH_OF_A_VIDEO,
+    Simulation,
+    expected_outputs,
+    install,
+    write_engine,
+)
 
 from runtime.backends.tensorrt import cuda
 from runtime.backends.tensorrt.backend import TensorRTBackend
-from runtime.backends.tensorrt.context import MAX_BATCH_SIZES
 from runtime.backends.tensorrt.engine import check_engine
 from runtime.errors import (
     BackendUnavailable,
@@ -77,7 +89,12 @@ def test_a_graph_is_captured_once_per_batch_size_after_one_plain_run(sim: Simula
         assert (sim.plain_runs, sim.launches) == (1, 7)
         backend.infer(*inputs(3))
         assert (sim.plain_runs, sim.launches) == (2, 9)
-        assert backend.describe()["cuda_graphs"] == {2: "replayed", 3: "replayed"}
+        assert backend.describe()["cuda_graphs"] == {2: "replayed", 4: "replayed"}
+        backend.infer(*inputs(2))  # the larger batch took the buffers of its graph
+        assert (sim.plain_runs, sim.launches) == (3, 11)
+        for batch in (2, 4, 3, 2):
+            backend.infer(*inputs(batch))
+        assert (sim.plain_runs, sim.launches) == (3, 15)
 
 
 def test_outputs_belong_to_the_caller(sim: Simulation, engine_path: Path) -> None:
@@ -118,13 +135,59 @@ def test_batches_below_the_profile_are_filled_up(sim: Simulation, engine_path: P
         assert_right(backend.infer(*arrays), arrays)
 
 
-def test_batch_sizes_kept_ready_are_bounded(sim: Simulation, engine_path: Path) -> None:
+def test_batch_sizes_in_between_share_a_graph(sim: Simulation, engine_path: Path) -> None:
     model_file = dataclasses.replace(ENGINE_FILE, max_batch=20, profile=(1, 1, 20))
     with TensorRTBackend.open(engine_path, model_file, ENGINE_SPEC) as backend:
-        for batch in range(1, 21):
+        for batch in [20, *range(1, 21)]:
             arrays = inputs(batch, batch)
             assert_right(backend.infer(*arrays), arrays)
-        assert sim.contexts == MAX_BATCH_SIZES == len(sim.graphs)
+        assert list(backend.describe()["cuda_graphs"]) == [1, 20, 2, 4, 8, 16]
+        assert sim.contexts == len(sim.graphs) == 6
+
+
+def test_memory_follows_the_batch_that_is_run(sim: Simulation, engine_path: Path) -> None:
+    """Not the largest one of the profile: 1,978 MiB of scratch for the full network, where batch 1 needs 61."""
+
+    def held() -> int:
+        return sum(map(len, [*sim.device_memory.values(), *sim.pinned.values()]))
+
+    with TensorRTBackend.open(engine_path, dataclasses.replace(ENGINE_FILE, profile=(1, 1, 4)), ENGINE_SPEC) as backend:
+        one = held()
+        assert backend.describe()["scratch_bytes"] == SCRATCH_OF_A_VIDEO
+        backend.infer(*inputs(3))
+        assert held() == 4 * one
+        backend.infer(*inputs(1))
+        assert held() == 4 * one
+        assert backend.describe()["scratch_bytes"] == 4 * SCRATCH_OF_A_VIDEO
+        with backend.fork() as fork:
+            fork.infer(*inputs(1))
+            assert held() == 5 * one
+
+
+def test_a_batch_that_does_not_fit_leaves_the_smaller_ones(sim: Simulation, engine_path: Path) -> None:
+    with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as backend:
+        sim.faults["cudaMalloc"] = 2
+        with pytest.raises(EngineError, match="cudaMalloc failed"):
+            backend.infer(*inputs(4))
+        sim.faults.clear()
+        arrays = inputs(2, 1)
+        assert_right(backend.infer(*arrays), arrays)
+        assert backend.describe()["scratch_bytes"] == 2 * SCRATCH_OF_A_VIDEO
+    assert sim.held == {}
+
+
+def test_outputs_that_the_library_infers_late(sim: Simulation, engine_path: Path) -> None:
+    """8.6 and the first releases of 10 know the points of the outputs once a batch size is set."""
+    points = ENGINE_SPEC.output_shapes(1)["logits"][1]
+    engine_path.write_bytes(engine_path.read_bytes().replace(f"[-1, {points},".encode(), b"[-1, -1,"))
+    sim.output_points = points
+    with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as backend:
+        arrays = inputs(3)
+        assert_right(backend.infer(*arrays), arrays)
+    sim.output_points = points + 1
+    with pytest.raises(EngineError, match=rf"at batch 2 output 'logits' is \(2, {points + 1}, 3\), expected"):
+        TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
+    assert sim.held == {}
 
 
 def test_close_twice_and_use_after_close(sim: Simulation, engine_path: Path) -> None:
@@ -141,7 +204,8 @@ def test_close_twice_and_use_after_close(sim: Simulation, engine_path: Path) -> 
 def test_engine_and_layer_times(sim: Simulation, engine_path: Path) -> None:
     with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as backend:
         graphs = len(sim.graphs)
-        times = backend.engine_milliseconds(2, repeats=5)
+        times = backend.engine_milliseconds(2, repeats=5, warmup_seconds=0)
+        assert times.shape == (5,)
         np.testing.assert_allclose(times, 0.5)  # the simulated clock advances half a millisecond between two events
         assert len(sim.graphs) == graphs
         assert backend.layer_milliseconds(2, repeats=3) == {"slow": 2.0, "quick": 0.5}
@@ -279,6 +343,65 @@ def test_hardware_compatible_needs_ampere(sim: Simulation) -> None:
     sim.capability = (7, 5)
     with pytest.raises(EngineMismatch, match="Ampere or newer"):
         check_engine(dataclasses.replace(ENGINE_FILE, options={"hardware_compatible": True}))
+
+
+def test_a_library_that_can_not_start_cuda(sim: Simulation, engine_path: Path) -> None:
+    """From 10 on it only logs, and the object that it returns ends the process when it is freed."""
+    sim.start_error = "CUDA initialization failure with error: 35"
+    with pytest.raises(BackendUnavailable, match=r"(?s)tensorrt 10\.9\.0 does not start here.*failure with error: 35"):
+        TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
+    gc.collect()
+    assert sim.broken == 1
+
+
+def test_a_library_that_returns_nothing(sim: Simulation, engine_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(logger: object) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(sys.modules["tensorrt"], "Runtime", nothing)
+    with pytest.raises(BackendUnavailable, match=r"(?s)does not start here.*factory function returned nullptr"):
+        TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC)
+
+
+@pytest.mark.parametrize(
+    ("installed", "fits"), [(("cu13",), False), (("cu12",), True), (("cu12", "cu13"), True), ((), True)]
+)
+def test_a_driver_that_is_too_old_for_the_library(
+    sim: Simulation, monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], fits: bool
+) -> None:
+    def version(distribution: str) -> str:
+        if distribution.removeprefix("tensorrt_") in installed:
+            return "10.9.0"
+        raise importlib.metadata.PackageNotFoundError(distribution)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    sim.driver = 12020
+    if fits:
+        check_engine(ENGINE_FILE)
+    else:
+        with pytest.raises(
+            BackendUnavailable, match=r"tensorrt 10\.9\.0 is built for CUDA 13, the driver serves CUDA 12\.2"
+        ):
+            check_engine(ENGINE_FILE)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_lean") is None, reason="tensorrt_lean is not installed (44 MB)")
+def test_the_real_library_without_a_driver() -> None:
+    """In a process of its own, which must live: of 10.16 and 11.4 a failed Runtime was a segmentation fault."""
+    code = """
+        import sys, tensorrt_lean
+        from runtime.backends.tensorrt.library import start
+        from runtime.errors import BackendUnavailable
+        try:
+            start(tensorrt_lean, "Runtime")
+        except BackendUnavailable as error:
+            print("refused:", error)
+        else:
+            print("started")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(("refused:", "started"))
 
 
 @pytest.mark.parametrize(("status", "text"), [(35, "driver"), (100, "shows no GPU"), (3, "CUDA does not start")])

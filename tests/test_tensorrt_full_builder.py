@@ -138,6 +138,22 @@ def test_without_a_driver_the_library_is_never_entered(build: Any, monkeypatch: 
     assert not library.Builder.called
 
 
+@pytest.mark.parametrize("kind", ["Builder", "Runtime"])
+def test_a_library_that_can_not_start_cuda(build: Any, tmp_path: Path, kind: str) -> None:
+    def broken(logger: Any) -> Any:
+        logger.log(Severity.ERROR, "CUDA initialization failure with error: 35")
+        return MagicMock()
+
+    library = Library()
+    getattr(library, kind).side_effect = broken
+    with pytest.raises(BackendUnavailable, match=r"(?s)does not start here:.*failure with error: 35"):
+        build(library)
+    getattr(library, kind).side_effect = TypeError("factory function returned nullptr")
+    with pytest.raises(BackendUnavailable, match=r"(?s)does not start here:.*returned nullptr"):
+        build(library)
+    assert not (tmp_path / "e.engine").exists()
+
+
 def test_tensorrt_8_keeps_the_float_layers_of_a_half_graph_and_nothing_else() -> None:
     kinds = [("CAST", "FLOAT", "HALF"), ("MATRIX_MULTIPLY", "HALF", "HALF"), ("SHUFFLE", "FLOAT", "FLOAT")]
     layers = [layer(*kind) for kind in (*kinds, ("REDUCE", "FLOAT", "FLOAT"), ("UNARY", "HALF", "FLOAT"))]

@@ -83,8 +83,8 @@ def copy(settings: Settings) -> dict[str, Any]:
         def work() -> None:
             cuda.call("cudaMemcpyAsync", second.pointer, first.pointer, COPY_BYTES, kind, stream.handle)
 
-        milliseconds = [stream.milliseconds(work) for _ in range(23)][3:]
-    timing = Timing(np.asarray(milliseconds) / 1e3)
+        milliseconds = stream.milliseconds(work, 23)[3:]
+    timing = Timing(milliseconds / 1e3)
     return {"bytes": COPY_BYTES, "bytes_per_second": 2 * COPY_BYTES / timing.median}
 
 

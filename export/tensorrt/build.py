@@ -26,7 +26,7 @@ from export.tensorrt.precision import (
 )
 from runtime.backends.tensorrt import cuda
 from runtime.backends.tensorrt.legacy import scratch_bytes
-from runtime.backends.tensorrt.library import LibraryLog, library_logger, load_library
+from runtime.backends.tensorrt.library import LibraryLog, check_driver, library_logger, load_library, start
 from runtime.bundle import ModelFile
 from runtime.errors import ExportError, Interrupted
 from runtime.files import atomic_file, sha256_file
@@ -75,7 +75,7 @@ def build_engine(onnx_path: str | Path, out_path: str | Path, options: EngineOpt
     """Build the engine of an ONNX file and write it to `out_path`, whole or not at all.
 
     Raises ExportError for options that the graph or the library can't meet, BackendUnavailable when the library or the
-    GPU that it needs is missing, Interrupted after Ctrl-C or SIGTERM.
+    GPU that it needs is missing or CUDA does not start, Interrupted after Ctrl-C or SIGTERM.
     """
     onnx_path, out_path = Path(onnx_path), Path(out_path)
     opset = read_opset(onnx_path)
@@ -83,11 +83,13 @@ def build_engine(onnx_path: str | Path, out_path: str | Path, options: EngineOpt
     options.check_supported(trt, opset)
     # before anything of TensorRT is made: without a driver some versions end the process
     device = cuda.probe() if options.needs_gpu else None
+    if device is not None:
+        check_driver(trt, device.driver)
     targets = _targets(options, device)
     begin = time.perf_counter()
     logger, log = library_logger(trt)
     with log.collect() as messages:
-        builder = trt.Builder(logger)
+        builder = start(trt, "Builder")
         network = _parse(trt, builder, logger, log, onnx_path)
         requested = requested_precisions(network)
         check_requested(requested, options.precision, onnx_path)
@@ -105,7 +107,7 @@ def build_engine(onnx_path: str | Path, out_path: str | Path, options: EngineOpt
     if options.format == "tensorrt-rtx":
         facts["delivered_precisions"] = logged_precisions(messages.layers())
     else:
-        facts |= _inspect(trt, logger, log, blob, options)
+        facts |= _inspect(trt, log, blob, options)
     check_inspected(facts["delivered_precisions"], options.precision)
     with atomic_file(out_path) as stream:
         stream.write(memoryview(blob))
@@ -272,10 +274,10 @@ def _monitor(trt: Any, stop: StopRequest) -> Any:
     return Monitor()
 
 
-def _inspect(trt: Any, logger: Any, log: LibraryLog, blob: Any, options: EngineOptions) -> dict[str, Any]:
+def _inspect(trt: Any, log: LibraryLog, blob: Any, options: EngineOptions) -> dict[str, Any]:
     """Return what the inspector of the library says of the built engine: layers, scratch memory, types."""
     with log.collect() as messages:
-        engine_runtime = trt.Runtime(logger)
+        engine_runtime = start(trt, "Runtime")
         if options.version_compatible:
             engine_runtime.engine_host_code_allowed = True
         engine = engine_runtime.deserialize_cuda_engine(blob)

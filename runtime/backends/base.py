@@ -129,7 +129,8 @@ def check_graph(
 ) -> int | None:
     """Compare the tensors of a loaded graph or engine with `spec`; `inputs` and `outputs` map names to dimensions.
 
-    The first dimension is the batch: an int where it is fixed, else anything (a symbol's name, None or -1).
+    The first dimension is the batch: an int where it is fixed, else anything (a symbol's name, None or -1). Another
+    one of -1 is not known before a batch size is set, and not compared.
     Returns the fixed batch size, or None for a dynamic one. Raises BundleError saying what was found.
     """
     batch = 0
@@ -142,7 +143,7 @@ def check_graph(
             raise BundleError(f"{where}: {kind}s are {sorted(found)}, the manifest says {sorted(expected)}")
         for name, shape in expected.items():
             dims = tuple(found[name])
-            if dims[1:] != shape[1:]:
+            if len(dims) != len(shape) or any(d not in (-1, s) for d, s in zip(dims[1:], shape[1:], strict=True)):
                 raise BundleError(
                     f"{where}: {kind} '{name}' is {list(dims)}, the manifest says {['batch', *shape[1:]]}"
                 )

@@ -103,25 +103,29 @@ class TensorRTBackend(BaseBackend):
     def _infer(self, visual: Float32, audio: Float32, lengths: Int32) -> Outputs:
         context = self._ready_context()
         known = len(context.graphs)
-        batch = max(len(visual), self._min_batch)
+        batch = self._batch_size(len(visual))
         outputs = context.infer({VISUAL: visual, AUDIO: audio, LENGTHS: lengths}, batch)
         if self._cuda_graph and len(context.graphs) > known:
             self._warn_without_graph(batch, context.graphs[batch])
         logits, offsets = (outputs[name].astype(np.float32, copy=False) for name in (LOGITS, OFFSETS))
         return logits, offsets
 
-    def engine_milliseconds(self, batch: int, repeats: int = 100) -> npt.NDArray[np.float64]:
-        """Return [repeats] device times of the engine alone at a batch size, by events: no copies, no host work."""
+    def engine_milliseconds(
+        self, batch: int, repeats: int = 1000, *, warmup_seconds: float = 0.3
+    ) -> npt.NDArray[np.float64]:
+        """Return [repeats] device times of the engine alone at a batch size, back to back: no copies, no host work."""
         if not self._min_batch <= batch <= self.max_batch:
             raise EngineError(f"batch {batch}: this engine takes {self._min_batch} to {self.max_batch}")
-        return self._ready_context().engine_milliseconds(batch, repeats)
+        self._warm_up(self._batch_size(batch))
+        return self._ready_context().engine_milliseconds(self._batch_size(batch), repeats, warmup_seconds)
 
     def layer_milliseconds(self, batch: int, repeats: int = 20) -> dict[str, float]:
         """Return the mean device time of each layer, slowest first, run without CUDA graphs, which would hide layers.
 
         A region that the library compiled as a whole shows as one entry.
         """
-        return self._ready_context().layer_milliseconds(batch, repeats)
+        self._warm_up(self._batch_size(batch))
+        return self._ready_context().layer_milliseconds(self._batch_size(batch), repeats)
 
     def _facts(self) -> dict[str, Any]:
         engine = self._engine
@@ -132,7 +136,8 @@ class TensorRTBackend(BaseBackend):
             "compute_capability": engine.device.compute_capability,
             "driver_cuda": engine.device.driver,
             "profile": self._model_file.profile,
-            "scratch_bytes": engine.scratch_bytes,
+            "scratch_bytes": self._context.scratch_bytes if self._context else 0,
+            "largest_scratch_bytes": engine.scratch_bytes,
             "cuda_graphs": dict(self._context.graphs) if self._context else {},
         }
 
@@ -144,14 +149,20 @@ class TensorRTBackend(BaseBackend):
             self._select_device()
             self._context = None
 
+    def _batch_size(self, rows: int) -> int:
+        """Return the batch size that so many videos run in: a power of two within the profile, or its largest.
+
+        Each size that is run costs a context, a plain run and a capture, so the sizes in between share one.
+        """
+        return max(self._min_batch, min(1 << (rows - 1).bit_length(), self.max_batch))
+
     def _ready_context(self) -> ExecutionContext:
         """Return the execution context, made on first use, with the GPU selected for the calling thread."""
         if self.closed:
             raise EngineError(f"{self.name}: the backend is closed")
         self._select_device()
         if self._context is None:
-            largest = max(self.max_batch, self._min_batch)
-            self._context = ExecutionContext(self._engine, largest, cuda_graph=self._cuda_graph)
+            self._context = ExecutionContext(self._engine, self.spec, cuda_graph=self._cuda_graph)
         return self._context
 
     def _select_device(self) -> None:
@@ -161,7 +172,7 @@ class TensorRTBackend(BaseBackend):
             self._thread = threading.get_ident()
 
     def _warm_up(self, batch: int) -> None:
-        """Run one request with every step valid: it captures the first graph and compares its replay."""
+        """Run one request with every step valid: a new batch size is captured and its replay compared."""
         draw = np.random.default_rng(0)
         shapes = self.spec.input_shapes(batch)
         visual, audio = (draw.standard_normal(shapes[name], dtype=np.float32) for name in (VISUAL, AUDIO))

@@ -1,4 +1,4 @@
-"""An execution context on the GPU: a stream, buffers allocated once, and a captured CUDA graph for each batch size.
+"""An execution context on the GPU: a stream, buffers, and a captured CUDA graph for each batch size.
 
 A request fills the pinned inputs, launches one graph (copy in, infer, copy out) and waits for the stream. Contexts of
 one engine that different threads use let the copies of one batch overlap the inference of another.
@@ -7,19 +7,17 @@ one engine that different threads use let the copies of one batch overlap the in
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.backends.tensorrt import cuda
+from runtime.backends.tensorrt import cuda, legacy
 from runtime.backends.tensorrt.engine import Array, LoadedEngine
 from runtime.errors import EngineError
-
-MAX_BATCH_SIZES = 8
-"""Batch sizes kept ready. Each holds memory, so the one unused for longest is freed for the next."""
+from runtime.spec import ModelSpec
 
 POISON = 0x7F
 """Fills the outputs before a replay is compared: as float32 the bytes read 3.4e38, which no engine computes."""
@@ -29,50 +27,67 @@ REPLAY_TOLERANCE = 0.01
 
 
 class ExecutionContext:
-    """Stream and buffers for batches of 1 to `max_batch` videos. One thread at a time."""
+    """Stream and buffers, as large as the largest batch that was run needs. One thread at a time.
 
-    def __init__(self, engine: LoadedEngine, max_batch: int, *, cuda_graph: bool) -> None:
+    A larger batch frees them with the graphs that use them; those are captured again when their sizes come back.
+    """
+
+    def __init__(self, engine: LoadedEngine, spec: ModelSpec, *, cuda_graph: bool) -> None:
         self.engine = engine
+        self.spec = spec
         self._cuda_graph = cuda_graph
-        self._batches: OrderedDict[int, BatchContext] = OrderedDict()
+        self._batches: dict[int, BatchContext] = {}
         self.graphs: dict[int, str] = {}
         """State of the graph of each batch size: `replayed`, `off`, or why there is none."""
-        with contextlib.ExitStack() as stack:
-            self.stream = _closing(stack, cuda.Stream())
-            self.scratch = _closing(stack, cuda.DeviceBuffer(engine.scratch_bytes))
-            self.inputs = {n: _closing(stack, b.pinned(max_batch)) for n, b in engine.inputs.items()}
-            self.outputs = {n: _closing(stack, b.pinned(max_batch)) for n, b in engine.outputs.items()}
-            hosts = self.inputs | self.outputs
-            self.device = {n: _closing(stack, cuda.DeviceBuffer(h.array.nbytes)) for n, h in hosts.items()}
-            self._resources = stack.pop_all()
+        self.stream = cuda.Stream()
+        self._rows = 0
+        self._buffers = contextlib.ExitStack()
+        self.scratch: cuda.DeviceBuffer | None = None
+        self.inputs: dict[str, cuda.PinnedArray] = {}
+        self.outputs: dict[str, cuda.PinnedArray] = {}
+        self.device: dict[str, cuda.DeviceBuffer] = {}
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Scratch memory that is allocated."""
+        return self.scratch.nbytes if self.scratch else 0
 
     def infer(self, arrays: Mapping[str, Array], batch: int) -> dict[str, Array]:
         """Run one batch and return copies of its outputs, as many rows as `arrays` have.
 
         Rows beyond those, up to `batch`, are zeros. Raises EngineError when the GPU or the engine fails.
         """
-        rows = 0
-        for name, array in arrays.items():
-            host, rows = self.inputs[name].array, len(array)
-            np.copyto(host[:rows], array, casting="same_kind")
-            host[rows:batch] = 0
-        self._batch_context(batch).launch()
+        if batch not in self._batches:
+            with cuda.ALONE:
+                self._batches[batch] = self._prepare(batch, arrays)
+                self.engine.save_cache()
+        rows = self._fill(arrays, batch)
+        self._batches[batch].launch()
         return self._read(rows)
 
-    def engine_milliseconds(self, batch: int, repeats: int) -> npt.NDArray[np.float64]:
-        """Return [repeats] device times of the engine alone, without copies, each between two events."""
-        prepared = self._batch_context(batch)
+    def engine_milliseconds(self, batch: int, repeats: int, warmup_seconds: float) -> npt.NDArray[np.float64]:
+        """Return [repeats] device times of the engine alone, without copies, run back to back after a warm-up.
+
+        The batch size must have been run, here and below: its inputs are what is timed.
+        """
+        prepared = self._batches[batch]
         with contextlib.ExitStack() as stack:
             run = prepared.enqueue
             if prepared.graph is not None:
-                graph = cuda.Graph(self.stream, prepared.enqueue)
+                with cuda.ALONE:
+                    graph = cuda.Graph(self.stream, prepared.enqueue)
                 stack.callback(graph.close)
                 run = graph.launch
-            return np.array([self.stream.milliseconds(run) for _ in range(repeats)])
+            end = time.perf_counter() + warmup_seconds  # an idle GPU lowers its clocks
+            while time.perf_counter() < end:
+                run()
+                self.stream.synchronize()
+            return self.stream.milliseconds(run, repeats)
 
     def layer_milliseconds(self, batch: int, repeats: int) -> dict[str, float]:
         """Return the mean device time of each layer, slowest first, without CUDA graphs: they hide layers."""
-        prepared = BatchContext(self, batch)
+        with cuda.ALONE:
+            prepared = self._new_batch_context(batch)
         try:
             prepared.work()
             self.stream.synchronize()
@@ -89,31 +104,65 @@ class ExecutionContext:
 
     def close(self) -> None:
         """Free everything: idle stream, then graphs and TensorRT's contexts, then their memory, the stream last."""
-        with contextlib.ExitStack() as stack:  # runs backwards, and to the end also when a step fails
-            stack.push(self._resources.pop_all())
+        with cuda.ALONE, contextlib.ExitStack() as stack:  # runs backwards, and to the end also when a step fails
+            stack.callback(self.stream.close)
+            stack.callback(self._free)
+            stack.callback(self.stream.synchronize)
+
+    def _free(self) -> None:
+        """Free graphs and TensorRT's contexts, then the buffers that they use."""
+        with contextlib.ExitStack() as stack:
+            stack.push(self._buffers.pop_all())
             for prepared in self._batches.values():
                 stack.callback(prepared.close)
             self._batches.clear()
-            stack.callback(self.stream.synchronize)
+            self._rows, self.scratch = 0, None
+            self.inputs, self.outputs, self.device = {}, {}, {}
 
     def _read(self, rows: int) -> dict[str, Array]:
         """Wait for the stream and copy the first `rows` of every output."""
         self.stream.synchronize()
         return {name: output.array[:rows].copy() for name, output in self.outputs.items()}
 
-    def _batch_context(self, batch: int) -> BatchContext:
-        prepared = self._batches.get(batch)
-        if prepared is None:
-            prepared = self._batches[batch] = self._prepare(batch)
-        self._batches.move_to_end(batch)
+    def _fill(self, arrays: Mapping[str, Array], batch: int) -> int:
+        """Write the inputs, zeros in the rows that `arrays` lack, and return how many they have."""
+        rows = 0
+        for name, array in arrays.items():
+            host, rows = self.inputs[name].array, len(array)
+            np.copyto(host[:rows], array, casting="same_kind")
+            host[rows:batch] = 0
+        return rows
+
+    def _new_batch_context(self, batch: int) -> BatchContext:
+        """Create TensorRT's context for a batch size, with buffers that are large enough."""
+        prepared = BatchContext(self, batch)
+        rows, scratch = max(batch, self._rows), max(prepared.scratch_bytes(), self.scratch_bytes)
+        if rows > self._rows or scratch > self.scratch_bytes:
+            self.stream.synchronize()
+            self._free()
+            self._allocate(rows, scratch)
+        prepared.bind()
         return prepared
 
-    def _prepare(self, batch: int) -> BatchContext:
-        while len(self._batches) >= MAX_BATCH_SIZES:
-            _, oldest = self._batches.popitem(last=False)
-            oldest.close()
-        prepared = BatchContext(self, batch)
+    def _allocate(self, rows: int, scratch_bytes: int) -> None:
+        """Allocate scratch memory, and every input and output on the host and on the device."""
+        engine, spec = self.engine, self.spec
+        types = {name: binding.dtype for name, binding in (engine.inputs | engine.outputs).items()}
+        with contextlib.ExitStack() as stack:
+            scratch = _closing(stack, cuda.DeviceBuffer(scratch_bytes))
+            inputs, outputs = (
+                {name: _closing(stack, cuda.PinnedArray(shape, types[name])) for name, shape in shapes.items()}
+                for shapes in (spec.input_shapes(rows), spec.output_shapes(rows))
+            )
+            hosts = inputs | outputs
+            self.device = {name: _closing(stack, cuda.DeviceBuffer(h.array.nbytes)) for name, h in hosts.items()}
+            self.scratch, self.inputs, self.outputs = scratch, inputs, outputs
+            self._buffers, self._rows = stack.pop_all(), rows
+
+    def _prepare(self, batch: int, arrays: Mapping[str, Array]) -> BatchContext:
+        prepared = self._new_batch_context(batch)
         try:
+            self._fill(arrays, batch)
             prepared.work()  # TensorRT allocates and initializes on a shape's first run, which can't be captured
             self.stream.synchronize()
             self.graphs[batch] = self._capture(prepared, batch) if self._cuda_graph else "off"
@@ -151,18 +200,31 @@ class BatchContext:
     """TensorRT's execution context for one batch size, shapes and addresses set, and its CUDA graph once captured."""
 
     def __init__(self, context: ExecutionContext, batch: int) -> None:
+        """Set the shapes; `bind` must follow."""
         self._context = context
         self._batch = batch
         self.graph: cuda.Graph | None = None
         engine = context.engine
-        self.trt_context: Any = engine.create_execution_context(context.scratch)
-        for name, binding in engine.inputs.items():
-            shape = (batch, *binding.shape[1:])
+        self.trt_context: Any = engine.create_execution_context()
+        for name, shape in context.spec.input_shapes(batch).items():
             if not self.trt_context.set_input_shape(name, shape):
                 raise EngineError(f"{engine.path}: input '{name}' refuses shape {shape}; rebuild with a wider profile")
         missing = self.trt_context.infer_shapes()
         if missing:
             raise EngineError(f"{engine.path}: the engine misses shapes of {', '.join(missing)}")
+        for name, shape in context.spec.output_shapes(batch).items():
+            if (found := tuple(self.trt_context.get_tensor_shape(name))) != shape:
+                raise EngineError(f"{engine.path}: at batch {batch} output '{name}' is {found}, expected {shape}")
+
+    def scratch_bytes(self) -> int:
+        """Return the scratch memory that this batch size needs."""
+        return legacy.scratch_bytes_of_shapes(self.trt_context, self._context.engine.scratch_bytes)
+
+    def bind(self) -> None:
+        """Use the buffers of the execution context."""
+        context, engine = self._context, self._context.engine
+        if context.scratch_bytes and context.scratch is not None:
+            legacy.set_scratch(self.trt_context, context.scratch.pointer, context.scratch.nbytes)
         for name, buffer in context.device.items():
             if not self.trt_context.set_tensor_address(name, buffer.pointer):
                 raise EngineError(f"{engine.path}: tensor '{name}' refuses its address")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,13 @@ from runtime.errors import BackendUnavailable, EngineError
 from runtime.packages import missing
 
 NO_DEVICE, INSUFFICIENT_DRIVER = 100, 35
+
+ALONE = threading.RLock()
+"""Held while an engine is loaded or freed, and from the first run of a batch size until its graph is captured.
+
+Loading, allocating and freeing may synchronize the whole device, which is not allowed while any stream is captured,
+whichever thread does it. Launches of what is ready need no lock.
+"""
 
 
 @functools.lru_cache(maxsize=1)
@@ -164,14 +173,20 @@ class Stream:
         """Wait for all work on the stream."""
         call("cudaStreamSynchronize", self.handle)
 
-    def milliseconds(self, work: Callable[[], None]) -> float:
-        """Measure the device time of what `work` puts on this stream, between two events."""
-        with _event() as begin, _event() as end:
-            call("cudaEventRecord", begin, self.handle)
-            work()
-            call("cudaEventRecord", end, self.handle)
-            call("cudaEventSynchronize", end)
-            return float(call("cudaEventElapsedTime", begin, end))
+    def milliseconds(self, work: Callable[[], None], repeats: int) -> npt.NDArray[np.float64]:
+        """Return [repeats] device times of what `work` puts on this stream, from each event to the next.
+
+        All is queued before the first wait, so that the host's launches are not measured with short work.
+        """
+        with contextlib.ExitStack() as stack:
+            events = [stack.enter_context(_event()) for _ in range(repeats + 1)]
+            call("cudaEventRecord", events[0], self.handle)
+            for event in events[1:]:
+                work()
+                call("cudaEventRecord", event, self.handle)
+            call("cudaEventSynchronize", events[-1])
+            pairs = itertools.pairwise(events)
+            return np.array([float(call("cudaEventElapsedTime", begin, end)) for begin, end in pairs])
 
     def close(self) -> None:
         if self.handle is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,28 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.backends.tensorrt import cuda, legacy
-from runtime.backends.tensorrt.library import TensorRTFormat, library_logger, load_library, numpy_type
+from runtime.backends.tensorrt.library import (
+    TensorRTFormat,
+    check_driver,
+    library_logger,
+    load_library,
+    numpy_type,
+    start,
+)
 from runtime.bundle import ModelFile
-from runtime.errors import BundleError, EngineError, EngineMismatch
+from runtime.errors import BackendUnavailable, BundleError, EngineError, EngineMismatch
 from runtime.files import atomic_file
 
 RTX_MAGIC = b"vtrt"
+_REFUSALS = {
+    "VERSION_MISMATCH": "built by another release",
+    "UNSUPPORTED_CC": "not built for this GPU",
+    "OLD_CUDA_DRIVER": "the driver is too old",
+    "OLD_CUDA_RUNTIME": "the CUDA runtime is too old",
+    "INSUFFICIENT_GPU_MEMORY": "the GPU has too little memory",
+    "CUDA_ERROR": "CUDA does not start",
+}
+"""What RTX may say of an engine that is not damaged."""
 HINT = "build it again here ('ccnet rebuild BUNDLE') or run the ONNX graph instead (on_mismatch='onnx')"
 
 
@@ -29,7 +45,8 @@ def check_engine(model_file: ModelFile, device: int = 0) -> cuda.Device:
     """Compare an engine's manifest entry with this machine, before the library sees a byte of the engine.
 
     Raises BundleError for a model file that is not an engine; BackendUnavailable when the library, the driver or a GPU
-    is missing; EngineMismatch, saying what to do, when the library's version or the GPU is another one.
+    is missing, or the driver too old for the library; EngineMismatch, saying what to do, when the library's version or
+    the GPU is another one.
     """
     if model_file.format == "onnx":
         raise BundleError(f"model file '{model_file.name}' is an ONNX graph, not a TensorRT engine")
@@ -42,6 +59,7 @@ def check_engine(model_file: ModelFile, device: int = 0) -> cuda.Device:
             f"{HINT}, or pip install '{package}=={built[0]}'"
         )
     found = cuda.probe(device)
+    check_driver(trt, found.driver)
     wanted = f"built for {_target(model_file)}, here is {found.name} (compute capability {found.compute_capability})"
     if not _gpu_fits(model_file, found):
         raise EngineMismatch(f"engine '{model_file.name}' was {wanted}: {HINT}")
@@ -82,10 +100,10 @@ def check_file(path: Path, model_file: ModelFile) -> None:
     if size == 0 or (expected is not None and size != expected):
         raise BundleError(f"{path}: {size} bytes, the engine had {expected} when it was built; copy the bundle again")
     with path.open("rb") as stream:
-        start = stream.read(len(RTX_MAGIC))
-    if (start == RTX_MAGIC) != (model_file.format == "tensorrt-rtx"):
+        magic = stream.read(len(RTX_MAGIC))
+    if (magic == RTX_MAGIC) != (model_file.format == "tensorrt-rtx"):
         kind = (
-            "a TensorRT-RTX engine" if start == RTX_MAGIC else f"not a TensorRT-RTX engine (it starts with {start!r})"
+            "a TensorRT-RTX engine" if magic == RTX_MAGIC else f"not a TensorRT-RTX engine (it starts with {magic!r})"
         )
         raise BundleError(f"{path}: is {kind}, the manifest says {model_file.format}; export the bundle again")
 
@@ -103,16 +121,18 @@ class LoadedEngine:
         self.trt = load_library(self.format)
         self.path = path
         cuda.call("cudaSetDevice", device)
-        logger, self.log = library_logger(self.trt)
-        self._lock = threading.Lock()
+        _, self.log = library_logger(self.trt)
         self._users = 1
-        self._runtime: Any = self.trt.Runtime(logger)
-        if model_file.options.get("version_compatible"):
-            # such an engine carries library code; its hash is in the manifest, and only our own builds are loaded
-            self._runtime.engine_host_code_allowed = True
-        self._engine: Any = self._deserialize(model_file)
+        with cuda.ALONE:
+            self._runtime: Any = start(self.trt, "Runtime")
+            if model_file.options.get("version_compatible"):
+                # such an engine carries library code; its hash is in the manifest, and only our own builds are loaded
+                self._runtime.engine_host_code_allowed = True
+            self._engine: Any = self._deserialize(model_file)
         self.inputs, self.outputs = self._bindings()
         self.scratch_bytes = legacy.scratch_bytes(self._engine)
+        """What the largest batch of the profile works in."""
+        self._config: Any = None
         self._cache = _RuntimeCache(self, model_file, cache_folder) if self.format == "tensorrt-rtx" else None
 
     def _deserialize(self, model_file: ModelFile) -> Any:
@@ -123,21 +143,24 @@ class LoadedEngine:
         ):
             if self.format == "tensorrt-rtx":
                 validity, diagnostics = self._runtime.get_engine_validity(content[: self._runtime.engine_header_size])
-                if validity == self.trt.EngineValidity.INVALID and self._foreign(diagnostics):
-                    raise EngineMismatch(
-                        f"{self.path}: TensorRT-RTX {self.trt.__version__} can't run this engine on {self.device.name} "
-                        f"(compute capability {self.device.compute_capability}): {HINT}"
-                    )
+                if validity == self.trt.EngineValidity.INVALID:
+                    self._refuse(int(diagnostics))
             engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise EngineError(f"{self.path}: the library can't load this engine:\n{messages.errors()}\n"
                               f"The file is damaged or of another release or GPU: {HINT}")  # fmt: skip
         return engine
 
-    def _foreign(self, diagnostics: Any) -> bool:
-        """Return whether the library calls the engine sound but made for something else."""
+    def _refuse(self, diagnostics: int) -> None:
+        """Raise what the library says of an engine that is sound but can't run here; a damaged one is read on."""
         bits = self.trt.EngineInvalidityDiagnostics
-        return any(int(diagnostics) & int(getattr(bits, name)) for name in ("VERSION_MISMATCH", "UNSUPPORTED_CC"))
+        found = {name for name in _REFUSALS if diagnostics & int(getattr(bits, name))}
+        where = f"{self.device.name} (compute capability {self.device.compute_capability})"
+        text = f"{self.path}: TensorRT-RTX {self.trt.__version__} can't run this engine on {where}"
+        if found & {"VERSION_MISMATCH", "UNSUPPORTED_CC"}:
+            raise EngineMismatch(f"{text}: {HINT}")
+        if found:
+            raise BackendUnavailable(f"{text}: {', '.join(sorted(_REFUSALS[name] for name in found))}")
 
     def _bindings(self) -> tuple[dict[str, Binding], dict[str, Binding]]:
         inputs: dict[str, Binding] = {}
@@ -149,17 +172,20 @@ class LoadedEngine:
             (inputs if is_input else outputs)[name] = Binding(shape, numpy_type(self._engine.get_tensor_dtype(name)))
         return inputs, outputs
 
-    def create_execution_context(self, scratch: cuda.DeviceBuffer) -> Any:
-        """Create an execution context of TensorRT that works in `scratch`, which contexts of one stream may share."""
-        with self._lock, self.log.collect() as messages:
+    def create_execution_context(self) -> Any:
+        """Create an execution context of TensorRT, without scratch memory: its caller gives it some."""
+        with cuda.ALONE, self.log.collect() as messages:
             if self._engine is None:
                 raise EngineError(f"{self.path}: the engine was closed")
             context = self._create_context()
         if context is None:
             raise EngineError(f"{self.path}: no execution context:\n{messages.errors()}")
-        if self.scratch_bytes:
-            legacy.set_scratch(context, scratch.pointer, scratch.nbytes)
         return context
+
+    def save_cache(self) -> None:
+        """Write the kernels that RTX has compiled so far to their file."""
+        if self._cache is not None:
+            self._cache.save()
 
     def _create_context(self) -> Any:
         trt = self.trt
@@ -168,17 +194,24 @@ class LoadedEngine:
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._cache is None:
             return self._engine.create_execution_context(strategy)
-        config = self._engine.create_runtime_config()
+        if self._config is None:
+            self._config = self._runtime_config(strategy)
+        return self._engine.create_execution_context(self._config)
+
+    def _runtime_config(self, strategy: Any) -> Any:
+        """Configure the execution contexts of RTX, which may refer to the configuration as long as they live."""
+        trt, config = self.trt, self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
         # kernels of a new shape are compiled before its first run, and graphs are captured by the backend itself
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
-        self._cache.attach(config)
-        return self._engine.create_execution_context(config)
+        if self._cache is not None:
+            self._cache.attach(config)
+        return config
 
     def retain(self) -> LoadedEngine:
         """Count one more user of the engine, and return it."""
-        with self._lock:
+        with cuda.ALONE:
             if self._engine is None:
                 raise EngineError(f"{self.path}: the engine was closed")
             self._users += 1
@@ -186,27 +219,24 @@ class LoadedEngine:
 
     def release(self) -> None:
         """Count one user less; the last one frees the engine."""
-        with self._lock:
+        with cuda.ALONE:
             self._users -= 1
             if self._users > 0 or self._engine is None:
                 return
-            if self._cache is not None:
-                self._cache.close()
-            # the engine before the runtime that made it
+            self.save_cache()
+            # all before what made them, or what they refer to
+            self._config = None
             self._engine = None
             self._runtime = None
+            self._cache = None
 
 
+@dataclass(frozen=True)
 class Binding:
-    """Shape (-1 for a dynamic batch) and type of one input or output."""
+    """Shape (-1 for a dynamic batch, and for what the library infers from it) and type of one input or output."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self.shape = shape
-        self.dtype = dtype
-
-    def pinned(self, batch: int) -> cuda.PinnedArray:
-        """Allocate a page-locked array for this many videos."""
-        return cuda.PinnedArray((batch, *self.shape[1:]), self.dtype)
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
 
 
 class _RuntimeCache:
@@ -220,7 +250,7 @@ class _RuntimeCache:
         identity = (model_file.onnx_sha256 or "")[:16], engine.device.name, str(engine.trt.__version__)
         name = "-".join((engine.path.stem, *identity)).replace(" ", "_").replace("/", "_")
         self._path = folder / f"{name}.cache" if folder else None
-        self._loaded: bytes = b""
+        self._saved: bytes = b""
         self._cache: Any = None
 
     def attach(self, config: Any) -> None:
@@ -228,18 +258,20 @@ class _RuntimeCache:
             self._cache = config.create_runtime_cache()
             if self._path is not None and self._path.is_file():
                 with contextlib.suppress(OSError):
-                    self._loaded = self._path.read_bytes()
-                    self._cache.deserialize(self._loaded)
+                    self._saved = self._path.read_bytes()
+                    self._cache.deserialize(self._saved)
         config.set_runtime_cache(self._cache)
 
-    def close(self) -> None:
-        cache, self._cache = self._cache, None
-        if cache is None or self._path is None:
+    def save(self) -> None:
+        """Write the file, where kernels were added."""
+        serialized = None if self._cache is None or self._path is None else self._cache.serialize()
+        if serialized is None or self._path is None:
             return
-        content = bytes(memoryview(cache.serialize()).cast("B"))
-        if content != self._loaded:
+        content = bytes(memoryview(serialized).cast("B"))
+        if content != self._saved:
             with contextlib.suppress(OSError), atomic_file(self._path) as stream:
                 stream.write(content)
+            self._saved = content
 
 
 Array = npt.NDArray[Any]

@@ -13,7 +13,7 @@ def is_legacy(trt: Any) -> bool:
 
 
 def scratch_bytes(engine: Any) -> int:
-    """Return the scratch memory that an execution context needs."""
+    """Return the scratch memory that the largest batch of the profile needs."""
     current = hasattr(engine, "device_memory_size_v2")
     return int(engine.device_memory_size_v2 if current else engine.device_memory_size)
 
@@ -21,6 +21,16 @@ def scratch_bytes(engine: Any) -> int:
 def create_execution_context(engine: Any) -> Any:
     """Create an execution context without scratch memory, for 8.6, which knows no allocation strategies."""
     return engine.create_execution_context_without_device_memory()
+
+
+def scratch_bytes_of_shapes(context: Any, largest: int) -> int:
+    """Return the scratch memory that a context needs for its input shapes, at most `largest`, that of the profile.
+
+    8.6 knows the latter alone, and so does a library that could not tell: it returns 0.
+    """
+    if not hasattr(context, "update_device_memory_size_for_shapes"):
+        return largest
+    return int(context.update_device_memory_size_for_shapes()) or largest
 
 
 def set_scratch(context: Any, pointer: int, nbytes: int) -> None:

@@ -7,7 +7,9 @@ almost the same Python API, so everything above this file takes the module as a 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
+import importlib.metadata
 import logging
 import threading
 from collections import deque
@@ -65,6 +67,48 @@ def load_library(format: TensorRTFormat) -> Any:
 def library_version(trt: Any) -> tuple[int, ...]:
     """Return (major, minor, ...) of the loaded library."""
     return tuple(int(part) for part in str(trt.__version__).split(".") if part.isdigit())
+
+
+def check_driver(trt: Any, driver: str) -> None:
+    """Raise BackendUnavailable when the library is built for a newer CUDA than the driver serves.
+
+    `driver`: as in `cuda.Device`. The CUDA bindings can't tell: they bring a CUDA runtime of their own.
+    """
+    package, version = str(trt.__name__), str(trt.__version__)
+    majors = [major for major in (11, 12, 13, 14) if _installed(f"{package}_cu{major}") == version]
+    served = int(driver.partition(".")[0] or 0)
+    if majors and served < min(majors):
+        raise BackendUnavailable(
+            f"{package} {version} is built for CUDA {min(majors)}, the driver serves CUDA {driver}: update the driver, "
+            f"or install {package}_cu{served} in place of {package}_cu{min(majors)}"
+        )
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def start(trt: Any, kind: Literal["Builder", "Runtime"]) -> Any:
+    """Return a new `trt.Builder` or `trt.Runtime`.
+
+    Raises BackendUnavailable when the library can't start CUDA. From 10 on it says so in its log alone and returns an
+    object that ends the process when it is used, or freed: such an object is kept for good.
+    """
+    logger, log = library_logger(trt)
+    made, failed = None, ""
+    with log.collect() as messages:
+        try:
+            made = getattr(trt, kind)(logger)
+        except TypeError as error:  # 8.6: "factory function returned nullptr"
+            failed = f"  {error}\n"
+    if failed or messages.of("INTERNAL_ERROR", "ERROR"):
+        if made is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
+        raise BackendUnavailable(f"{trt.__name__} {trt.__version__} does not start here:\n{failed}{messages.errors()}")
+    return made
 
 
 def numpy_type(data_type: Any) -> np.dtype[Any]:
