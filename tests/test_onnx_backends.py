@@ -171,16 +171,22 @@ class PretendingRuntime:
         def add_session_config_entry(self, key: str, value: str) -> None:
             self.entries[key] = value
 
-    def __init__(self, *, heeds_option: bool) -> None:
+    def __init__(self, *, heeds_option: bool, provider: str = "CPUExecutionProvider", tf32: str = "1") -> None:
         self.heeds_option = heeds_option
+        self.provider, self.tf32 = provider, tf32
+
+    def preload_dlls(self) -> None:
+        print("Failed to load libcudnn.so.9")
 
     def get_available_providers(self) -> list[str]:
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
-    def InferenceSession(self, path: str, options: Any, providers: Any) -> Any:
+    def InferenceSession(self, path: str, options: Any, providers: Any, enable_fallback: int) -> Any:
+        assert not enable_fallback
         if self.heeds_option and options.entries.get("session.disable_cpu_ep_fallback") == "1":
             raise RuntimeError("Failed to create CUDAExecutionProvider: libcublasLt.so.13 not found")
-        return type("Session", (), {"get_providers": lambda self: ["CPUExecutionProvider"]})()
+        answers = {"get_providers": [self.provider], "get_provider_options": {self.provider: {"use_tf32": self.tf32}}}
+        return SimpleNamespace(**{name: lambda answer=answer: answer for name, answer in answers.items()})
 
 
 @pytest.mark.parametrize("heeds_option", [True, False])
@@ -190,6 +196,16 @@ def test_a_cuda_session_that_fell_back_is_refused(
     monkeypatch.setitem(sys.modules, "onnxruntime", PretendingRuntime(heeds_option=heeds_option))
     with pytest.raises(BackendUnavailable, match="libcublasLt" if heeds_option else "CPUExecutionProvider"):
         OnnxRuntimeBackend.open(graph, SPEC, device="cuda")
+
+
+def test_a_cuda_session_without_its_options_is_refused(
+    graph: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretending = PretendingRuntime(heeds_option=False, provider="CUDAExecutionProvider")
+    monkeypatch.setitem(sys.modules, "onnxruntime", pretending)
+    with pytest.raises(BackendUnavailable, match="use_tf32': '1'.*expected.*use_tf32': '0'"):
+        OnnxRuntimeBackend.open(graph, SPEC, device="cuda", precision="fp32")
+    assert capsys.readouterr().out == ""  # results may be piped
 
 
 def test_openvino_gives_a_video_the_same_alone_and_in_a_batch(graph: Path) -> None:

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from benchmarks.rtx_plan import RtxPlan, read_plan
-from export.graph.onnx_file import read_opset
+from export.graph.onnx_file import graph_bytes, read_opset
 from export.tensorrt.build import EngineInfo, build_engine
 from export.tensorrt.options import EngineOptions
-from export.tensorrt.precision import check_inspected, inspected_precisions, logged_precisions
+from export.tensorrt.precision import check_inspected, check_size, inspected_precisions, logged_precisions
 from runtime.backends.tensorrt import cuda
 from runtime.errors import BackendUnavailable, ExportError, Interrupted, MissingDependency
 from runtime.schema import section_from_json
@@ -74,7 +74,7 @@ def test_an_engine_has_the_precision_that_was_asked_for(build: Build, precision:
     plan = plan_of(info)
     assert plan.matrix_kernels[graph] >= 5  # of at most 7
     assert not ({"fp16", "bf16"} - {graph}) & set(plan.tensors)
-    assert plan.tf32 == (precision == "tf32")
+    assert plan.tf32 == (precision != "fp32")
     assert plan.capturable
     # the one attention fuses in half precision, never in fp32 (counts measured with RTX 1.7.1)
     assert plan.fused_attentions == (graph != "fp32")
@@ -233,12 +233,16 @@ def layer(name: str, **output: str) -> dict[str, Any]:
         ([layer("a", **{"Format/Datatype": "Half"}), layer("b", Format="Linear", Datatype="BF16")],
          {"bf16": 1, "fp16": 1}),
         ([layer("{ForeignNode[a...b]}", Datatype="FP32")], None),
+        ([layer("a \x1e \n b", Datatype="Half")], {"fp16": 1}),
         (["only", "names"], None),
         ([], None),
     ],
 )  # fmt: skip
 def test_inspector_text_of_old_and_new_releases(layers: list[Any], found: dict[str, int] | None) -> None:
-    assert inspected_precisions(json.dumps({"Layers": layers, "Bindings": []})) == found
+    text = json.dumps({"Layers": layers, "Bindings": []})
+    assert inspected_precisions(text) == found
+    assert inspected_precisions(text.replace("\\u001e", "\x1e").replace("\\n", "\n")) == found  # as 8.6 was seen to
+    assert inspected_precisions(text[:-1]) is None
 
 
 def test_layers_that_the_builder_logs() -> None:
@@ -265,6 +269,21 @@ def test_inspected_precision_is_enforced() -> None:
     for delivered, precision in (({"fp32": 9}, "fp16"), ({"fp16": 1, "fp32": 9}, "fp32")):
         with pytest.raises(ExportError, match="nothing was written"):
             check_inspected(delivered, precision)  # type: ignore[arg-type]
+
+
+def test_weights_in_full_are_noticed_by_their_size() -> None:
+    """The full network: 468 MB in fp16, 937 MB in fp32."""
+    check_size(480_000_000, 469_000_000, "fp16")
+    check_size(940_000_000, 938_000_000, "tf32")
+    check_size(900_000, 300_000, "fp16")
+    with pytest.raises(ExportError, match=r"asked for fp16, but .* 940 MB for a fp16 graph of 469 MB.*nothing was"):
+        check_size(940_000_000, 469_000_000, "fp16")
+
+
+def test_size_of_a_graph_with_its_weights(tmp_path: Path) -> None:
+    for name, size in (("m.onnx", 10), ("m.onnx.data", 1000), ("other.onnx.data", 5)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert graph_bytes(tmp_path / "m.onnx") == 1010
 
 
 def test_the_attention_network_is_what_it_says(tmp_path: Path) -> None:

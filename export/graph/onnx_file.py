@@ -38,6 +38,11 @@ def read_opset(path: str | Path) -> int:
     raise ExportError(f"{path}: not an ONNX model (it imports no operator set); export it again")
 
 
+def graph_bytes(path: Path) -> int:
+    """Return the size of an ONNX file with its weights, which large graphs keep beside it."""
+    return sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.is_file())
+
+
 def _default_opset(stream: BinaryIO) -> int | None:
     """Read the version in one OperatorSetIdProto; None when it is of another domain than ONNX's own."""
     end = _varint(stream) + stream.tell()

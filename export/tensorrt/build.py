@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.graph.onnx_file import read_opset
+from export.graph.onnx_file import graph_bytes, read_opset
 from export.tensorrt import legacy
 from export.tensorrt.options import CURRENT, EngineOptions
 from export.tensorrt.precision import (
     check_inspected,
     check_requested,
+    check_size,
     inspected_precisions,
     logged_precisions,
     requested_precisions,
@@ -109,6 +110,7 @@ def build_engine(onnx_path: str | Path, out_path: str | Path, options: EngineOpt
     else:
         facts |= _inspect(trt, log, blob, options)
     check_inspected(facts["delivered_precisions"], options.precision)
+    check_size(facts["engine_bytes"], graph_bytes(onnx_path), options.precision)
     with atomic_file(out_path) as stream:
         stream.write(memoryview(blob))
     if cache is not None and options.timing_cache is not None:
@@ -164,10 +166,11 @@ def _configure(
 ) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if options.precision == "tf32":
-        config.set_flag(trt.BuilderFlag.TF32)
-    else:
+    # also for the fp32 layers of a half graph: TF32 has the 10 bits of fp16 with the range of fp32
+    if options.precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)
+    else:
+        config.set_flag(trt.BuilderFlag.TF32)
     if legacy.is_legacy(trt):
         legacy.configure(trt, network, config, options.precision)
     if options.workspace_bytes is not None:

@@ -24,6 +24,9 @@ _BY_TEXT = (
     ("FLOAT", "fp32"),
 )
 _HALF = ("fp16", "bf16")
+_LARGE_GRAPH = 64 << 20
+_LARGEST_RATIO = 1.5
+"""Half way between weights as they are in the graph and weights twice as wide."""
 _LOGGED_OUTPUT = re.compile(r"^Name: .* Outputs: \[ \{.*?Datatype: (\w+)", re.M)
 
 
@@ -51,10 +54,14 @@ def check_requested(requested: dict[str, int], precision: EnginePrecision, onnx_
 def inspected_precisions(engine_information: str) -> dict[str, int] | None:
     """Count layers by output type, from the JSON text of TensorRT's engine inspector.
 
-    None where the library does not tell: names only, or whole regions compiled into one opaque node.
-    Older releases write `Format/Datatype`, 11 splits it; both are read.
+    None where the library does not tell: text that is not JSON, names only, or whole regions compiled into one opaque
+    node. Older releases write `Format/Datatype`, 11 splits it; both are read.
     """
-    layers = json.loads(engine_information).get("Layers", [])
+    try:
+        # names of layers may hold control characters
+        layers = json.loads(engine_information, strict=False).get("Layers", [])
+    except (ValueError, AttributeError):
+        return None
     if not layers or any(not isinstance(layer, dict) for layer in layers):
         return None
     if any("ForeignNode" in str(layer.get("Name", "")) for layer in layers):
@@ -80,6 +87,19 @@ def _counted(type_names: Iterable[str]) -> dict[str, int] | None:
         if name:
             found[name] += 1
     return dict(sorted(found.items())) or None
+
+
+def check_size(engine_bytes: int, graph_bytes: int, precision: EnginePrecision) -> None:
+    """Raise ExportError when an engine of a half graph holds its weights in full.
+
+    Where the library does not tell the types of its layers, nothing else would show that. Small graphs are not
+    checked: there kernels weigh more than weights.
+    """
+    if precision in _HALF and graph_bytes >= _LARGE_GRAPH and engine_bytes > _LARGEST_RATIO * graph_bytes:
+        raise ExportError(
+            f"asked for {precision}, but the built engine has {engine_bytes / 1e6:.0f} MB for a {precision} graph of "
+            f"{graph_bytes / 1e6:.0f} MB, as if its weights were fp32; nothing was written"
+        )
 
 
 def check_inspected(delivered: dict[str, int] | None, precision: EnginePrecision) -> None:

@@ -5,6 +5,8 @@ Shapes: see `runtime.spec.ModelSpec` (B batch, T steps, P points, C classes).
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,10 +83,10 @@ class OnnxRuntimeBackend(BaseBackend):
     ) -> OnnxRuntimeBackend:
         """Load an ONNX file. `threads`: CPU threads of one operator; None leaves it to ONNX Runtime.
 
-        `precision` is what the graph was typed with; for `cuda`, `tf32` runs an fp32 graph with TF32 matmuls and
-        `fp32` without. Raises MissingDependency; BackendUnavailable when the CUDA provider is asked for and not
-        taken (never a silent run on the CPU); EngineError when the file can't be loaded; BundleError when its
-        inputs and outputs are not those of `spec`.
+        `precision` is what the graph was typed with; for `cuda`, `tf32` runs an fp32 graph with TF32 matmuls, as the
+        fp32 layers of a half graph, and `fp32` without. Raises MissingDependency; BackendUnavailable when the CUDA
+        provider is asked for and not taken with its options (never a silent run on the CPU); EngineError when the file
+        can't be loaded; BundleError when its inputs and outputs are not those of `spec`.
         """
         onnxruntime = load_library(device)
         options = onnxruntime.SessionOptions()
@@ -96,7 +98,7 @@ class OnnxRuntimeBackend(BaseBackend):
         if threads is not None:
             options.intra_op_num_threads = threads
         if device == "cuda":
-            session, cpu_nodes = _cuda_session(onnxruntime, Path(path), options, tf32=precision == "tf32")
+            session, cpu_nodes = _cuda_session(onnxruntime, Path(path), options, tf32=precision != "fp32")
         else:
             # Reuse is planned ahead over a symbolic batch and keeps buffers long: without it 160 MB less, as fast.
             options.enable_mem_reuse = False
@@ -186,7 +188,8 @@ def _session(onnxruntime: Any, path: Path, options: Any, providers: list[Any], *
     if not path.is_file():
         raise EngineError(f"{path}: no such ONNX file")
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers, **settings)
+        # without its own fallback, which tries again with the CPU and without the options of the provider
+        return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0, **settings)
     except Exception as error:
         raise EngineError(f"{path}: ONNX Runtime {onnxruntime.__version__} can't load it: {error}") from error
 
@@ -199,7 +202,8 @@ def _cuda_session(onnxruntime: Any, path: Path, options: Any, *, tf32: bool) -> 
     """
     cuda = _PROVIDERS["cuda"]
     if hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
+            onnxruntime.preload_dlls()
     provider = (cuda, {"use_tf32": "1" if tf32 else "0"})
     cpu_nodes = False
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -217,4 +221,7 @@ def _cuda_session(onnxruntime: Any, path: Path, options: Any, *, tf32: bool) -> 
             f"ONNX Runtime took {session.get_providers()} instead of {cuda}: no GPU, no driver, or a CUDA library is "
             "missing; 'ccnet doctor' says which"
         )
+    taken = session.get_provider_options().get(cuda, {})
+    if taken.get("use_tf32") != provider[1]["use_tf32"]:
+        raise BackendUnavailable(f"ONNX Runtime started {cuda} with the options {taken}, expected {provider[1]}")
     return session, cpu_nodes
