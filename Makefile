@@ -4,13 +4,14 @@
 comma := ,
 PYTHON ?= python3
 VENV ?= .venv
+SOAK ?= 100000
 BIN := $(VENV)/bin
 # A process per core, one thread each; a file's tests share what they prepare, so they stay together.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 # TensorRT-RTX builds engines without a GPU, so its tests run wherever its wheel exists.
 EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-')),dev$(comma)rtx,dev)
 
-.PHONY: setup demo test quick check bench clean
+.PHONY: setup demo test quick check bench soak clean
 
 setup: $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
@@ -27,6 +28,9 @@ test: setup ## every test that this machine can run
 
 quick: setup ## the tests without the slow ones
 	$(PYTEST) -m "not slow"
+
+soak: setup ## the fuzzing of the tests, with SOAK mutations of each kind of file
+	CCNET_FUZZ=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist load tests/test_fuzz.py --durations=0
 
 check: setup ## style, types, import rules
 	$(BIN)/ruff check .

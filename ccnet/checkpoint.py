@@ -7,7 +7,6 @@ PyTorch is needed for the weights alone.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from ccnet.config import Config
 from runtime.errors import CheckpointError, ConfigError
 from runtime.files import atomic_folder, sha256_file, write_json
 from runtime.packages import distribution_of, missing
+from runtime.records import BadRecord, read_json
+from runtime.schema import quote, show
 from runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -62,8 +63,16 @@ class Checkpoint:
 
         path = self.folder / WEIGHTS
         check_file(path, size=self.weights_size, sha256=self.weights_sha256, said_by=MANIFEST)
+        tensors = load_tensors(path)
+        config = self.config.model
+        largest = 4 * max(config.dim, config.tdm_dim) * max(config.dim, config.visual_dim, config.audio_dim)
+        if largest > self.weights_size:  # a damaged configuration may ask for any amount of memory
+            raise CheckpointError(
+                f"{path}: {self.weights_size} bytes, but one matrix of its configuration alone has {largest}; copy the "
+                "checkpoint again"
+            )
         model = CCNet(self.config.model)
-        load_strictly(model, load_tensors(path), source=path)
+        load_strictly(model, tensors, source=path)
         return model.eval().to(device)
 
 
@@ -127,22 +136,22 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{folder}: has no {MANIFEST}, so it is not a checkpoint{_look_below(folder)}")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); copy the checkpoint again") from error
+        data = read_json(path)
+    except BadRecord as error:
+        raise CheckpointError(f"{path}: {error}; copy the checkpoint again") from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
-        raise CheckpointError(f"{path}: got schema {schema!r}, this version of ccnet reads {SCHEMA}")
+        raise CheckpointError(f"{path}: got schema {show(schema)}, this version of ccnet reads {SCHEMA}")
     if set(data) != set(_KEYS):
-        wrong = ", ".join(sorted(set(data) ^ set(_KEYS)))
+        wrong = quote(", ".join(sorted(set(data) ^ set(_KEYS))))
         raise CheckpointError(f"{path}: unknown or missing key(s) {wrong}; expected exactly {', '.join(_KEYS)}")
     weights, labels, metrics = data["weights"], data["labels"], data["metrics"]
     if not isinstance(weights, dict) or not isinstance(weights.get("size"), int) or not weights.get("sha256"):
-        raise CheckpointError(f"{path}: weights: got {weights!r}, expected an object with 'size' and 'sha256'")
+        raise CheckpointError(f"{path}: weights: got {show(weights)}, expected an object with 'size' and 'sha256'")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise CheckpointError(f"{path}: labels: expected a list of class names")
     if not isinstance(metrics, dict):
-        raise CheckpointError(f"{path}: metrics: got {metrics!r}, expected an object")
+        raise CheckpointError(f"{path}: metrics: got {show(metrics)}, expected an object")
     try:
         config = Config.from_json(data["config"])
         config.spec(tuple(labels))
@@ -204,7 +213,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = library.torch.load_file(path)
     except (library.SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error}); copy the checkpoint again") from error
+        raise CheckpointError(f"{path}: not a safetensors file ({quote(error)}); copy the checkpoint again") from error
     return tensors
 
 
@@ -236,7 +245,7 @@ def _look_below(folder: Path) -> str:
 
 
 def _first(names: list[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return quote(", ".join(names[:limit]), 150) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _safetensors() -> Any:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from runtime.errors import ConfigError
+from runtime.records import BadRecord, parse_json
 from runtime.schema import convert, require, section_from_json
-from runtime.spec import FeatureLayout, ModelSpec, PostProcessing, TimeBase, check_length
+from runtime.spec import WIDEST, FeatureLayout, ModelSpec, PostProcessing, TimeBase, check_length
 
 MtgcOrder = Literal["c2f_f2c", "f2c_c2f"]
 IouLoss = Literal["giou", "diou"]
@@ -62,8 +63,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_length(self.length, self.levels)
         for name in ("visual_dim", "audio_dim", "dim", "heads", "num_classes", "head_dim", "tdm_dim"):
-            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
-        require(self.self_layers >= 0, "model.self_layers", self.self_layers, "an integer >= 0")
+            value = getattr(self, name)
+            require(1 <= value <= WIDEST, f"model.{name}", value, f"an integer >= 1, at most {WIDEST}")
+        require(0 <= self.self_layers <= 64, "model.self_layers", self.self_layers, "an integer from 0 to 64")
         require(self.dim % self.heads == 0, "model.dim", self.dim, f"a multiple of model.heads ({self.heads})")
         require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "a number in [0, 1)")
 
@@ -261,8 +263,8 @@ def _parse(text: str, hint: Any, *, where: str) -> Any:
     if hint is str or (get_origin(hint) is Literal and all(isinstance(a, str) for a in get_args(hint))):
         return convert(text, hint, where=where)
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = parse_json(text)
+    except BadRecord:
         lowered = text.lower()
         value = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}.get(lowered, text)
     return convert(value, hint, where=where)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ from typing import Any
 from runtime.bundle import MANIFEST, PARITY, SCHEMA, Bundle, Engine, FileRecord, Manifest, ModelFile, read_bundle
 from runtime.errors import BundleError
 from runtime.files import atomic_folder, sha256_file, write_json
+from runtime.records import BadRecord, get_values, read_json
+from runtime.schema import show
 from runtime.spec import ModelSpec
 
 PARITY_SCHEMA = 1
@@ -116,14 +117,21 @@ def changed_bundle(path: str | Path) -> Iterator[Draft]:
     parity = {"schema": PARITY_SCHEMA, "engines": {}}
     if reports.is_file():
         try:
-            parity["engines"] = dict(json.loads(reports.read_text(encoding="utf-8"))["engines"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise BundleError(f"{reports}: not a file of parity reports ({error}); copy the bundle again") from error
+            parity["engines"] = _reports(read_json(reports))
+        except BadRecord as error:
+            raise BundleError(f"{reports}: not a file of parity reports ({error}); copy the bundle again") from None
     with atomic_folder(path) as folder:
         shutil.copytree(path, folder, copy_function=_link_or_copy, dirs_exist_ok=True)
         draft = Draft(folder, bundle.manifest, parity)
         yield draft
         _finish(draft, path)
+
+
+def _reports(content: Any) -> dict[str, Any]:
+    (engines,) = get_values(content, ("engines",))
+    if not isinstance(engines, dict):
+        raise BadRecord(f"engines: got {show(engines)}, expected an object")
+    return engines
 
 
 def refuse_foreign(path: Path) -> None:

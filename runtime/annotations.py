@@ -27,7 +27,7 @@ from runtime.records import (
     check_segment,
     check_video_id,
     get_values,
-    parse_json,
+    read_json,
 )
 from runtime.schema import show
 
@@ -91,7 +91,7 @@ def read_annotations(path: str | Path, labels: Sequence[str] | None = None) -> A
 
 
 def _database(path: Path) -> dict[str, Any]:
-    content = parse_json(path.read_bytes())
+    content = read_json(path, any_number=True)
     database = content.get("database") if isinstance(content, dict) else None
     if not isinstance(database, dict):
         raise BadRecord('expected an object {"version": ..., "database": {video id: ...}}')

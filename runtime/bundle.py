@@ -15,12 +15,14 @@ from typing import Any, Literal
 
 from runtime.errors import BundleError, ConfigError
 from runtime.files import sha256_file
-from runtime.schema import section_from_json
+from runtime.records import BadRecord, is_number, read_json
+from runtime.schema import quote, section_from_json, show
 from runtime.spec import ModelSpec
 
 SCHEMA = 2
 MANIFEST = "bundle.json"
 PARITY = "parity.json"
+_LARGEST_MANIFEST = 1 << 24
 
 Format = Literal["onnx", "tensorrt", "tensorrt-rtx"]
 Status = Literal["verified", "unverified", "failed"]
@@ -155,12 +157,12 @@ def read_bundle(folder: str | Path) -> Bundle:
     if not path.is_file():
         raise BundleError(f"{folder}: has no {MANIFEST}, so it is not a bundle, or its copy was not finished")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{path}: not valid JSON ({error}); copy the bundle again") from error
+        data = read_json(path, limit=_LARGEST_MANIFEST)
+    except BadRecord as error:
+        raise BundleError(f"{path}: {error}; copy the bundle again") from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
-        raise BundleError(f"{path}: got schema {schema!r}, this version reads {SCHEMA}; export the bundle again")
+        raise BundleError(f"{path}: got schema {show(schema)}, this version reads {SCHEMA}; export the bundle again")
     try:
         manifest = section_from_json(Manifest, data, where=MANIFEST)
     except ConfigError as error:
@@ -175,19 +177,33 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
         ("engine", [engine.name for engine in manifest.engines]),
     ):
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise BundleError(f"{folder / MANIFEST}: lists {kind} '{twice[0]}' more than once; export the bundle again")
+            raise BundleError(
+                f"{folder / MANIFEST}: lists {kind} '{quote(twice[0])}' more than once; export the bundle again"
+            )
     model_files = {model_file.name for model_file in manifest.model_files}
     for engine in manifest.engines:
         if engine.model_file not in model_files:
             raise BundleError(
-                f"{folder / MANIFEST}: engine '{engine.name}' names an unknown model file '{engine.model_file}'"
+                f"{folder / MANIFEST}: engine '{quote(engine.name)}' names an unknown model file "
+                f"'{quote(engine.model_file)}'"
             )
     for name in [record.name for record in manifest.files] + [f for a in manifest.model_files for f in a.files]:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise BundleError(f"{folder / MANIFEST}: file name {name!r} leaves the bundle folder")
+        if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
+            raise BundleError(f"{folder / MANIFEST}: file name {show(name)} leaves the bundle folder")
+    for engine in manifest.engines:
+        speed = engine.speed.get("ms_per_video", 1.0)
+        if not is_number(speed) or speed <= 0:
+            raise BundleError(
+                f"{folder / MANIFEST}: engine '{quote(engine.name)}': speed: got {show(speed)}, expected milliseconds"
+            )
     for model_file in manifest.model_files:
+        if model_file.max_batch < 1:
+            raise BundleError(
+                f"{folder / MANIFEST}: model file '{quote(model_file.name)}': max_batch: got {model_file.max_batch}, "
+                "expected 1 or more"
+            )
         if not model_file.files:
-            raise BundleError(f"{folder / MANIFEST}: model file '{model_file.name}' lists no files")
+            raise BundleError(f"{folder / MANIFEST}: model file '{quote(model_file.name)}' lists no files")
 
 
 def _verify_file(folder: Path, record: FileRecord) -> None:

@@ -26,6 +26,7 @@ from runtime.errors import PredictionError
 from runtime.files import atomic_file
 from runtime.packages import missing
 from runtime.records import (
+    LARGEST_FILE,
     BadRecord,
     LabelTable,
     check_duration,
@@ -168,7 +169,7 @@ def read_events(path: str | Path, label_names: Sequence[str] | None = None) -> d
     videos: dict[str, _Arrays] = {}
     try:
         with open(path, "rb") as stream:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(iter(lambda: stream.readline(LARGEST_FILE), b""), 1):
                 try:
                     video_id, arrays = _read_video(line, table)
                     if video_id in videos:
@@ -186,7 +187,7 @@ def read_events(path: str | Path, label_names: Sequence[str] | None = None) -> d
 
 def _read_video(line: bytes, table: LabelTable) -> tuple[str, _Arrays]:
     """Return video id and segments [N, 2], scores [N], labels [N] of one line."""
-    video_id, duration, events = get_values(parse_json(line), ("video_id", "duration", "events"))
+    video_id, duration, events = get_values(parse_json(line, any_number=True), ("video_id", "duration", "events"))
     video_id, duration = check_video_id(video_id), check_duration(duration)
     segments, scores, labels = [], [], []
     check_list(events, "events")

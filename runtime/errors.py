@@ -7,10 +7,23 @@ The command line turns any `CCNetError` into that message and exit status `exit_
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Return text with everything escaped that is neither printable nor a line break."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class CCNetError(Exception):
-    """Base of all errors raised on purpose by `runtime`, `ccnet` and `export`."""
+    """Base of all errors raised on purpose by `runtime`, `ccnet` and `export`.
+
+    A message may quote files: control characters in it, such as those that move a terminal's cursor, are escaped.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 class FeatureError(CCNetError):

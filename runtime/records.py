@@ -1,4 +1,4 @@
-"""Strict reading of JSON records: what annotation files and events files have in common.
+"""Strict reading of JSON: the one parser of every file, and what records of annotations and events have in common.
 
 Every function raises `BadRecord` with what was received and what was expected; the reader of the file says where.
 """
@@ -9,7 +9,8 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from runtime.schema import show
 
@@ -17,6 +18,11 @@ OVERRUN_SECONDS = 0.01
 """A segment may leave [0, duration] by this much: durations are published rounded to 10 ms, segment times are not.
 (The published UnAV-100 file needs none of it.)"""
 
+LARGEST_FILE = 1 << 28
+"""Bytes of a JSON file. The published UnAV-100 annotation file has 4 million."""
+
+_DEEPEST = 64
+_DIGITS = 40
 _LABEL_IDS = 1 << 20
 
 _PLAIN_NAME = re.compile(r"[^/\\\x00-\x1f\ud800-\udfff]+").fullmatch
@@ -27,12 +33,34 @@ class BadRecord(Exception):
     """A record is not what it should be."""
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Parse JSON in which no object has a key twice."""
+def read_json(path: str | Path, *, limit: int = LARGEST_FILE, any_number: bool = False) -> Any:
+    """Parse a JSON file of at most `limit` bytes. Raises BadRecord, and OSError when it can't be read."""
+    with open(path, "rb") as stream:
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise BadRecord(f"more than {limit} bytes, expected a JSON file of at most that size")
+    return parse_json(content, any_number=any_number)
+
+
+def parse_json(text: str | bytes, *, any_number: bool = False) -> Any:
+    """Parse JSON in UTF-8, strictly.
+
+    Refused beyond bad JSON: a key twice in one object, objects and lists nested deeper than 64, text that is not
+    Unicode (half of a surrogate pair), and, unless `any_number`, numbers that are not finite or have more than 40
+    digits. Records that may hold more than is read take any number, and check those they read.
+    """
+    numbers: dict[str, Any] = {"parse_float": _finite, "parse_int": _integer, "parse_constant": _refuse_constant}
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of a number with thousands of digits
+        text = text if isinstance(text, str) else text.decode()
+        value = json.loads(text, object_pairs_hook=_unique_keys, **({} if any_number else numbers))
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord(f"text is not Unicode: half of a surrogate pair, {show(error.object[error.start])}") from None
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8
         raise BadRecord(f"not valid JSON ({error})") from None
+    _check_depth(value)
+    return value
 
 
 def get_values(record: Any, keys: tuple[str, ...]) -> list[Any]:
@@ -111,6 +139,38 @@ class LabelTable:
             raise BadRecord(f"label {show(name)} (id {label_id}): expected one of {len(self.names)} classes")
         self.names[label_id], self._ids[name] = name, label_id
         return label_id
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise BadRecord(f"number {show(text)} is too large")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise BadRecord(f"got an integer of {len(text)} digits, expected at most {_DIGITS}")
+    return int(text)
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise BadRecord(f"{text} is not valid JSON; expected finite numbers")
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, dict | list)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise BadRecord(f"nested deeper than {_DEEPEST} objects and lists")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import dataclasses
 import math
 from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, printable
 
 Section = TypeVar("Section")
 
 _SHOWN = 60
 """Characters of a value that a message quotes."""
+_QUOTED = 400
+"""Characters of a text (another library's message, a list of names) that a message quotes."""
 
 
 def section_from_json(cls: type[Section], data: Any, *, where: str) -> Section:
@@ -25,7 +27,9 @@ def section_from_json(cls: type[Section], data: Any, *, where: str) -> Section:
     fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
     unknown = sorted(set(data) - set(fields))
     if unknown:
-        raise ConfigError(f"{where}: unknown key(s) {_clean(', '.join(unknown))}; known keys: {', '.join(fields)}")
+        raise ConfigError(
+            f"{where}: unknown key(s) {quote(', '.join(unknown), _SHOWN)}; known keys: {', '.join(fields)}"
+        )
     required = [
         name
         for name, f in fields.items()
@@ -56,10 +60,11 @@ def convert(value: Any, hint: Any, *, where: str) -> Any:
     if getattr(hint, "__origin__", None) is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: got {show(value)}, expected an object")
-        return {key: convert(v, args[1], where=f"{where}.{key}") for key, v in value.items()}
+        return {key: convert(v, args[1], where=f"{where}.{quote(key, _SHOWN)}") for key, v in value.items()}
     if hint is Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        require(abs(value) < 1e300, where, value, "a number below 1e300")
         value = float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{where}: got {show(value)}, expected {hint.__name__}")
@@ -76,9 +81,14 @@ def require(condition: bool, key: str, got: Any, expected: str) -> None:
 
 def show(value: Any) -> str:
     """Return a value from a file for a message: on one line, control characters escaped, not longer than 60."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits or of brackets
+        return f"a huge {type(value).__name__}"
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
-def _clean(text: str) -> str:
-    return text if text.isprintable() and len(text) <= _SHOWN else show(text)
+def quote(text: object, limit: int = _QUOTED) -> str:
+    """Return text from outside for a message: control characters escaped, line breaks too, cut to `limit`."""
+    line = printable(str(text)).replace("\n", "\\n")
+    return line if len(line) <= limit else line[: limit - 3] + "..."

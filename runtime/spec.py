@@ -27,6 +27,9 @@ INPUT_TYPES: Mapping[str, type[np.generic]] = {VISUAL: np.float32, AUDIO: np.flo
 INPUT_NAMES = tuple(INPUT_TYPES)
 OUTPUT_NAMES = (LOGITS, OFFSETS)
 
+LONGEST, WIDEST = 1 << 20, 1 << 16
+"""Largest T and feature width: what is allocated follows from a file, and must not follow from a damaged one."""
+
 Floats = npt.NDArray[np.floating[Any]]
 Method = Literal["soft", "hard", "none"]
 
@@ -44,7 +47,8 @@ class TimeBase:
 
     def __post_init__(self) -> None:
         for name in ("fps", "stride_frames", "window_frames"):
-            require(getattr(self, name) > 0, f"time_base.{name}", getattr(self, name), "a number above 0")
+            value = getattr(self, name)
+            require(1e-6 <= value <= 1e6, f"time_base.{name}", value, "a number above 0 (0.000001 to 1000000)")
 
     @property
     def step_seconds(self) -> float:
@@ -142,7 +146,7 @@ class ModelSpec:
     def __post_init__(self) -> None:
         check_length(self.length, self.levels)
         for name in ("visual_dim", "audio_dim"):
-            require(getattr(self, name) >= 1, f"spec.{name}", getattr(self, name), "an integer >= 1")
+            require(1 <= getattr(self, name) <= WIDEST, f"spec.{name}", getattr(self, name), f"1 to {WIDEST}")
         good = len(self.labels) >= 1 and len(set(self.labels)) == len(self.labels)
         require(good, "spec.labels", self.labels, "one or more distinct class names")
 
@@ -220,5 +224,6 @@ def check_length(length: int, levels: int) -> None:
     """Raise ConfigError unless `length` is a positive multiple of the coarsest level's stride."""
     require(isinstance(levels, int) and 1 <= levels <= 12, "levels", levels, "an integer from 1 to 12")
     coarsest = 2 ** (levels - 1)
-    good = isinstance(length, int) and length >= coarsest and length % coarsest == 0
-    require(good, "length", length, f"a multiple of {coarsest} (the stride of level {levels})")
+    good = isinstance(length, int) and coarsest <= length <= LONGEST and length % coarsest == 0
+    expected = f"a multiple of {coarsest} (the stride of level {levels}), at most {LONGEST}"
+    require(good, "length", length, expected)

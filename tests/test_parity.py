@@ -288,7 +288,10 @@ def test_a_reference_of_the_earlier_schema_is_refused_with_what_to_do(
         save_reference(
             tmp_path / "ref.npz", Reference(SPEC, "ab" * 32, videos[:1], record(OracleBackend(), videos[:1]))
         )
-    with pytest.raises(ParityError, match=r"got schema 1, this version reads 2; .* ccnet reference CHECKPOINT --out"):
+    with pytest.raises(
+        ParityError,
+        match=r"schema: got 1, expected 2, which this version reads.*record it again: ccnet reference CHECKPOINT --out",
+    ):
         load_reference(tmp_path / "ref.npz")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ccnet.config import ModelConfig
 from ccnet.network.model import CCNet
 from runtime.errors import CheckpointError
+from runtime.schema import quote
 
 PREFIX = "module."
 EMA, RAW = "state_dict_ema", "state_dict"
@@ -49,23 +50,24 @@ def read_released(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        reason = quote(str(error).splitlines()[0])
         raise CheckpointError(
             f"{path}: refused, the file is not a checkpoint or holds objects other than tensors and plain containers "
             f"({reason}); save its state dict alone with torch.save"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path}: can't be read as a PyTorch file, is it truncated? ({error})") from error
+    except Exception as error:  # a damaged file makes torch.load fail in any way, with an AssertionError too
+        reason = f"{type(error).__name__}: {quote(error)}"
+        raise CheckpointError(f"{path}: can't be read as a PyTorch file, is it truncated? ({reason})") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: got a {type(content).__name__}, expected a dict of parameters")
     nested = [key for key in (EMA, RAW) if isinstance(content.get(key), Mapping)]
     parameters: Mapping[Any, Any] = content[nested[0]] if nested else content
     wrong = [str(name) for name, value in parameters.items() if not isinstance(value, Tensor)]
     if wrong or not parameters:
-        keys = ", ".join(map(str, list(content)[:8]))
+        keys = quote(", ".join(map(str, list(content)[:8])))
         raise CheckpointError(
             f"{path}: expected '{EMA}', '{RAW}' or a dict of tensors; got a dict with the keys {keys}"
-            + (f", where {wrong[0]} is not a tensor" if wrong else "")
+            + (f", where {quote(wrong[0])} is not a tensor" if wrong else "")
         )
     return {str(name).removeprefix(PREFIX): value for name, value in parameters.items()}
 

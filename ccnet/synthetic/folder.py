@@ -7,7 +7,6 @@ files are all there and whole is not made again.
 from __future__ import annotations
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import shutil
@@ -25,6 +24,7 @@ from runtime.annotations import Annotations, VideoAnnotation
 from runtime.errors import ConfigError, FeatureError
 from runtime.files import atomic_file, sha256_file, write_json
 from runtime.progress import Progress
+from runtime.records import BadRecord, read_json
 
 Dtype = Literal["float32", "float16"]
 SETTINGS_FILE = "synthetic.json"
@@ -162,9 +162,9 @@ def _claim(folder: Path, annotations: Annotations, config: Config, settings: Syn
         write_json(path, recorded)
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FeatureError(f"{path}: not valid JSON ({error}); delete the folder and start again") from error
+        found = read_json(path)
+    except BadRecord as error:
+        raise FeatureError(f"{path}: {error}; delete the folder and start again") from None
     different = [key for key in recorded if not isinstance(found, dict) or found.get(key) != recorded[key]]
     if different:
         raise FeatureError(

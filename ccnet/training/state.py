@@ -7,7 +7,6 @@ previous state is still whole.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from ccnet.config import Config
 from ccnet.training.learner import Learner
 from runtime.errors import CheckpointError, ConfigError
 from runtime.files import atomic_folder, recover_folder, sha256_file, write_json
+from runtime.records import BadRecord, read_json
 from runtime.schema import require, section_from_json
 
 SCHEMA = 1
@@ -156,10 +156,10 @@ def read_state(folder: Path) -> TrainingState:
     path = folder / STATE
     checkpoint = read_checkpoint(folder)
     try:
-        manifest = section_from_json(_Manifest, json.loads(path.read_text(encoding="utf-8")), where=STATE)
+        manifest = section_from_json(_Manifest, read_json(path), where=STATE)
         position = section_from_json(Position, manifest.position, where=f"{STATE}.position")
         require(manifest.schema == SCHEMA, f"{STATE}.schema", manifest.schema, str(SCHEMA))
-    except (UnicodeDecodeError, json.JSONDecodeError, ConfigError) as error:
+    except (BadRecord, ConfigError) as error:
         raise CheckpointError(
             f"{path}: {error}; the state is damaged or of another version, start the run again"
         ) from error

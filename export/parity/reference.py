@@ -6,12 +6,15 @@ Shapes:  N videos   T steps   P points   C classes   Cv, Ca visual / audio featu
 from __future__ import annotations
 
 import json
+import math
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +25,20 @@ from runtime.batches import pack
 from runtime.errors import ConfigError, ParityError
 from runtime.features import VideoFeatures
 from runtime.files import atomic_file
-from runtime.spec import ModelSpec
+from runtime.records import BadRecord, parse_json
+from runtime.schema import quote, require, section_from_json
+from runtime.spec import AUDIO, LENGTHS, LOGITS, OFFSETS, VISUAL, ModelSpec
 
 if TYPE_CHECKING:
     from ccnet.checkpoint import Checkpoint
     from ccnet.network.model import CCNet
 
 SCHEMA = 2
+
+_LARGEST_HEADER = 1 << 24
+_LARGEST_ARRAY = 1 << 32
+_NPY_HEADER = 1 << 16
+_MOST_EVENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -111,49 +121,104 @@ def save_reference(path: str | Path, reference: Reference) -> None:
 
 
 def load_reference(path: str | Path) -> Reference:
-    """Read what `save_reference` wrote. Raises ParityError for anything else."""
+    """Read what `save_reference` wrote. Raises ParityError for anything else.
+
+    Every array must have the dtype and the shape that follow from the header, which are known before it is read.
+    """
     path = Path(path)
+    again = f"ccnet reference CHECKPOINT --out {path}"
     if not path.is_file():
-        raise ParityError(f"{path}: no such reference file; 'ccnet reference CHECKPOINT --out {path}' writes one")
+        raise ParityError(f"{path}: no such reference file; '{again}' writes one")
     try:
-        # np.load given a path leaves a damaged file open.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays: dict[str, npt.NDArray[Any]] = {name: file[name] for name in file.files}
-        header = json.loads(str(arrays["header"]))
-        if header["schema"] != SCHEMA:
-            raise ParityError(
-                f"{path}: got schema {header['schema']!r}, this version reads {SCHEMA}; record it again: "
-                f"ccnet reference CHECKPOINT --out {path}"
-            )
-        spec = ModelSpec.from_json(header["spec"])
-        outputs = Outputs(arrays["logits"], arrays["offsets"], header["source"])
-        videos = _unpack(header["videos"], arrays)
-        expected = spec.output_shapes(len(videos))
-        if (outputs.logits.shape, outputs.offsets.shape) != (expected["logits"], expected["offsets"]):
-            raise ParityError(f"{path}: outputs {outputs.logits.shape} do not fit its {len(videos)} videos")
+        with zipfile.ZipFile(path) as archive:
+            return _load(archive)
+    except (ConfigError, BadRecord) as error:
+        raise ParityError(f"{path}: not a whole reference file ({error}); record it again: {again}") from None
     except (
-        *(KeyError, IndexError, TypeError, ValueError, AttributeError, ConfigError),
-        *(OSError, EOFError, zipfile.BadZipFile, zlib.error),
+        *(KeyError, ValueError, SyntaxError, TypeError, NotImplementedError, RuntimeError, tokenize.TokenError),
+        *(OSError, EOFError, struct.error, zipfile.BadZipFile, zlib.error, MemoryError),
     ) as error:
-        raise ParityError(f"{path}: not a whole reference file ({error}); record it again") from error
-    return Reference(spec, header["checkpoint_sha256"], videos, outputs)
+        reason = quote(error) or type(error).__name__
+        raise ParityError(f"{path}: not a whole reference file ({reason}); record it again: {again}") from error
 
 
-def _unpack(facts: list[dict[str, Any]], arrays: dict[str, npt.NDArray[Any]]) -> list[ParityVideo]:
-    ends = np.cumsum(arrays["events_per_video"])
-    lengths = arrays["lengths"]
+@dataclass(frozen=True, kw_only=True)
+class _Video:
+    name: str
+    duration: float
+    stress: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    schema: int
+    spec: ModelSpec
+    checkpoint_sha256: str
+    source: dict[str, Any]
+    videos: tuple[_Video, ...]
+
+
+def _load(archive: zipfile.ZipFile) -> Reference:
+    data = parse_json(str(_text(archive, "header")))
+    found = data.get("schema") if isinstance(data, dict) else None
+    require(found == SCHEMA, "schema", found, f"{SCHEMA}, which this version reads")
+    header = section_from_json(_Header, data, where="header")
+    spec, n = header.spec, len(header.videos)
+    require(n >= 1, "header.videos", n, "one or more")
+    inputs, outputs = spec.input_shapes(n), spec.output_shapes(n)
+    lengths = _array(archive, "lengths", np.int32, (n,))
+    events = _array(archive, "events_per_video", np.int64, (n,))
+    _check("lengths", (lengths >= 1) & (lengths <= spec.length), f"1 to {spec.length}")
+    _check("events_per_video", (events >= 0) & (events <= _MOST_EVENTS), f"0 to {_MOST_EVENTS}")
+    count = int(events.sum())
+    labels = _array(archive, "labels", np.int64, (count,))
+    segments = _array(archive, "segments", np.float64, (count, 2))
+    _check("labels", (labels >= 0) & (labels < spec.num_classes), f"0 to {spec.num_classes - 1}")
+    _check("segments", np.isfinite(segments), "finite seconds")
+    _check("segments", segments[:, 0] < segments[:, 1], "an end after the start")
+    floats = {
+        name: _array(archive, name, np.float32, shape)
+        for name, shape in (*inputs.items(), *outputs.items())
+        if name != LENGTHS
+    }
+    for name, array in floats.items():
+        _check(name, np.isfinite(array), "finite numbers")
     videos = []
-    for i, fact in enumerate(facts):
-        visual, audio = (arrays[name][i, : lengths[i]] for name in ("visual", "audio"))
-        events = slice(ends[i] - arrays["events_per_video"][i], ends[i])
-        videos.append(
-            ParityVideo(
-                fact["name"],
-                VideoFeatures(visual, audio),
-                fact["duration"],
-                fact["stress"],
-                arrays["segments"][events],
-                arrays["labels"][events],
-            )
-        )
-    return videos
+    for i, (video, end) in enumerate(zip(header.videos, np.cumsum(events), strict=True)):
+        require(video.duration > 0, f"header.videos[{i}].duration", video.duration, "seconds above 0")
+        rows = slice(end - events[i], end)
+        features = VideoFeatures(floats[VISUAL][i, : lengths[i]], floats[AUDIO][i, : lengths[i]])
+        videos.append(ParityVideo(video.name, features, video.duration, video.stress, segments[rows], labels[rows]))
+    return Reference(spec, header.checkpoint_sha256, videos, Outputs(floats[LOGITS], floats[OFFSETS], header.source))
+
+
+def _text(archive: zipfile.ZipFile, name: str) -> Any:
+    with archive.open(f"{name}.npy") as stream:
+        _, _, dtype = _array_header(stream)
+        require(dtype.kind == "U" and dtype.itemsize <= _LARGEST_HEADER, name, dtype, "text of at most 16 MB")
+        return np.frombuffer(stream.read(dtype.itemsize), dtype)[0]
+
+
+def _array(archive: zipfile.ZipFile, name: str, dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Read an array that must have this dtype and shape; nothing is allocated before its entry says so too."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    member = archive.getinfo(f"{name}.npy")
+    with archive.open(member) as stream:
+        found_shape, fortran, found = _array_header(stream)
+        good = found == dtype and found_shape == shape and (not fortran or len(shape) < 2)
+        require(good, name, f"{found} {found_shape}", f"{np.dtype(dtype)} {shape}")
+        require(0 <= member.file_size - size <= _NPY_HEADER, name, member.file_size, f"{size} bytes and a header")
+        require(size <= _LARGEST_ARRAY, name, size, f"at most {_LARGEST_ARRAY} bytes")
+        data = stream.read(size + 1)  # one more: the end is where the checksum is looked at
+    require(len(data) == size, name, len(data), f"{size} bytes")
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(stream)
+    require(version == (1, 0), ".npy version", version, "1.0")
+    return np.lib.format.read_array_header_1_0(stream)
+
+
+def _check(name: str, good: npt.NDArray[np.bool_], expected: str) -> None:
+    require(bool(good.all()), name, "a value outside", expected)

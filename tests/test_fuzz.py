@@ -1,0 +1,388 @@
+"""Damaged and hostile files: whatever a file holds, its reader ends with a result or a `CCNetError` of bounded text.
+
+Every reader gets a few hundred mutations of a good file, the same ones in every run. `make soak` tries many more:
+CCNET_FUZZ is their number for each reader, CCNET_FUZZ_SEED where to start. A failure names the seed that repeats it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import traceback
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import SPEC, OracleBackend, fill_draft, make_bundle
+
+from ccnet.checkpoint import MANIFEST as CHECKPOINT
+from ccnet.checkpoint import WEIGHTS, read_checkpoint, save_checkpoint
+from ccnet.cli.main import main
+from ccnet.config import Config, ModelConfig, TrainConfig, parse_overrides, preset, with_overrides
+from ccnet.network.model import CCNet
+from ccnet.network.released import read_released
+from ccnet.training.learner import Learner
+from ccnet.training.state import STATE, TENSORS, Position, read_state, save_state
+from export.bundle_writer import changed_bundle, new_bundle
+from export.parity.inputs import synthetic_inputs
+from export.parity.reference import Reference, load_reference, record, save_reference
+from runtime.annotations import read_annotations
+from runtime.bundle import MANIFEST, PARITY
+from runtime.detections import read_events
+from runtime.errors import CCNetError
+from runtime.files import sha256_file
+from runtime.records import BadRecord, parse_json
+
+COUNT = int(os.environ.get("CCNET_FUZZ", "300"))
+FIRST = int(os.environ.get("CCNET_FUZZ_SEED", "0"))
+LONGEST_MESSAGE = 600
+"""Characters, without the path: a quotation of at most 400, and what is said about it."""
+
+Mutate = Callable[[np.random.Generator], bytes]
+
+CONFIG = Config(
+    model=ModelConfig(
+        length=8,
+        levels=2,
+        visual_dim=5,
+        audio_dim=3,
+        dim=8,
+        heads=2,
+        self_layers=1,
+        num_classes=3,
+        head_dim=8,
+        tdm_dim=4,
+    ),
+    train=TrainConfig(workers=0, device="cpu"),
+)
+LABELS = ("dog", "rain", "bell")
+
+# Text that stands for a value, put into the JSON as it is.
+RAW = (
+    "[" * 100_000,
+    '{"a":' * 5_000,
+    "[" * 200 + "]" * 200,
+    "9" * 5_000,
+    "9" * 400,
+    "-" + "9" * 30,
+    "1e999",
+    "-1e999",
+    "1e308",
+    "NaN",
+    "-Infinity",
+    '"\\ud800"',
+    '"\\u0000"',
+    '"\\u001b[2J"',
+    '"' + "x" * 30_000 + '"',
+    '{"a": 1, "a": 2}',
+    "{",
+    "",
+    "nul",
+    "1.",
+    "\ufeff1",
+)
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2,
+    10**6,
+    10**12,
+    2**63,
+    -0.5,
+    0.0,
+    1e-320,
+    1e300,
+    "",
+    "x",
+    "../x",
+    "\0",
+    [],
+    [[]],
+    {},
+    [1],
+    {"": 0},
+)
+
+
+def mutated_json(content: Any, rng: np.random.Generator) -> bytes:
+    """One to three nodes of a JSON tree are replaced, removed, renamed or doubled; sometimes the bytes are damaged."""
+    content = json.loads(json.dumps(content))
+    raw: dict[str, str] = {}
+    for _ in range(rng.integers(1, 4)):
+        places = [place for place in _places(content) if place[0] is not None]
+        if not places:
+            break
+        parent, key = places[rng.integers(len(places))]
+        action = rng.integers(7)
+        if action == 0:
+            del parent[key]
+        elif action == 1 and isinstance(parent, dict):
+            parent[str(VALUES[rng.integers(len(VALUES))])] = parent.pop(key)
+        elif action == 2 and isinstance(parent, list):
+            parent.extend(parent[:3])
+        elif action == 3:
+            other, name = places[rng.integers(len(places))]
+            parent[key] = json.loads(json.dumps(other[name]))
+        elif action <= 5:
+            parent[key] = VALUES[rng.integers(len(VALUES))]
+        else:
+            mark = f"@{len(raw)}@"
+            raw[json.dumps(mark)] = RAW[rng.integers(len(RAW))]
+            parent[key] = mark
+    text = json.dumps(content)
+    for mark, replacement in raw.items():
+        text = text.replace(mark, replacement)
+    data = text.encode()
+    return mutated_bytes(data, rng) if rng.random() < 0.2 else data
+
+
+def _places(node: Any, parent: Any = None, key: Any = None) -> list[tuple[Any, Any]]:
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [(parent, key), *(place for name, child in children for place in _places(child, node, name))]
+
+
+def mutated_bytes(data: bytes, rng: np.random.Generator) -> bytes:
+    """A file that is cut, has bytes changed, taken out, put in or moved."""
+    damaged = bytearray(data)
+    for _ in range(rng.integers(1, 5)):
+        at = int(rng.integers(len(damaged) + 1))
+        size = int(rng.integers(1, 1 + min(64, max(1, len(damaged)))))
+        action = rng.integers(5)
+        if action == 0:
+            del damaged[at:]
+        elif action == 1:
+            del damaged[at : at + size]
+        elif action == 2:
+            damaged[at:at] = rng.integers(0, 256, size, np.uint8).tobytes()
+        elif action == 3:
+            damaged[at : at + 1] = bytes([rng.integers(256)])
+        else:
+            damaged[at:at] = damaged[:size]
+    return bytes(damaged)
+
+
+def attack(read: Callable[[Path], object], path: Path, mutate: Mutate, *, share: float = 1.0) -> None:
+    """Write mutations to `path` and read them; collect everything that is not a `CCNetError` of bounded, plain text."""
+    found: dict[str, str] = {}
+    for seed in range(FIRST, FIRST + round(COUNT * share)):
+        path.write_bytes(mutate(np.random.default_rng(seed)))
+        try:
+            with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+                read(path)
+        except (CCNetError, BadRecord) as error:
+            message = str(error).replace(str(path.parent), "")
+            if len(message) > LONGEST_MESSAGE or not message.replace("\n", "").isprintable():
+                found.setdefault(f"message of {len(message)}: {message[:300]!r}", f"seed {seed}")
+        except Exception as error:  # noqa: BLE001  what this test looks for
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            ours = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename][-1]
+            kind = f"{type(error).__name__} at {frame.filename}:{frame.lineno}, from {ours.filename}:{ours.lineno}"
+            found.setdefault(kind, f"seed {seed}: {str(error)[:200]!r}")
+    assert not found, "\n".join(f"{kind}: {example}" for kind, example in found.items())
+
+
+def test_json_itself() -> None:
+    for text in (*RAW[:5], *RAW[6:8], *RAW[9:12], *RAW[15:]):
+        with pytest.raises(BadRecord):
+            parse_json(text)
+
+
+def test_bundle_manifest(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    good = bundle.manifest.to_json()
+
+    def read(path: Path) -> None:
+        for arguments in ([], ["--json"]):
+            if main(["inspect", str(path.parent), *arguments]) == 0:
+                with changed_bundle(path.parent):
+                    pass
+
+    attack(read, bundle.folder / MANIFEST, lambda rng: mutated_json(good, rng))
+
+
+def test_parity_reports(tmp_path: Path) -> None:
+    with new_bundle(tmp_path / "b", spec=SPEC, model={}, checkpoint_sha256="0" * 64, versions={}) as draft:
+        fill_draft(draft)
+    good = json.loads((tmp_path / "b" / PARITY).read_text())
+    manifest = (tmp_path / "b" / MANIFEST).read_bytes()
+
+    def read(path: Path) -> None:
+        (path.parent / MANIFEST).write_bytes(manifest)
+        with changed_bundle(path.parent):
+            pass
+
+    attack(read, tmp_path / "b" / PARITY, lambda rng: mutated_json(good, rng))
+
+
+def test_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", CCNet(CONFIG.model), config=CONFIG, labels=LABELS, metrics={"epoch": 1})
+    good = json.loads((tmp_path / "c" / CHECKPOINT).read_text())
+    attack(
+        lambda path: read_checkpoint(path.parent).load_model(),
+        tmp_path / "c" / CHECKPOINT,
+        lambda rng: mutated_json(good, rng),
+        share=0.3,
+    )
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    learner = Learner(CONFIG, torch.device("cpu"))
+    row = {"epoch": 1, "step": 3, "learning_rate": 0.1, "loss": 0.5}
+    position = Position(epoch=1, batch=2, best_map=0.5, best_epoch=1, epochs=(row,), steps=(row,))
+    save_state(tmp_path / "last", learner, position, labels=LABELS, annotations_sha256="0", metrics={})
+    return tmp_path / "last"
+
+
+def _resume(folder: Path) -> None:
+    with torch.random.fork_rng([]):
+        read_state(folder).restore(Learner(CONFIG, torch.device("cpu")))
+
+
+def test_training_state(state: Path) -> None:
+    good = json.loads((state / STATE).read_text())
+    attack(lambda path: _resume(path.parent), state / STATE, lambda rng: mutated_json(good, rng), share=0.2)
+
+
+@pytest.mark.parametrize("name", [TENSORS, WEIGHTS])
+def test_tensors_behind_their_hash(state: Path, name: str) -> None:
+    good = (state / name).read_bytes()
+    size = int.from_bytes(good[:8], "little")
+    header = json.loads(good[8 : 8 + size])
+
+    def mutate(rng: np.random.Generator) -> bytes:
+        if rng.random() < 0.3:
+            return mutated_bytes(good, rng)
+        text = mutated_json(header, rng)
+        return len(text).to_bytes(8, "little") + text + good[8 + size :]
+
+    def read(path: Path) -> None:
+        manifest = path.parent / (STATE if name == TENSORS else CHECKPOINT)
+        content = json.loads(manifest.read_text())
+        place = content if name == TENSORS else content["weights"]
+        place |= {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        manifest.write_text(json.dumps(content))
+        _resume(path.parent)
+
+    attack(read, state / name, mutate, share=0.05)
+
+
+def test_released_weights(tmp_path: Path) -> None:
+    path = tmp_path / "released.pth.tar"
+    torch.save({"epoch": 1, "state_dict_ema": {f"module.{i}": torch.zeros(3) for i in range(4)}}, path)
+    good = path.read_bytes()
+    attack(read_released, path, lambda rng: mutated_bytes(good, rng))
+
+
+def test_overrides(tmp_path: Path) -> None:
+    config = preset("demo").to_json()
+    keys = [f"{section}.{name}" for section, fields in config.items() for name in fields]
+
+    def mutate(rng: np.random.Generator) -> bytes:
+        key = keys[rng.integers(len(keys))]
+        section, _, name = key.partition(".")
+        text = json.dumps(config[section][name]).encode()
+        value = RAW[rng.integers(len(RAW))].encode() if rng.random() < 0.5 else mutated_bytes(text, rng)
+        return f"--{key}=".encode() + value
+
+    def read(path: Path) -> None:
+        argument = path.read_bytes().decode(errors="surrogateescape")
+        with_overrides(preset("demo"), parse_overrides([argument]))
+
+    attack(read, tmp_path / "argument", mutate)
+
+
+def test_reference(tmp_path: Path) -> None:
+    path = tmp_path / "reference.npz"
+    videos = synthetic_inputs(SPEC, count=2)
+    save_reference(path, Reference(SPEC, "0" * 64, videos, record(OracleBackend(), videos)))
+    good = path.read_bytes()
+    with np.load(path) as file:
+        arrays: dict[str, Any] = dict(file)
+    header = json.loads(str(arrays["header"]))
+
+    def mutate(rng: np.random.Generator) -> bytes:
+        if rng.random() < 0.3:
+            return mutated_bytes(good, rng)
+        stream = io.BytesIO()
+        changed = dict(arrays)
+        name = list(arrays)[rng.integers(len(arrays))]
+        action = rng.integers(6)
+        if action == 0 or name == "header":
+            text = mutated_json(header, rng).decode(errors="replace")
+            changed["header"] = np.array(text[:200_000])
+        elif action == 1:
+            del changed[name]
+        elif action == 2:
+            changed[name] = arrays[name].astype(
+                [np.float64, np.int8, np.uint64, "S8", "M8[s]", np.complex64][rng.integers(6)]
+            )
+        elif action == 3:
+            changed[name] = arrays[name][1:] if rng.random() < 0.5 else arrays[name].reshape(-1)
+        elif action == 4:
+            values = arrays[name].copy()
+            values.flat[rng.integers(values.size)] = (
+                [-1, 0, 2**31 - 1][rng.integers(3)] if values.dtype.kind == "i" else np.nan
+            )
+            changed[name] = values
+        with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+            for key, array in changed.items():
+                data = io.BytesIO()
+                np.save(data, array)
+                content = data.getvalue()
+                if action == 5 and key == name:
+                    content = mutated_npy(content, rng)
+                archive.writestr(f"{key}.npy", content)
+        return stream.getvalue()
+
+    attack(load_reference, path, mutate)
+
+
+def mutated_npy(content: bytes, rng: np.random.Generator) -> bytes:
+    """An array file with another header, or damaged bytes."""
+    headers = (
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 6)}",
+        "{'descr': '<f4', 'fortran_order': True, 'shape': (12, 6)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 6)}",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (12, 6)}",
+        "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (12, 6)}",
+        "{'descr': '<f16', 'fortran_order': False, 'shape': (12, 6)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (12, 6)",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (True, 6), 'x': 1}",
+        "{'descr': '\x1b[2J', 'fortran_order': False, 'shape': (12, 6)}",
+        "(" * 5_000,
+        "{" + "'a':{" * 300,
+        "9" * 5_000,
+        "x" * 9_000,
+        "",
+    )
+    if rng.random() < 0.5:
+        return mutated_bytes(content, rng)
+    text = headers[rng.integers(len(headers))].encode("latin1") + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content[128:]
+
+
+def test_annotations(tmp_path: Path) -> None:
+    events = [{"segment": [0.5, 2], "label": LABELS[i], "label_id": i} for i in range(3)]
+    good = {"database": {name: {"duration": 9.5, "subset": "test", "annotations": events} for name in ("v", "w")}}
+    attack(read_annotations, tmp_path / "annotations.json", lambda rng: mutated_json(good, rng))
+
+
+def test_events(tmp_path: Path) -> None:
+    events = [{"segment": [0.5, 2], "label": LABELS[i], "label_id": i, "score": 0.5} for i in range(3)]
+    good = [{"video_id": name, "duration": 9.5, "events": events} for name in ("v", "w")]
+    attack(
+        read_events,
+        tmp_path / "events.jsonl",
+        lambda rng: b"\n".join(mutated_json(line, rng) for line in good),
+    )
