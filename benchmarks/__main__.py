@@ -1,4 +1,4 @@
-"""Regenerate every CPU benchmark: `python -m benchmarks` (what `make bench` runs).
+"""All benchmarks of this machine's processor: `python -m benchmarks` (what `make bench` runs).
 
 Each benchmark runs in a process of its own; one that fails is reported at the end and does not take the others with it.
 Compare with earlier results by `python -m benchmarks.compare OLD NEW`.
@@ -13,7 +13,7 @@ import time
 
 from benchmarks.arguments import add_options
 
-SIZED = ("latency", "growth", "throughput", "roofline", "rtx_engines")
+SIZED = ("latency", "growth", "roofline", "rtx_engines")
 """Benchmarks of the network; they take the shared options and share the exported graphs."""
 FIXED = ("host_path", "postprocessing")
 """Benchmarks that do not depend on the network."""

@@ -1,4 +1,4 @@
-"""What each part of the network is worth on synthetic features, in the form of the paper's Tables 2 and 3.
+"""What is each part of the network worth on synthetic features? In the form of the paper's Tables 2 and 3.
 
     python -m benchmarks.ablation [--seeds 0 1 2] [--out DIR] [--work DIR]
 
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import statistics
@@ -26,11 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import RESULTS, Measurement, markdown_table, write_result
+from ccnet.cli.logs import reporting
 from ccnet.config import Config, LossConfig, ModelConfig, TrainConfig, with_overrides
 from ccnet.synthetic.features import SynthesisSettings
 from runtime.files import write_json
 from runtime.machine import machine_facts
 from runtime.spec import TimeBase
+
+log = logging.getLogger("benchmarks")
 
 WORK = Path(__file__).resolve().parents[1] / "build" / "ablation"
 TIOU = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -61,7 +65,7 @@ CONFIG = Config(
     time_base=TimeBase(fps=25.0, stride_frames=24.0, window_frames=24.0),
 )
 """Videos of 10 to 60 s in steps of 0.96 s."""
-PLANTING = SynthesisSettings(seed=1, signal=10.0, distractors=2.0, distractor_strength=1.75, tails=0.5)
+SYNTHESIS = SynthesisSettings(seed=1, signal=10.0, distractors=2.0, distractor_strength=1.75, tails=0.5)
 """Of what one modality shows, two thirds is no event, and it shows more strongly than the events do: the sum of both
 modalities does not tell them apart."""
 VIDEOS = {"train": 240, "validation": 16, "test": 160}
@@ -112,29 +116,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     variants = [VARIANTS[row] for row in options.rows] if options.rows else list(VARIANTS)
     jobs = [Job(variant, seed, work) for seed in options.seeds for variant in variants]
     missing = [job for job in jobs if not job.result.is_file()]
-    print(f"{len(jobs)} runs, {len(missing)} of them to be done, {options.processes} at a time", flush=True)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+    with reporting(), ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+        log.info("%d runs, %d of them to be done, %d at a time", len(jobs), len(missing), options.processes)
         for line in pool.map(run, missing):
-            print(line, flush=True)
+            log.info("%s", line)
     print(report(work, options.seeds, options.out, machine))
 
 
 def synthesize(work: Path) -> None:
-    """The annotation file and its features, once."""
+    """Write the annotation file and its features, once."""
     from ccnet.synthetic.annotations import demo_annotations
     from ccnet.synthetic.folder import synthesize_folder
     from runtime.annotations import read_annotations
 
     path = work / "annotations.json"
     if not path.is_file():
-        write_json(path, demo_annotations(VIDEOS, CONFIG.model.num_classes, seed=PLANTING.seed))
+        write_json(path, demo_annotations(VIDEOS, CONFIG.model.num_classes, seed=SYNTHESIS.seed))
     annotations = read_annotations(path)
-    synthesize_folder(annotations, list(annotations.videos.values()), work / "features", CONFIG, PLANTING, quiet=True)
+    synthesize_folder(annotations, list(annotations.videos.values()), work / "features", CONFIG, SYNTHESIS, quiet=True)
 
 
 def run(job: Job) -> str:
-    """Train one variant with one seed on one core, and keep its scores."""
+    """Train one variant with one seed on one core, and keep its scores. Returns a line for the log."""
     import torch
 
     from ccnet.checkpoint import read_checkpoint
@@ -195,13 +199,13 @@ def report(work: Path, seeds: Sequence[int], out: Path, machine: Mapping[str, An
 
 
 def _change(scores: Sequence[Mapping[str, Any]], full: Sequence[Mapping[str, Any]]) -> str:
-    """Difference to the full network, seed by seed."""
+    """Return the difference to the full network, seed by seed."""
     changes = [100 * (score["average"] - other["average"]) for score, other in zip(scores, full, strict=True)]
     return f"{statistics.mean(changes):+.1f} ({min(changes):+.1f}, {max(changes):+.1f})"
 
 
 def _description(finished: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> str:
-    model, train, settings = CONFIG.model, CONFIG.train, PLANTING
+    model, train, settings = CONFIG.model, CONFIG.train, SYNTHESIS
     steps = next(iter(finished.values()))[0]["steps"] if finished else 0
     return (
         f"mAP (%) on {VIDEOS['test']} synthetic test videos after {steps} steps of batch {train.batch_size} on "
@@ -216,11 +220,11 @@ def _description(finished: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Seq
 
 
 def _settings() -> dict[str, Any]:
-    return {"config": CONFIG.to_json(), "synthesizing": dataclasses.asdict(PLANTING), "videos": VIDEOS}
+    return {"config": CONFIG.to_json(), "synthesizing": dataclasses.asdict(SYNTHESIS), "videos": VIDEOS}
 
 
 def _identity() -> str:
-    """Runs of other settings are kept apart."""
+    """Return the name of the folder in which runs of these settings are kept."""
     return hashlib.sha256(json.dumps(_settings(), sort_keys=True).encode()).hexdigest()[:12]
 
 

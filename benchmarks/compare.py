@@ -1,4 +1,4 @@
-"""Compare new benchmark results with previous ones: `python -m benchmarks.compare OLD NEW` (folders or JSON files).
+"""Have the results changed since the previous run? `python -m benchmarks.compare OLD NEW` (folders or JSON files).
 
 Numbers of different machines are not compared at all: a difference in processor, cores, GPU, or in the major.minor
 version of Python or of a library that took part is an error that lists the differences.
@@ -21,11 +21,11 @@ NOTICE = 0.05
 
 
 class Incomparable(CCNetError):
-    """Two results were not measured on the same kind of machine, or are no results."""
+    """Two files were not measured on the same kind of machine, or are not benchmark results."""
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[list[str]]:
-    """Rows (name, old, new, new / old, verdict) for every measurement of either result.
+    """Return rows (name, old, new, new / old, verdict) for every measurement of either result.
 
     Raises Incomparable when the machines differ.
     """
@@ -50,14 +50,13 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[list[str]]:
 
 
 def machine_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What makes two machines too different to compare numbers; empty when nothing does."""
-    old_class, new_class = machine_class(old), machine_class(new)
-    keys = sorted(set(old_class) | set(new_class))
-    return [f"{k}: {old_class.get(k)} against {new_class.get(k)}" for k in keys if old_class.get(k) != new_class.get(k)]
+    """Return what makes two machines too different to compare numbers; empty when nothing does."""
+    a, b = _compared_facts(old), _compared_facts(new)
+    return [f"{key}: {a.get(key)} against {b.get(key)}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
 
 
-def machine_class(machine: Mapping[str, Any]) -> dict[str, str]:
-    """The facts that have to agree, as text."""
+def _compared_facts(machine: Mapping[str, Any]) -> dict[str, str]:
+    """Return the facts that have to agree, as text."""
     facts = {key: str(machine.get(key)) for key in ("cpu", "cores", "cpu_flags")}
     facts["gpus"] = str([(g.get("name"), g.get("mig.mode.current")) for g in machine.get("gpus") or []])
     facts["python"] = _major_minor(str(machine.get("python")))
@@ -82,7 +81,7 @@ def _number(measurement: Mapping[str, Any]) -> str:
 
 
 def _results(path: Path) -> dict[str, dict[str, Any]]:
-    """Result files by name. Raises Incomparable where there is none, or one that can't be read."""
+    """Read result files, by name. Raises Incomparable where there is none, or one that can't be read."""
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     found = {}
     for file in files:
@@ -93,7 +92,7 @@ def _results(path: Path) -> dict[str, dict[str, Any]]:
         if isinstance(data, dict) and "measurements" in data and "machine" in data:
             found[file.name] = data
         elif not path.is_dir():
-            raise Incomparable(f"{file}: no benchmark result: it has no 'measurements' and 'machine'")
+            raise Incomparable(f"{file}: not a benchmark result, which has 'measurements' and 'machine'")
     if not found:
         raise Incomparable(f"{path}: no benchmark results; 'python -m benchmarks --out DIR' makes them")
     return found

@@ -16,7 +16,7 @@ import onnx
 
 from runtime.errors import ExportError
 
-PRODUCTS = ("Conv", "MatMul", "Gemm", "Einsum")
+MATMULS = ("Conv", "MatMul", "Gemm", "Einsum")
 _BYTES = {
     onnx.TensorProto.FLOAT: 4,
     onnx.TensorProto.DOUBLE: 8,
@@ -61,18 +61,19 @@ class GraphCost:
 
     @property
     def operations(self) -> int:
-        return sum(product.operations for product in self.matmuls)
+        return sum(matmul.operations for matmul in self.matmuls)
 
     def by_op(self) -> dict[str, tuple[int, int]]:
-        """Operator -> (nodes, operations)."""
+        """Return nodes and operations by operator."""
         table: dict[str, tuple[int, int]] = {}
-        for product in self.matmuls:
-            count, operations = table.get(product.op, (0, 0))
-            table[product.op] = (count + 1, operations + product.operations)
+        for matmul in self.matmuls:
+            count, operations = table.get(matmul.op, (0, 0))
+            table[matmul.op] = (count + 1, operations + matmul.operations)
         return table
 
     def largest(self, count: int) -> list[Matmul]:
-        return sorted(self.matmuls, key=lambda p: -p.operations)[:count]
+        """Return the `count` matmuls of the most operations."""
+        return sorted(self.matmuls, key=lambda m: -m.operations)[:count]
 
 
 def graph_cost(path: str | Path, *, batch: int = 1) -> GraphCost:
@@ -91,7 +92,7 @@ def graph_cost(path: str | Path, *, batch: int = 1) -> GraphCost:
     matmuls = []
     activation_bytes = 0
     for node in graph.node:
-        if node.op_type in PRODUCTS:
+        if node.op_type in MATMULS:
             matmuls.append(_matmul(node, shapes, constants))
         if node.op_type != "Constant":
             moved = {*node.input, *node.output} - constants - {""}
@@ -108,7 +109,7 @@ def graph_cost(path: str | Path, *, batch: int = 1) -> GraphCost:
 
 
 def _fix_batch(model: Any, batch: int) -> None:
-    """Every symbolic axis of the inputs becomes `batch`; stale shape annotations are dropped and inferred again."""
+    """Set every symbolic axis of the inputs to `batch`, and drop the shape annotations that this makes wrong."""
     for value in model.graph.input:
         for dim in value.type.tensor_type.shape.dim:
             if dim.WhichOneof("value") != "dim_value":
@@ -119,7 +120,7 @@ def _fix_batch(model: Any, batch: int) -> None:
 
 
 def _tensors(graph: Any) -> tuple[dict[str, Shape], dict[str, int]]:
-    """Shape and element size of every tensor whose shape is known."""
+    """Return shape and element size of every tensor whose shape is known."""
     shapes: dict[str, Shape] = {}
     widths: dict[str, int] = {}
     for value in (*graph.input, *graph.output, *graph.value_info):
@@ -151,7 +152,7 @@ def _matmul(node: Any, shapes: Mapping[str, Shape], constants: set[str]) -> Matm
 
 
 def _inner(node: Any, left: Shape, right: Shape) -> int:
-    """Multiply-adds per output element."""
+    """Return the multiply-adds per output element."""
     if node.op_type == "MatMul":
         return left[-1]
     if node.op_type == "Gemm":

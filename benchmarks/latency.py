@@ -1,187 +1,160 @@
-"""The forms of the network side by side in one run: `python -m benchmarks.latency`.
+"""How fast is each way to run the network on this machine? `python -m benchmarks.latency`.
 
-Eager PyTorch, torch.compile, the straightforward ONNX graph and the fused network on every CPU engine, interleaved,
-on the same full-length video at batch 1. Each is first compared with eager; one that is off by more than the tolerance
-of its precision gets no speed.
-
-Shapes:  B batch   P points of all levels   C classes
+Eager PyTorch, torch.compile, the reference graph and the fused network on every engine for a CPU, measured as
+`ccnet bench` does: interleaved, on full-length videos. Each is first compared with eager; one that is off by more than
+the tolerance of its precision gets no speed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from benchmarks.arguments import Setting, parse
-from benchmarks.engines import INT8_ENGINES, ONNX_ENGINES, available_engines
-from benchmarks.plots import bars
+from benchmarks.arguments import Setting, main
 from benchmarks.results import Measurement, markdown_table, write_result
+from ccnet.plots import plot_bench
 from export.parity.tolerances import tolerance
+from runtime.backends.base import Backend, Outputs
 from runtime.batches import pack
-from runtime.machine import machine_facts
-from runtime.profiling.timing import Ratio, Timing, measure_interleaved, ratio
+from runtime.profiling.bench import Candidate, Plan, bench
 from runtime.profiling.workload import sample_videos
 
-if TYPE_CHECKING:
-    from runtime.backends.base import BaseBackend, Float32, Int32
-
-GRAPHS = {
-    "reference": ("reference", ONNX_ENGINES),
-    "fused": ("fused", ONNX_ENGINES),
-    "int8": ("fused", INT8_ENGINES),
-}
-"""Graph -> the name of its form in the results, and the engines that run it."""
+GRAPHS = {"reference": "reference", "fused": "fused", "int8": "fused"}
+"""Graph -> the name of its network in the results."""
 EAGER, COMPILED = "eager fp32", "torch.compile fp32"
-
-
-@dataclass
-class Entry:
-    """One way to run the network in this comparison."""
-
-    name: str
-    max_logits: float
-    """Largest difference to eager at valid points."""
-    max_offsets: float
-    """The same of the offsets, relative to max(1, |offset|)."""
-    passed: bool
-    timing: Timing | None = None
-    to: dict[str, Ratio] = field(default_factory=dict)
-    """How many times as fast as other entries."""
+BATCHES = (1, 8)
+"""The fused network runs at all of them, its peers at the first."""
+TIMES = {"engine_ms": "engine", "end_to_end_ms": "end to end"}
 
 
 def run(setting: Setting) -> Path:
     """Measure, write `latency.json`, `.md` and `.png`; returns the JSON's path."""
-    machine = machine_facts()
-    spec = setting.networks.spec
-    inputs = pack(sample_videos(spec, 1), spec)
-    absent: dict[str, str] = {}
-    with contextlib.ExitStack() as stack:
-        backends: dict[str, BaseBackend] = {k: stack.enter_context(b) for k, b in _torch_backends(setting).items()}
-        for graph, (form, engines) in GRAPHS.items():
-            opened, missing = available_engines(setting.networks.graph(graph), spec, engines)
-            backends |= {f"{form} {name}": stack.enter_context(backend) for name, backend in opened.items()}
-            absent |= {f"{form} {name}": reason for name, reason in missing.items()}
-        reference = backends[EAGER].infer(*inputs)
-        entries = {name: _compared(name, b, inputs, reference) for name, b in backends.items()}
-        calls = {name: _call(backends[name], inputs) for name, entry in entries.items() if entry.passed}
-        timings = measure_interleaved(calls, setting.rules)
-    for name, timing in timings.items():
-        entries[name].timing = timing
-        for base in _bases(name):
-            if base in timings:
-                entries[name].to[base] = ratio(timings[base], timing)
-    facts = {graph: setting.networks.graph_facts(graph) for graph in GRAPHS}
+    networks = setting.networks
+    report = bench(networks.spec, candidates(setting), Plan(rules=setting.rules, batches=BATCHES))
+    graphs = {graph: networks.graph_facts(graph) for graph in GRAPHS}
     path = write_result(
         setting.out,
         "latency",
-        measurements=[
-            Measurement(name=f"{name} p50", value=t.summary()["p50"], unit="ms") for name, t in timings.items()
-        ],
-        page=page(list(entries.values()), facts, absent),
-        machine=machine,
-        rules=setting.rules.to_json(),
-        preset_length=spec.length,
-        graphs=facts,
-        not_available=absent,
-        rows=[_row(entry) for entry in entries.values()],
+        measurements=measurements(report["rows"]),
+        page=page(report, graphs),
+        machine=report["machine"],
+        rules=report["rules"],
+        graphs=graphs,
+        candidates=report["candidates"],
+        rows=report["rows"],
     )
-    medians = {name: timing.median * 1e3 for name, timing in timings.items()}
-    bars(path.with_suffix(".png"), medians, title="One full-length video, batch 1 (p50)", unit="ms")
+    plot_bench(report, path.with_suffix(".png"))
     return path
 
 
-def _torch_backends(setting: Setting) -> dict[str, BaseBackend]:
+def candidates(setting: Setting) -> list[Candidate]:
+    """Return eager PyTorch, the reference; then its peers and the fused network, each to be compared with eager."""
     import torch
 
     from ccnet.torch_backend import TorchBackend
 
-    spec, model = setting.networks.spec, setting.networks.eager()
-    if not setting.compiled:
-        return {EAGER: TorchBackend(model, spec)}
-    compiled: Any = torch.compile(model)
-    return {EAGER: TorchBackend(model, spec), COMPILED: TorchBackend(compiled, spec)}
+    networks, model = setting.networks, setting.networks.eager()
+    spec = networks.spec
+    inputs = pack(sample_videos(spec, 1), spec)
+    eager = partial(TorchBackend, model, spec, max_batch=1)
+    verify = partial(compare, inputs, eager().infer(*inputs))
+    found = [Candidate(name=EAGER, open=eager, status="reference")]
+    if setting.compiled:
+        compiled: Any = torch.compile(model)
+        opened = partial(TorchBackend, compiled, spec, max_batch=1)
+        found.append(Candidate(name=COMPILED, open=opened, status="unverified", verify=verify))
+    for graph, network in GRAPHS.items():
+        reference = network == "reference"
+        for engine, open_it in networks.engines(graph, max_batch=1 if reference else max(BATCHES)).items():
+            peer = None if reference else f"reference {engine.rpartition('-')[0]}-fp32"
+            name = f"{network} {engine}"
+            found.append(Candidate(name=name, open=open_it, status="unverified", verify=verify, peer=peer))
+    return found
 
 
-def _compared(
-    name: str, backend: BaseBackend, inputs: tuple[Float32, Float32, Int32], reference: tuple[Float32, Float32]
-) -> Entry:
-    """Compare one full-length video, at which every point is valid. The whole parity check is part of the export."""
+def compare(inputs: Any, expected: Outputs, backend: Backend) -> tuple[str, dict[str, Any]]:
+    """Compare one full-length video, at which every point is valid, with eager. Returns status and differences.
+
+    The whole parity check is part of the export.
+    """
     logits, offsets = backend.infer(*inputs)
-    off_logits = np.abs(logits - reference[0])
-    off_offsets = np.abs(offsets - reference[1]) / np.maximum(1, np.abs(reference[1]))
-    limits = tolerance(backend.precision)
-    passed = (
-        off_logits.max() <= limits.max_logits
-        and off_logits.mean() <= limits.mean_logits
-        and off_offsets.max() <= limits.max_offsets
-        and off_offsets.mean() <= limits.mean_offsets
-    )
-    return Entry(name, float(off_logits.max()), float(off_offsets.max()), bool(passed))
-
-
-def _call(backend: BaseBackend, inputs: tuple[Float32, Float32, Int32]) -> Callable[[], Any]:
-    return lambda: backend.infer(*inputs)
-
-
-def _bases(name: str) -> list[str]:
-    """What an entry is compared with: eager, and the straightforward graph on the same engine in fp32."""
-    if name in (EAGER, COMPILED):
-        return [EAGER]
-    library = name.partition(" ")[2].rpartition("-")[0]
-    return [EAGER, f"straightforward {library}-fp32"]
-
-
-def _row(entry: Entry) -> dict[str, Any]:
-    return {
-        "name": entry.name,
-        "passed": entry.passed,
-        "max_logits": entry.max_logits,
-        "max_offsets": entry.max_offsets,
-        "engine_ms": None if entry.timing is None else entry.timing.summary(),
-        "times_as_fast_as": {base: r.to_json() for base, r in entry.to.items()},
+    off_logits = np.abs(logits - expected[0])
+    off_offsets = np.abs(offsets - expected[1]) / np.maximum(1, np.abs(expected[1]))
+    differences = {
+        "max_logits": float(off_logits.max()),
+        "mean_logits": float(off_logits.mean()),
+        "max_offsets": float(off_offsets.max()),
+        "mean_offsets": float(off_offsets.mean()),
     }
+    limits = vars(tolerance(backend.precision))
+    passed = all(difference <= limits[name] for name, difference in differences.items())
+    return "verified" if passed else "failed", differences
 
 
-def page(entries: list[Entry], facts: dict[str, dict[str, Any]], absent: dict[str, str]) -> str:
-    """The Markdown page."""
-    rows = []
-    for entry in entries:
-        cells = [entry.name, f"{entry.max_logits:.1e}", f"{entry.max_offsets:.1e}"]
-        if entry.timing is None:
-            rows.append([*cells, "no speed: off by more than its tolerance", *[""] * 7])
-            continue
-        s = entry.timing.summary()
-        cells += [f"{s[key]:.1f}" for key in ("p50", "p90", "p95", "p99", "mean")]
-        cells.append(str(s["n"]))
-        eager = entry.to.get(EAGER)
-        plain = next((r for base, r in entry.to.items() if base != EAGER), None)
-        rows.append([*cells, str(eager or ""), str(plain or "")])
-    header = ("form and engine", "max logits", "max offsets", "p50 ms", "p90", "p95", "p99", "mean", "n")
-    graphs = [
-        (form, f"{f['nodes']:,}", f"{f['weight_bytes'] / 1e6:.0f}", f"{f['seconds']:.0f}") for form, f in facts.items()
+def measurements(rows: Sequence[Mapping[str, Any]]) -> list[Measurement]:
+    """Return the numbers that can be compared between two runs."""
+    found = []
+    for row in rows:
+        name = f"batch {row['batch']} / {row['candidate']}"
+        found += [Measurement(name=f"{name} / {TIMES[key]} p50", value=row[key]["p50"], unit="ms") for key in TIMES]
+        rate = row["stream_videos_per_second"]["per_second"]
+        found.append(Measurement(name=f"{name} / throughput", value=rate, unit="videos/s", better="higher"))
+    return found
+
+
+def page(report: Mapping[str, Any], graphs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Write the Markdown page."""
+    accuracy = {candidate["name"]: candidate["accuracy"] for candidate in report["candidates"]}
+    first, batches = [], []
+    for row in report["rows"]:
+        engine, name = row["engine_ms"], row["candidate"]
+        common = [
+            f"{row['end_to_end_ms']['p50']:.1f}",
+            f"{row['stream_videos_per_second']['per_second']:.4g}",
+            str(engine["n"]),
+        ]
+        if row["batch"] == BATCHES[0]:
+            off = [f"{accuracy[name].get(key, 0):.1e}" for key in ("max_logits", "max_offsets")]
+            times = [f"{engine[key]:.1f}" for key in ("p50", "p90", "p95", "p99", "mean")]
+            ratios = [_times_as_fast(row.get(key)) for key in ("engine_ratio", "peer_ratio")]
+            first.append([name, *off, *times, *common, *ratios])
+        else:
+            per_video = engine["p50"] / row["batch"]
+            batches.append([f"{name}, batch {row['batch']}", f"{engine['p50']:.1f}", f"{per_video:.1f}", *common])
+    written = [
+        (name, f"{f['nodes']:,}", f"{f['weight_bytes'] / 1e6:.0f}", f"{f['seconds']:.0f}") for name, f in graphs.items()
     ]
+    common_header = ("end to end p50", "videos/s", "n")
+    differences = ("max logits", "max offsets")
+    times_header = ("engine p50 ms", "p90", "p95", "p99", "mean")
+    ratio_header = ("vs eager", "vs reference graph, same engine")
     parts = [
-        "# Latency of the forms",
-        "One full-length video at batch 1, engine only, all rows interleaved in one run. Differences are to eager; "
-        "the last columns say how many times as fast a row is (median over the rounds, 95% bootstrap interval).",
-        markdown_table((*header, "vs eager", "vs straightforward, same engine"), rows),
-        markdown_table(("graph", "nodes", "weights MB", "written in s"), graphs),
+        "# Latency",
+        "One full-length video at batch 1, all rows interleaved in one run. Engine: packed inputs to logits and "
+        "offsets; end to end: features to events; videos/s of `Localizer.stream`, where these overlap. Differences are "
+        "to eager; the last columns say how many times as fast the engine is (median over the rounds, 95% bootstrap "
+        "interval).",
+        markdown_table(("network and engine", *differences, *times_header, *common_header, *ratio_header), first),
+        "More videos in a call. OpenVINO runs a batch video after video.",
+        markdown_table(("", "engine p50 ms", "ms per video", *common_header), batches),
+        markdown_table(("graph", "nodes", "weights MB", "written in s"), written),
     ]
+    absent = {c["name"]: c["not_measured"] for c in report["candidates"] if c["not_measured"]}
     if absent:
-        parts.append("Not available here:\n\n" + "\n".join(f"- {name}: {why}" for name, why in absent.items()))
+        parts.append("Not measured:\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in absent.items()))
     return "\n\n".join(parts)
 
 
-def main(argv: list[str] | None = None) -> int:
-    print(run(parse(__doc__, argv)))
-    return 0
+def _times_as_fast(ratio: Mapping[str, Any] | None) -> str:
+    if ratio is None:
+        return ""
+    return f"{1 / ratio['median']:.2f}x [{1 / ratio['high']:.2f}, {1 / ratio['low']:.2f}]"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(run, __doc__))

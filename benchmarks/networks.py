@@ -1,4 +1,4 @@
-"""The network in the forms that benchmarks compare: a random checkpoint, its straightforward and fused graphs.
+"""What the benchmarks run: a random checkpoint, its graphs (reference, fused, typed, int8), and engines for them.
 
 Files are made once per preset in a work folder and used again by the other benchmarks of the same run.
 
@@ -7,14 +7,21 @@ Shapes:  B batch   T steps (see `runtime.spec.ModelSpec`)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ccnet.config import Config, preset, with_overrides
+from runtime.backends.base import BaseBackend
+from runtime.backends.registry import REGISTRY
+from runtime.bundle import ModelFile
+from runtime.errors import BackendUnavailable
 from runtime.files import write_json
 from runtime.spec import ModelSpec
 
@@ -44,12 +51,12 @@ AFFINE_NOISE = 0.1
 
 
 def benchmark_config(name: str) -> Config:
-    """A preset by name; `tiny` is for tests. Raises ConfigError for an unknown one."""
+    """Return a preset by name; `tiny` is for tests. Raises ConfigError for an unknown one."""
     return with_overrides(preset("demo"), TINY) if name == "tiny" else preset(name)
 
 
 def random_network(config: Config, *, seed: int = 0) -> CCNet:
-    """An untrained network in eval mode whose every parameter is random, so that no part of it hides."""
+    """Make an untrained network in eval mode whose every parameter is random, so that no part of it hides."""
     import torch
     from torch import nn
 
@@ -74,14 +81,14 @@ def labels(config: Config) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Networks:
-    """Where the files of one preset lie, and the facts about each graph."""
+    """The files of one preset, made on first use, and the engines that run them."""
 
     folder: Path
     config: Config
 
     @property
     def least_int8_weights(self) -> int:
-        """What counts as a large product: the exporter's limit, or a little of a tiny network."""
+        """Weights of the smallest matmul that is quantized: the exporter's limit, or less for a tiny network."""
         from export.graph.quantize import LEAST_WEIGHTS
 
         return min(LEAST_WEIGHTS, self.config.model.dim**2)
@@ -92,7 +99,7 @@ class Networks:
 
     @property
     def checkpoint(self) -> Path:
-        """Made on first use."""
+        """The folder of the checkpoint."""
         path = self.folder / "checkpoint"
         if not path.exists():
             from ccnet.checkpoint import save_checkpoint
@@ -106,10 +113,10 @@ class Networks:
         return load_checkpoint(self.checkpoint)
 
     def graph(self, form: str) -> Path:
-        """ONNX file of a form, made on first use.
+        """Return the ONNX file of a form.
 
-        `straightforward` is the network as it is, `deployment` its fused network, `int8` that with int8 weights,
-        `fp16` and `bf16` that in those types.
+        `reference` is the reference graph, `fused` the fused network, `int8` that with int8 weights, `fp16` and `bf16`
+        that in those types.
         """
         path = self.folder / form / "model.onnx"
         if not path.with_suffix(".json").exists():
@@ -118,10 +125,44 @@ class Networks:
         return path
 
     def graph_facts(self, form: str) -> dict[str, Any]:
-        """Nodes, operators, weight bytes and export seconds of a graph."""
+        """Return nodes, operators, weight bytes and export seconds of a graph."""
         text = self.graph(form).with_suffix(".json").read_text(encoding="utf-8")
         facts: dict[str, Any] = json.loads(text)
         return facts
+
+    def engines(self, form: str, *, max_batch: int = 32) -> dict[str, Callable[[], BaseBackend]]:
+        """Return how to open a graph in each engine of the registry that runs it on a CPU, by the engine's name.
+
+        What is returned raises BackendUnavailable where the library or the arithmetic is absent.
+        """
+        typed = "fp32" if form in ("reference", "fused") else form
+        return {
+            f"{backend}-{precision}": partial(self._open, form, typed, backend, precision, max_batch)
+            for backend, entry in REGISTRY.items()
+            if entry.format == "onnx" and not entry.gpu
+            for precision, graph in entry.precisions.items()
+            if graph == typed
+        }
+
+    def open_engines(self, form: str, stack: contextlib.ExitStack) -> tuple[dict[str, BaseBackend], dict[str, str]]:
+        """Open those engines that can run here, until `stack` closes; return them, and why not of the others."""
+        opened: dict[str, BaseBackend] = {}
+        absent: dict[str, str] = {}
+        for name, open_it in self.engines(form).items():
+            try:
+                opened[name] = stack.enter_context(open_it())
+            except BackendUnavailable as error:  # noqa: PERF203 - three engines
+                absent[name] = str(error)
+        if not opened:
+            raise BackendUnavailable(f"no engine runs the {form} graph here: {'; '.join(absent.values())}")
+        return opened, absent
+
+    def _open(self, form: str, typed: str, backend: str, precision: str, max_batch: int) -> BaseBackend:
+        path, module = self.graph(form), REGISTRY[backend].load()
+        model_file = ModelFile(name=form, format="onnx", files=(path.name,), precision=typed, max_batch=max_batch)
+        module.check_engine(backend, model_file, precision)
+        opened: BaseBackend = module.open_engine(backend, path, model_file, self.spec, precision, None)
+        return opened
 
     def _write(self, form: str, path: Path) -> dict[str, Any]:
         if form == "int8":

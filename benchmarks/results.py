@@ -1,4 +1,4 @@
-"""What every benchmark writes: one JSON with the machine and named measurements, one Markdown page, one picture.
+"""The results of a benchmark: one JSON with the machine and named measurements, and one Markdown page.
 
 `measurements` is a flat list that `benchmarks.compare` understands; everything else in the JSON is for reading.
 """
@@ -64,14 +64,14 @@ def write_result(
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is left-aligned, the others are numbers."""
+    """Format a Markdown table; the first column is left-aligned, the others are numbers."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines)
 
 
 def machine_note(machine: Mapping[str, Any]) -> str:
-    """One paragraph: what the numbers above were measured on."""
+    """Say in one paragraph what the numbers above were measured on."""
     flags = ", ".join(machine.get("cpu_flags") or []) or "unknown"
     libraries = ", ".join(f"{k} {v}" for k, v in machine.get("libraries", {}).items() if k != "ccnet")
     gpus = machine.get("gpus")

@@ -1,4 +1,4 @@
-"""How fast could the network be, and how near do the engines come: `python -m benchmarks.roofline`.
+"""How fast could the network be, and how near do the engines come? `python -m benchmarks.roofline`.
 
 Operations and bytes are counted in the exported fused graph. The peaks of this machine (a large matmul in
 each precision that an engine computes in, a large copy) are measured in the same rounds as the engines, so the share
@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import Setting, parse
-from benchmarks.engines import available_engines
+from benchmarks.arguments import Setting, main
 from benchmarks.graph_cost import GraphCost, graph_cost
 from benchmarks.results import Measurement, markdown_table, write_result
 from export.parity.tolerances import graph_precision, torch_dtype
@@ -71,7 +70,7 @@ class Floor:
 
 
 def floor(cost: GraphCost, device: Device) -> Floor:
-    """Floors per video: matmuls at the peak rate; weights, inputs and outputs moved once per batch."""
+    """Return the floors per video: matmuls at the peak rate; weights, inputs and outputs moved once per batch."""
     moved = cost.weight_bytes * device.weight_width + cost.io_bytes
     return Floor(
         arithmetic=cost.operations / device.flops / cost.batch * 1e3,
@@ -80,7 +79,7 @@ def floor(cost: GraphCost, device: Device) -> Floor:
 
 
 def peak_calls(precisions: Collection[str]) -> dict[str, Callable[[], Any]]:
-    """The loads whose speed is taken as this machine's peak: a copy, and a product in each precision."""
+    """Return the calls whose speed is taken as this machine's peak: a copy, and a matmul in each precision."""
     import torch
 
     source = torch.ones(COPY_BYTES // 4)
@@ -89,19 +88,19 @@ def peak_calls(precisions: Collection[str]) -> dict[str, Callable[[], Any]]:
     for precision in precisions:
         dtype = torch_dtype(graph_precision(precision))
         left, right = torch.randn(MATRIX, MATRIX).to(dtype), torch.randn(MATRIX, MATRIX).to(dtype)
-        calls[f"product {precision}"] = partial(torch.mm, left, right, out=torch.empty(MATRIX, MATRIX, dtype=dtype))
+        calls[f"matmul {precision}"] = partial(torch.mm, left, right, out=torch.empty(MATRIX, MATRIX, dtype=dtype))
     return calls
 
 
-def this_machine(precision: str, product: Timing, copy: Timing) -> Device:
-    """The peaks of this machine in one precision, from the timings of `peak_calls`."""
+def this_machine(precision: str, matmul: Timing, copy: Timing) -> Device:
+    """Return the peaks of this machine in one precision, from the timings of `peak_calls`."""
     return Device(
         name="this machine",
         precision=precision,
-        flops=2 * MATRIX**3 / product.median,
+        flops=2 * MATRIX**3 / matmul.median,
         bytes_per_second=2 * COPY_BYTES / copy.median,
         weight_width=0.5 if precision == "bf16" else 1.0,
-        source=f"measured in the same rounds: {MATRIX}x{MATRIX} product, {COPY_BYTES >> 20} MiB copy (read + write)",
+        source=f"measured in the same rounds: {MATRIX}x{MATRIX} matmul, {COPY_BYTES >> 20} MiB copy (read + write)",
     )
 
 
@@ -113,21 +112,21 @@ def run(setting: Setting) -> Path:
     costs = {batch: graph_cost(graph, batch=batch) for batch in BATCHES}
     with contextlib.ExitStack() as stack:
         inputs = pack(sample_videos(spec, 1), spec)
-        opened, absent = available_engines(graph, spec)
-        precisions = {name: stack.enter_context(backend).precision for name, backend in opened.items()}
+        opened, absent = setting.networks.open_engines("fused", stack)
+        precisions = {name: backend.precision for name, backend in opened.items()}
         arithmetic = list(dict.fromkeys(["fp32", *precisions.values()]))
         calls = peak_calls(arithmetic)
-        calls |= {name: _call(backend, inputs) for name, backend in opened.items()}
+        calls |= {name: partial(backend.infer, *inputs) for name, backend in opened.items()}
         # By number: to wait for seconds of a copy would take hundreds of rounds of all engines.
         rules = replace(setting.rules, seconds=0, calls=max(setting.rules.calls, 2))
         timings = measure_interleaved(calls, rules)
-    here = {p: this_machine(p, timings[f"product {p}"], timings["copy"]) for p in arithmetic}
+    here = {p: this_machine(p, timings[f"matmul {p}"], timings["copy"]) for p in arithmetic}
     devices = (*here.values(), H200)
     engines = {name: timings[name] for name in precisions}
     shares = {name: floor(costs[1], here[precisions[name]]).total / (t.median * 1e3) for name, t in engines.items()}
     measurements = [
         *(
-            Measurement(name=f"peak product {p}", value=d.flops / 1e9, unit="GFLOP/s", better="higher")
+            Measurement(name=f"peak matmul {p}", value=d.flops / 1e9, unit="GFLOP/s", better="higher")
             for p, d in here.items()
         ),
         Measurement(name="peak copy", value=here["fp32"].bytes_per_second / 1e9, unit="GB/s", better="higher"),
@@ -149,22 +148,23 @@ def run(setting: Setting) -> Path:
     )
 
 
-def _call(backend: Any, inputs: Any) -> Callable[[], Any]:
-    return lambda: backend.infer(*inputs)
-
-
 def page(
     costs: dict[int, GraphCost], devices: Sequence[Device], engines: dict[str, Timing], shares: dict[str, float]
 ) -> str:
-    """The Markdown page."""
+    """Write the Markdown page."""
     one = costs[1]
     by_op = [
         (op, str(count), f"{operations / 1e9:.4g}", f"{operations / one.operations:.1%}")
         for op, (count, operations) in sorted(one.by_op().items(), key=lambda item: -item[1][1])
     ]
     largest = [
-        (f"`{p.name}`", p.op, " x ".join(map(str, p.shapes[0])), " x ".join(map(str, p.shapes[1])), _share(p, one))
-        for p in one.largest(12)
+        (
+            f"`{m.name}`",
+            m.op,
+            *(" x ".join(map(str, shape)) for shape in m.shapes[:2]),
+            f"{m.operations / one.operations:.1%}",
+        )
+        for m in one.largest(12)
     ]
     floors = [
         (f"{d.name}, {d.precision}", str(batch), *(f"{v:.4g}" for v in (f.arithmetic, f.memory, f.total)))
@@ -199,14 +199,5 @@ def page(
     )
 
 
-def _share(product: Any, cost: GraphCost) -> str:
-    return f"{product.operations / cost.operations:.1%}"
-
-
-def main(argv: list[str] | None = None) -> int:
-    print(run(parse(__doc__, argv)))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(run, __doc__))

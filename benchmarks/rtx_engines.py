@@ -1,4 +1,4 @@
-"""What TensorRT-RTX makes of the graphs, without a GPU: `python -m benchmarks.rtx_engines`.
+"""What does TensorRT-RTX make of the graphs, without a GPU? `python -m benchmarks.rtx_engines`.
 
 Builds the reference graph and the fused network for one video and counts what their plans hold: kernels, fused
 attentions, scratch memory, and how long building takes. No engine runs. Nothing is written where the library is absent
@@ -8,19 +8,21 @@ or its plans are of another format.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import Setting, parse
+from benchmarks.arguments import Setting, main
 from benchmarks.results import Measurement, markdown_table, write_result
 from benchmarks.rtx_plan import check_version, read_plan
 from export.tensorrt.build import build_engine
 from export.tensorrt.options import EngineOptions, EnginePrecision
 from runtime.backends.tensorrt.library import load_library
-from runtime.errors import BackendUnavailable
 from runtime.machine import machine_facts
+
+log = logging.getLogger("benchmarks")
 
 TARGET = "8.9"
 """Compute capability to build for."""
@@ -48,7 +50,7 @@ def run(setting: Setting) -> Path:
     facts: dict[str, dict[str, Any]] = {}
     for name, graph, precision in ENGINES:
         path = setting.networks.graph(graph)
-        print(f"building {name} ...", flush=True)
+        log.info("building %s", name)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             options = EngineOptions(format="tensorrt-rtx", precision=precision, compute_capabilities=(TARGET,))
             info = build_engine(path, Path(folder) / "model.engine", options)
@@ -87,7 +89,7 @@ def page(facts: dict[str, dict[str, Any]]) -> str:
             f"Random weights, ONNX with a dynamic batch axis, optimization profile (1, 1, 1), built without a GPU for "
             f"compute capability {TARGET}. Counted in the plan that the engine embeds; no engine was run. The last "
             "column says how many times as fast as the reference graph it builds.",
-            markdown_table(("form", "ONNX nodes", *COLUMNS.values(), "build"), rows),
+            markdown_table(("network", "ONNX nodes", *COLUMNS.values(), "build"), rows),
         ]
     )
 
@@ -100,13 +102,5 @@ def _better(key: str) -> Any:
     return "higher" if key == "fused_attentions" else "lower"
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        print(run(parse(__doc__, argv)))
-    except BackendUnavailable as error:
-        print(f"left out: {error}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(run, __doc__))

@@ -14,7 +14,7 @@ pytest.importorskip("onnx")
 
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks import growth, latency, roofline, throughput  # noqa: E402
+from benchmarks import growth, latency, postprocessing, roofline  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.arguments import Setting  # noqa: E402
 from benchmarks.compare import compare  # noqa: E402
@@ -46,7 +46,7 @@ class Toy(nn.Module):
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Networks]:
-    """Networks whose every form is the toy."""
+    """Networks of which every graph is the toy."""
     made = Networks(tmp_path_factory.mktemp("work"), benchmark_config("tiny"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Networks, "eager", lambda self: Toy(self.spec))
@@ -74,17 +74,22 @@ def test_unknown_preset() -> None:
         benchmark_config("huge")
 
 
-def test_latency_of_the_forms(networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latency(networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model: model)  # a compiler run takes longer than all other tests
+    monkeypatch.setattr(latency, "BATCHES", (1, 2))
     data, named = measured(latency.run(Setting(networks, tmp_path, RULES)))
-    assert {row["name"] for row in data["rows"]} >= {"eager fp32", "torch.compile fp32"}
-    assert all(row["passed"] for row in data["rows"])
-    engines = [row for row in data["rows"] if row["name"].startswith("deployment ")]
-    for row in engines:
-        library = row["name"].removeprefix("deployment ").rpartition("-")[0]
-        assert set(row["times_as_fast_as"]) == {"eager fp32", f"straightforward {library}-fp32"}
-        assert row["engine_ms"]["n"] == 2
-        assert named[f"{row['name']} p50"] == row["engine_ms"]["p50"]
+    assert [c["name"] for c in data["candidates"]][:2] == ["eager fp32", "torch.compile fp32"]
+    assert all(c["status"] == "verified" for c in data["candidates"][1:] if not c["not_measured"])
+    fused = [row for row in data["rows"] if row["candidate"].startswith("fused ")]
+    assert fused
+    for row in fused:
+        assert named[f"batch {row['batch']} / {row['candidate']} / engine p50"] == row["engine_ms"]["p50"]
+        assert named[f"batch {row['batch']} / {row['candidate']} / throughput"] > 0
+        if row["batch"] == 1:
+            library = row["candidate"].removeprefix("fused ").rpartition("-")[0]
+            assert row["engine_ratio"]["to"] == "eager fp32"
+            assert row["peer_ratio"]["to"] == f"reference {library}-fp32"
+    assert {row["candidate"] for row in data["rows"] if row["batch"] == 2} == {row["candidate"] for row in fused}
     assert set(data["graphs"]) == {"reference", "fused", "int8"}
 
 
@@ -94,33 +99,29 @@ def test_an_engine_that_computes_something_else_gets_no_speed(
     from runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(torch, "compile", lambda model: model)
     infer = OnnxRuntimeBackend.infer
     monkeypatch.setattr(OnnxRuntimeBackend, "infer", lambda *a: tuple(0.5 + out for out in infer(*a)))
-    data, named = measured(latency.run(Setting(networks, tmp_path, RULES)))
-    wrong = [row for row in data["rows"] if "onnxruntime" in row["name"]]
-    assert wrong
-    assert all(not row["passed"] and row["engine_ms"] is None for row in wrong)
+    data, named = measured(latency.run(Setting(networks, tmp_path, RULES, compiled=False)))
+    wrong = [c for c in data["candidates"] if "onnxruntime" in c["name"]]
+    assert [c["status"] for c in wrong] == ["failed", "failed"]
     assert not any("onnxruntime" in name for name in named)
-    assert "no speed" in (tmp_path / "latency.md").read_text()
+    assert "- fused onnxruntime-fp32: it failed the parity check" in (tmp_path / "latency.md").read_text()
+
+
+def test_the_engines_of_a_graph_are_those_of_the_registry(networks: Networks) -> None:
+    assert set(networks.engines("fused")) == {"openvino-bf16", "openvino-fp32", "onnxruntime-fp32"}
+    assert set(networks.engines("int8")) == {"openvino-int8"}
+    assert set(networks.engines("fp16")) == {"onnxruntime-fp16"}
 
 
 def test_growth(networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growth, "BATCHES", (1, 2))
     monkeypatch.setattr(growth, "CANDIDATES", (20, 50))
     monkeypatch.setattr(growth, "LENGTHS", (0.5, 1.0, 2.0))
-    data, named = measured(growth.run(Setting(networks, tmp_path, RULES)))
-    assert set(data["timings_ms"]["stages"]) == {"read", "pack", "engine", "decode", "suppress"}
-    assert "post-processing of 50 candidates p50" in named
-    assert "16 steps, whole p50" in named
-    assert "32 steps, windows p50" in named
-    assert f"batch 2, {data['engine']} p50" in named
-
-
-def test_throughput(networks: Networks, tmp_path: Path) -> None:
-    _, named = measured(throughput.run(Setting(networks, tmp_path, RULES)))
-    assert set(named) == {"one after the other", "stream"}
-    assert all(rate > 0 for rate in named.values())
+    _, named = measured(growth.run(Setting(networks, tmp_path, RULES)))
+    assert set(named) == {
+        *(f"{n} steps, {way} p50" for n, way in ((8, "whole"), (16, "whole"), (32, "cropped"), (32, "windows"))),
+        *(f"post-processing of {n} candidates p50" for n in (20, 50)),
+    }
 
 
 def test_roofline_shares_and_page(networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,13 +129,29 @@ def test_roofline_shares_and_page(networks: Networks, tmp_path: Path, monkeypatc
     monkeypatch.setattr(roofline, "COPY_BYTES", 1 << 16)
     path = roofline.run(Setting(networks, tmp_path, RULES))
     named = {m["name"]: m["value"] for m in json.loads(path.read_text())["measurements"]}
-    # The toy is one product: 16 steps x 32 features x 15 outputs.
+    # The toy is one matmul: 16 steps x 32 features x 15 outputs.
     assert named["operations per video"] == pytest.approx(2 * 16 * 32 * 15 / 1e9)
-    assert named["peak product fp32"] > 0
+    assert named["peak matmul fp32"] > 0
     shares = [name.rpartition("-")[2] for name in named if name.startswith("share reached by")]
     assert shares
-    assert {f"peak product {precision}" for precision in shares} <= set(named)  # each against its own arithmetic
+    assert {f"peak matmul {precision}" for precision in shares} <= set(named)  # each against its own arithmetic
     assert "NVIDIA H200, fp16 | 32" in path.with_suffix(".md").read_text()
+
+
+def test_suppression_and_metric_beside_plain_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postprocessing, "SIZES", (50,))
+    monkeypatch.setattr(postprocessing, "TEST_VIDEOS", 5)
+    monkeypatch.setattr(postprocessing, "TEST_EVENTS", 20)
+    monkeypatch.setattr(postprocessing, "FIRST_CALLS", 1)
+    path = postprocessing.run(tmp_path, calls=2)
+    named = {m["name"]: m["value"] for m in json.loads(path.read_text())["measurements"]}
+    assert {"suppression, 50 candidates / p50", "metric, 500 predictions, in rounds / p50"} <= set(named)
+    assert named["first suppress call / p50"] > 0
+
+
+def test_what_differs_from_plain_numpy_is_not_timed() -> None:
+    with pytest.raises(AssertionError):
+        postprocessing.against_peer(lambda: ([1.0],), lambda: ([1.1],), RULES)
 
 
 def test_one_command_runs_each_in_its_own_process_and_reports_failures(

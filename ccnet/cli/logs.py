@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 
-_LOGGERS = ("ccnet", "runtime", "export")
+_LOGGERS = ("ccnet", "runtime", "export", "benchmarks")
 _SHOWN = 20
 """Videos that a list of many names."""
 
