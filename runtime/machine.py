@@ -11,8 +11,11 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from runtime.errors import BackendUnavailable, EngineError, MissingDependency
 
 _FLAGS = (
     "avx2",
@@ -76,16 +79,38 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def machine_class(*, gpu: bool) -> str:
-    """Return one line for the class of machines on which a speed can be compared.
+def machine_class(*, gpu: bool) -> str | None:
+    """Return one line for the class of machines on which a speed can be compared; None where the GPU is not known.
 
     The GPU for engines that run on one, else processor, cores and instruction sets. It stands beside every speed in a
-    bundle (`Engine.speed["machine"]`); `backend="auto"` trusts a speed only where the classes are equal.
+    bundle (`Engine.speed["machine"]`).
     """
     if gpu:
-        found = gpus()
-        return found[0]["name"] if found else "no GPU"
+        return _gpu_name()
     return f"{cpu_model()}, {usable_cores()} cores, {' '.join(cpu_flags() or ['unknown instruction sets'])}"
+
+
+def measured_here(speed: Mapping[str, Any], *, gpu: bool) -> bool:
+    """Return whether a speed in a bundle is of this class of machine; where that is not known, it is not."""
+    here = machine_class(gpu=gpu)
+    return here is not None and speed.get("machine") == here
+
+
+def _gpu_name() -> str | None:
+    """Return the name of the GPU that engines run on.
+
+    CUDA heeds CUDA_VISIBLE_DEVICES, numbers mixed GPUs in its own order and tells a MIG slice from a whole card;
+    nvidia-smi does none of that and is asked only where the CUDA bindings are not installed.
+    """
+    from runtime.backends.tensorrt import cuda
+
+    try:
+        return cuda.probe().name
+    except MissingDependency:
+        found = gpus()
+        return found[0]["name"] if found else None
+    except (BackendUnavailable, EngineError):
+        return None
 
 
 def cpu_model() -> str | None:

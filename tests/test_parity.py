@@ -295,6 +295,29 @@ def test_a_reference_of_the_earlier_schema_is_refused_with_what_to_do(
         load_reference(tmp_path / "ref.npz")
 
 
+@pytest.mark.parametrize(
+    ("name", "batches", "sizes"),
+    [("openvino", None, {1, 4}), ("tensorrt", None, {1, 4, 20}), ("torch", [1, 2, 16, 64], {1, 2, 4, 16})],
+)
+def test_every_batch_size_that_counts_is_compared(
+    videos: list[ParityVideo], name: str, batches: list[int] | None, sizes: set[int]
+) -> None:
+    backend = OracleBackend(name=name, max_batch=20)
+    assert compare(backend, OracleBackend(), videos, batches=batches).passed
+    assert set(backend.batches) == sizes
+
+
+def test_a_batch_size_that_goes_wrong_is_named(videos: list[ParityVideo]) -> None:
+    class WrongAtSixteen(OracleBackend):
+        def infer(self, visual: Any, audio: Any, lengths: Any) -> Any:
+            logits, offsets = super().infer(visual, audio, lengths)
+            return (logits + 1 if len(visual) == 16 else logits), offsets
+
+    report = compare(WrongAtSixteen(max_batch=16), OracleBackend(), videos, batches=[8, 16])
+    failed = {check.name: check.detail for check in report.checks if not check.passed}
+    assert failed == {"batch_logits": "in batches of 16"}
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "altered"])
 def test_a_damaged_reference_file_is_named(tmp_path: Path, videos: list[ParityVideo], damage: str) -> None:
     path = tmp_path / "ref.npz"

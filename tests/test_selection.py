@@ -12,11 +12,13 @@ import pytest
 from builders import OracleBackend, engine, make_bundle
 
 from export.parity.check import engines_to_verify
+from runtime import machine
 from runtime.backends.registry import runs_on_gpu
 from runtime.backends.select import matching_engines, open_engine
+from runtime.backends.tensorrt import cuda
 from runtime.bundle import Bundle, Engine, ModelFile
 from runtime.errors import BackendUnavailable, EngineError, EngineMismatch, MissingDependency
-from runtime.machine import machine_class
+from runtime.machine import machine_class, measured_here
 
 pytest.importorskip("onnx")
 
@@ -33,6 +35,27 @@ ENGINE_FILE = ModelFile(
     profile=(1, 1, 4),
 )
 TENSORRT_ENGINE = engine("tensorrt", "fp16", model_file="tensorrt-fp16")
+
+
+def test_a_gpu_is_named_by_cuda_and_a_speed_of_no_gpu_counts_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def known(name: str) -> cuda.Device:
+        return cuda.Device(0, name, "9.0", 1 << 34, "13.0")
+
+    def absent(error: Exception) -> cuda.Device:
+        raise error
+
+    monkeypatch.setattr(machine, "gpus", lambda: [{"name": "the whole card"}])
+    monkeypatch.setattr(cuda, "probe", lambda: known("card MIG 1g.10gb"))
+    assert machine_class(gpu=True) == "card MIG 1g.10gb"
+    assert measured_here({"machine": "card MIG 1g.10gb"}, gpu=True)
+    assert not measured_here({"machine": "the whole card"}, gpu=True)
+    monkeypatch.setattr(cuda, "probe", lambda: absent(MissingDependency("cuda-python", "gpu", "CUDA")))
+    assert machine_class(gpu=True) == "the whole card"
+    monkeypatch.setattr(machine, "gpus", lambda: None)
+    assert machine_class(gpu=True) is None
+    monkeypatch.setattr(cuda, "probe", lambda: absent(BackendUnavailable("no driver")))
+    for speed in ({"machine": None}, {"machine": "no GPU"}, {}):
+        assert not measured_here(speed, gpu=True)
 
 
 def here(backend: str, milliseconds: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,19 +115,24 @@ def build_here(graph: Path, out: Path, options: EngineOptions, *, gpu: bool = Tr
 def status(settings: Settings) -> dict[str, Any]:
     """Compare a built engine with the recorded outputs of the eager network."""
     path, model_file, spec = _engine(settings)
-    return check_engine_file(path, model_file, spec, Path(settings["reference"]))
+    return check_engine_file(path, model_file, spec, Path(settings["reference"]), settings["batches"])
 
 
-def check_engine_file(path: Path, model_file: ModelFile, spec: ModelSpec, reference: Path) -> dict[str, Any]:
+def check_engine_file(
+    path: Path, model_file: ModelFile, spec: ModelSpec, reference: Path, batches: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Compare an engine with a file of `ccnet reference`. Returns `passed` and the differences."""
     with TensorRTBackend.open(path, model_file, spec) as backend:
-        return check_backend(backend, reference)
+        return check_backend(backend, reference, batches)
 
 
-def check_backend(backend: Backend, reference: Path) -> dict[str, Any]:
-    """Compare any backend with a file of `ccnet reference`. Returns `passed` and the differences."""
+def check_backend(backend: Backend, reference: Path, batches: Sequence[int] | None = None) -> dict[str, Any]:
+    """Compare any backend with a file of `ccnet reference`, in these batch sizes. Returns `passed` and the differences.
+
+    Every batch size that is timed has to be among them: another size may run other kernels.
+    """
     recorded = load_reference(reference)
-    return compare(backend, recorded.outputs, recorded.videos).to_json()
+    return compare(backend, recorded.outputs, recorded.videos, batches=batches).to_json()
 
 
 def speed(settings: Settings) -> dict[str, Any]:
@@ -175,7 +180,7 @@ def check_and_time(backend: Backend, settings: Settings) -> dict[str, Any]:
     """Run the parity check on a backend, where there is a reference, and time it unless it fails; close it."""
     if not settings.get("reference"):
         return time_backend(backend, settings, verified=True)
-    status = check_backend(backend, Path(settings["reference"]))
+    status = check_backend(backend, Path(settings["reference"]), settings["batches"])
     return {"status": status, **time_backend(backend, settings, verified=status["passed"])}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from runtime.backends.registry import runs_on_gpu
 from runtime.bundle import Bundle, read_bundle
 from runtime.errors import BundleError
-from runtime.machine import machine_class
+from runtime.machine import measured_here
 
 
 def register(subparsers: Any) -> None:
@@ -109,7 +109,7 @@ def _built_for(model_file: Any) -> str:
 def _speed(speed: dict[str, Any], backend: str) -> str:
     if "ms_per_video" not in speed:
         return "-"
-    here = speed.get("machine") == machine_class(gpu=runs_on_gpu(backend))
+    here = measured_here(speed, gpu=runs_on_gpu(backend))
     return f"{speed['ms_per_video']:.2f}{'' if here else ' (elsewhere)'}"
 
 

@@ -23,12 +23,13 @@ from export.parity.inputs import ParityVideo
 from export.parity.reference import Outputs, record
 from export.parity.tolerances import Tolerance, tolerance
 from runtime.backends.base import Backend
+from runtime.backends.registry import runs_on_gpu
 from runtime.batches import pack
 from runtime.errors import ParityError
 from runtime.spec import ModelSpec
 
 MIXED_VIDEOS, MIXED_BATCH = 8, 4
-"""Stress videos that are run again in batches of different lengths, and the size of those batches."""
+"""Videos that are run again in batches of different lengths, and the size of those batches."""
 
 TITLES = {
     "nonfinite": "values that are NaN or infinite",
@@ -129,8 +130,12 @@ def compare(
     videos: Sequence[ParityVideo],
     *,
     limits: Tolerance | None = None,
+    batches: Sequence[int] | None = None,
 ) -> ParityReport:
     """Run the candidate on every video, alone and in mixed batches, and compare.
+
+    `batches`: sizes of the mixed batches, those above `max_batch` left out. By default a small one, and on a GPU the
+    largest too: there a batch size may have kernels of its own.
 
     `reference` is a backend, run here, or what one put out for the same videos. `limits`: by default those of the
     candidate's precision. Raises what the backends raise, ParityError when the reference is of other inputs.
@@ -148,7 +153,7 @@ def compare(
     checks = [_finite_check(found)]
     finite = checks[0].passed
     checks += _tensor_checks(found, expected, valid, videos, limits)
-    checks += _batch_checks(candidate, found, videos, valid, limits)
+    checks += _batch_checks(candidate, found, videos, valid, limits, _batch_sizes(candidate, batches))
     events: dict[str, EventAgreement] = {}
     metric: MapAgreement | None = None
     if finite:
@@ -207,24 +212,40 @@ def _tensor_checks(
     return checks
 
 
+def _batch_sizes(candidate: Backend, batches: Sequence[int] | None) -> list[int]:
+    """Return the sizes of the mixed batches, the small one first."""
+    largest = candidate.max_batch
+    wanted = [min(MIXED_BATCH, largest), *(batches or ([largest] if runs_on_gpu(candidate.name) else []))]
+    return [size for size in dict.fromkeys(wanted) if 2 <= size <= largest]
+
+
 def _batch_checks(
-    candidate: Backend, alone: Outputs, videos: Sequence[ParityVideo], valid: Bools, limits: Tolerance
+    candidate: Backend,
+    alone: Outputs,
+    videos: Sequence[ParityVideo],
+    valid: Bools,
+    limits: Tolerance,
+    sizes: Sequence[int],
 ) -> list[Check]:
-    """Check that a video gets the same in a batch of mixed lengths as alone; engines of batch 1 pass."""
-    size = min(candidate.max_batch, MIXED_BATCH)
-    if size < 2 or len(videos) < 2:
+    """Check that a video gets the same in a batch of mixed lengths as alone; engines of batch 1 pass.
+
+    The chosen videos fill whole batches of every size, again and again where there are too few.
+    """
+    if not sizes or len(videos) < 2:
         return []
     chosen = _mixed(videos)
-    worst = {"logits": 0.0, "offsets": 0.0}
-    for start in range(0, len(chosen), size):
-        rows = chosen[start : start + size]
-        logits, offsets = candidate.infer(*pack([videos[i].features for i in rows], candidate.spec))
-        together = Outputs(logits, offsets, {})
-        apart = Outputs(alone.logits[rows], alone.offsets[rows], {})
-        for name, difference in _differences(together, apart, valid[rows]).items():
-            worst[name] = max(worst[name], float(np.nan_to_num(difference, nan=np.inf).max()))
+    worst = dict.fromkeys(("logits", "offsets"), (0.0, sizes[0]))
+    for size in sizes:
+        repeated = np.resize(chosen, -(-len(chosen) // size) * size)
+        for rows in repeated.reshape(-1, size):
+            logits, offsets = candidate.infer(*pack([videos[i].features for i in rows], candidate.spec))
+            together = Outputs(logits, offsets, {})
+            apart = Outputs(alone.logits[rows], alone.offsets[rows], {})
+            for name, difference in _differences(together, apart, valid[rows]).items():
+                worst[name] = max(worst[name], (float(np.nan_to_num(difference, nan=np.inf).max()), size))
     return [
-        Check(name=f"batch_{name}", value=value, limit=getattr(limits, f"max_{name}")) for name, value in worst.items()
+        Check(name=f"batch_{name}", value=value, limit=getattr(limits, f"max_{name}"), detail=f"in batches of {size}")
+        for name, (value, size) in worst.items()
     ]
 
 

@@ -11,7 +11,7 @@ from runtime.backends.base import BaseBackend
 from runtime.backends.registry import BACKENDS, PRECISIONS, REGISTRY, runs_on_gpu
 from runtime.bundle import Bundle, Engine
 from runtime.errors import BackendUnavailable, EngineError, EngineMismatch
-from runtime.machine import machine_class
+from runtime.machine import measured_here
 
 OnMismatch = Literal["error", "onnx"]
 
@@ -129,7 +129,7 @@ def _rank(engine: Engine) -> tuple[int, bool, float, int, int]:
     """Sort key: verified first; of those the fastest here, then by preference; of the others the most exact first."""
     verified = engine.status == "verified"
     order = list(REGISTRY[engine.backend].precisions if verified else PRECISIONS)
-    here = engine.speed.get("machine") == machine_class(gpu=runs_on_gpu(engine.backend))
+    here = measured_here(engine.speed, gpu=runs_on_gpu(engine.backend))
     speed: Any = engine.speed.get("ms_per_video") if here else None
     measured = verified and isinstance(speed, int | float)
     precision = order.index(engine.precision) if engine.precision in order else len(order)
