@@ -188,7 +188,7 @@ PRESETS: Mapping[str, Config] = {
     "unav100_onepeace": Config(
         model=ModelConfig(length=256, visual_dim=1536, audio_dim=1536),
         time_base=TimeBase(fps=16.0, stride_frames=4.0, window_frames=16.0),
-        layout=FeatureLayout(visual=("_onepeace_video",), audio=("_onepeace_audio",)),
+        layout=FeatureLayout(visual=("_one_peace_video_finetune",), audio=("_one_peace_audio",)),
     ),
     # A network that learns synthetic features in minutes on two cores: a step every 0.64 s, so that T = 96 holds 60 s.
     "demo": Config(

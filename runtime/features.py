@@ -19,6 +19,7 @@ import numpy.typing as npt
 from runtime.errors import FeatureError
 from runtime.kernels.library import OUT_OF_MEMORY, address, kernels
 from runtime.records import BadRecord, check_video_id
+from runtime.schema import quote, show
 from runtime.spec import FeatureLayout, ModelSpec
 
 Float32 = npt.NDArray[np.float32]
@@ -253,9 +254,12 @@ def _read_header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, 
             return np.lib.format.read_array_header_1_0(stream)
         if version == (2, 0):
             return np.lib.format.read_array_header_2_0(stream)
-    except (ValueError, SyntaxError, TypeError, tokenize.TokenError) as error:  # the header is Python text
+    except (
+        *(ValueError, SyntaxError, TypeError, KeyError, IndexError, AttributeError),
+        *(tokenize.TokenError, OverflowError, RecursionError, MemoryError),
+    ) as error:  # the header is Python text, and may name any dtype
         what = "an empty file" if path.stat().st_size == 0 else "not a .npy file, or one cut inside its header"
-        raise FeatureError(f"{path}: {what} ({error}); write it with numpy.save") from error
+        raise FeatureError(f"{path}: {what} ({quote(error)}); write it with numpy.save") from error
     raise FeatureError(f"{path}: .npy format version {version}; expected 1.0 or 2.0, as numpy.save writes float arrays")
 
 
@@ -278,11 +282,11 @@ def _check_shape(shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> Non
     if dtype.hasobject:
         raise FeatureError(f"{name}: holds pickled Python objects, which are never loaded; save a plain float array")
     if dtype.kind != "f" or dtype.itemsize > 8:
-        raise FeatureError(f"{name}: got dtype {dtype}, expected float16, float32 or float64")
+        raise FeatureError(f"{name}: got dtype {quote(dtype, 60)}, expected float16, float32 or float64")
     if len(shape) != 2:
-        raise FeatureError(f"{name}: got {len(shape)} dimension(s), shape {shape}, expected 2: [steps, width]")
+        raise FeatureError(f"{name}: got {len(shape)} dimension(s), shape {show(shape)}, expected 2: [steps, width]")
     if min(shape) < 1:
-        raise FeatureError(f"{name}: got shape {shape}: there is no content; expected at least one step")
+        raise FeatureError(f"{name}: got shape {show(shape)}: there is no content; expected at least one step")
 
 
 def _finite_float32(array: npt.NDArray[Any], name: str) -> Float32:

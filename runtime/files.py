@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
+import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; it takes the name `path` only when the block ends without an error.
 
-    The data reach the disk before the rename, so a kill or a full disk leaves either the old file or none.
+    The data reach the disk before the rename, so a kill or a full disk leaves either the old file or none. Of a link,
+    what it points to is replaced. A pipe or a device is written to as it is, and so is standard output, named `-`.
+    Raises IsADirectoryError for a folder.
     """
-    path = Path(path)
+    encoding = None if "b" in mode else "utf-8"
+    if is_stream(path):
+        with _open_stream(path, mode, encoding) as stream:
+            yield stream
+        return
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "got a folder, expected the name of a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    _remove_orphans(path)
+    handle, temporary = tempfile.mkstemp(prefix=_prefix(path), suffix=".partial", dir=path.parent)
     try:
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as stream:
+        with os.fdopen(handle, mode, encoding=encoding) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -35,48 +53,162 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
         raise
 
 
+def is_stream(path: str | os.PathLike[str]) -> bool:
+    """Return whether what is written to `path` goes on to a reader or a device: a pipe, a terminal, or `-`."""
+    if os.fspath(path) == "-":
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def check_output_file(path: str | os.PathLike[str]) -> None:
+    """Raise OSError now where `atomic_file(path)` would later: a folder, or no place that can be written to."""
+    if is_stream(path):
+        return
+    target = Path(os.path.realpath(path))
+    if target.is_dir() or os.fspath(path).endswith(os.sep):
+        raise IsADirectoryError(errno.EISDIR, "got a folder, expected the name of a file", str(path))
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(parent))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "the folder can't be written to", str(parent))
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Fill a temporary folder beside `path`; it takes the place of `path` only when the block ends well.
 
-    Of a link, what it points to is replaced; the link stays.
+    On Linux the two are exchanged in one step, so that a whole folder is there at every moment. Of a link, what it
+    points to is replaced; the link stays. Raises OSError for a mount point, which can't be replaced, before the block.
     """
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))
+    if _is_mount(path):
+        raise OSError(errno.EBUSY, "a mount point can't be replaced; name a folder inside it", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    recover_folder(path)
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), suffix=".partial", dir=path.parent))
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
-        if path.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            try:
-                os.replace(path, retired / "old")
-                os.replace(temporary, path)
-            except BaseException:
-                if not path.exists():
-                    os.replace(retired / "old", path)
-                shutil.rmtree(retired, ignore_errors=True)
-                raise
-            shutil.rmtree(retired)
-        else:
+        if not path.exists():
             os.replace(temporary, path)
+        elif exchange(temporary, path):
+            shutil.rmtree(temporary)
+        else:
+            _replace_in_two_steps(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def recover_folder(path: str | os.PathLike[str]) -> None:
-    """Tidy up after a process that was killed inside `atomic_folder(path)`; call it only when nobody else writes there.
-
-    A kill between the two renames leaves the old folder under a hidden name: it is put back. Other leftovers go.
-    """
-    path = Path(path).resolve()
-    for retired in path.parent.glob(f".{path.name}.*.old"):
-        if not path.exists() and (retired / "old").is_dir():
+def _replace_in_two_steps(temporary: Path, path: Path) -> None:
+    """Replace a folder where the system can't exchange two; a kill in between is what `recover_folder` mends."""
+    retired = Path(tempfile.mkdtemp(prefix=_prefix(path), suffix=".old", dir=path.parent))
+    try:
+        os.replace(path, retired / "old")
+        os.replace(temporary, path)
+    except BaseException:
+        if not path.exists():
             os.replace(retired / "old", path)
         shutil.rmtree(retired, ignore_errors=True)
-    for partial in path.parent.glob(f".{path.name}.*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(retired)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Exchange two files or folders in one step. Return False where the system or the file system can't."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    done = renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), ctypes.c_uint(_RENAME_EXCHANGE))
+    if done == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(second))
+
+
+def recover_folder(path: str | os.PathLike[str]) -> None:
+    """Tidy up after processes that were killed inside `atomic_folder(path)`.
+
+    A kill between the two renames leaves the old folder under a hidden name: it is put back. Other leftovers go. What a
+    process that still runs is writing stays.
+    """
+    path = Path(os.path.realpath(path))
+    if not path.exists():
+        for retired in _orphans(path):
+            if (retired / "old").is_dir():
+                os.replace(retired / "old", path)
+                break
+    _remove_orphans(path)
+
+
+def _prefix(path: Path) -> str:
+    """Return how the temporary names of this process begin: hidden, with its id and a mark of the machine."""
+    return f".{path.name}.{os.getpid()}-{_machine()}."
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(os.uname().nodename.encode()):08x}"
+
+
+def _orphans(path: Path) -> list[Path]:
+    """Return temporary files and folders of `path` that belong to this user, whose process on this machine is gone."""
+    name = re.compile(re.escape(f".{path.name}.") + r"(\d+)-" + _machine() + r"\..*\.(partial|old)")
+    found = []
+    try:
+        entries = list(os.scandir(path.parent))
+    except OSError:
+        return []
+    for entry in entries:
+        match = name.fullmatch(entry.name)
+        if match is None or _is_running(int(match[1])):
+            continue
+        with contextlib.suppress(OSError):
+            if entry.stat(follow_symlinks=False).st_uid == os.geteuid():
+                found.append(Path(entry.path))
+    return sorted(found)
+
+
+def _remove_orphans(path: Path) -> None:
+    for orphan in _orphans(path):
+        if orphan.is_dir() and not orphan.is_symlink():
+            shutil.rmtree(orphan, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                orphan.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _is_mount(path: Path) -> bool:
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return os.path.ismount(path)
+    mounted = {line.split()[4].decode("unicode_escape", "replace") for line in lines}
+    return str(path) in mounted
+
+
+def _open_stream(path: str | os.PathLike[str], mode: str, encoding: str | None) -> IO[Any]:
+    if os.fspath(path) == "-":
+        sys.stdout.flush()
+        return open(os.dup(1), mode, encoding=encoding)
+    return open(path, mode, encoding=encoding)
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:

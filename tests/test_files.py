@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import runtime.files
 from runtime.files import atomic_file, atomic_folder, sha256_file, write_json
 
 
@@ -97,6 +98,65 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
     assert target.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_around_the_exchange_leaves_a_whole_folder(tmp_path: Path, moment: str) -> None:
+    """And the next run removes what the killed one left, but not what a running one is writing."""
+    target = tmp_path / "bundle"
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("old")
+    child = os.fork()
+    if child == 0:
+        original = runtime.files.exchange
+
+        def fatal(first: Path, second: Path) -> bool:
+            if moment == "after":
+                original(first, second)
+            os.kill(os.getpid(), signal.SIGKILL)
+            return True
+
+        runtime.files.exchange = fatal
+        with atomic_folder(target) as folder:
+            (folder / "a").write_text("new")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert (target / "a").read_text() == {"before": "old", "after": "new"}[moment]
+    assert len(os.listdir(tmp_path)) == 2
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("newest")
+        with atomic_folder(target) as second:
+            (second / "a").write_text("another")
+        assert (folder / "a").read_text() == "newest"
+    assert (target / "a").read_text() == "newest"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for name in ("dangling", "link"):
+        (tmp_path / name).symlink_to(tmp_path / "there" / name)
+    (tmp_path / "there" / "link").write_text("old")
+    for name in ("dangling", "link"):
+        write_json(tmp_path / name, 1)
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "there" / name).read_text() == "1\n"
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE, text=True) as reader:
+        write_json(tmp_path / "pipe", [1])
+        assert reader.communicate(timeout=30)[0] == "[\n  1\n]\n"
+    assert os.listdir(tmp_path) == ["pipe"]
+    assert not (tmp_path / "pipe").is_file()
+
+
+def test_a_folder_and_a_mount_point_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match="got a folder"):
+        write_json(tmp_path, 1)
+    with pytest.raises(OSError, match="mount point"), atomic_folder("/proc"):
+        pytest.fail("the block must not run")
 
 
 def test_sha256(tmp_path: Path) -> None:

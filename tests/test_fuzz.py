@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import SPEC, OracleBackend, fill_draft, make_bundle
+from builders import SPEC, OracleBackend, features_with, fill_draft, make_bundle, write_features
 
 from ccnet.checkpoint import MANIFEST as CHECKPOINT
 from ccnet.checkpoint import WEIGHTS, read_checkpoint, save_checkpoint
@@ -37,6 +37,7 @@ from runtime.annotations import read_annotations
 from runtime.bundle import MANIFEST, PARITY
 from runtime.detections import read_events
 from runtime.errors import CCNetError
+from runtime.features import read_video
 from runtime.files import sha256_file
 from runtime.records import BadRecord, parse_json
 
@@ -134,7 +135,7 @@ def mutated_json(content: Any, rng: np.random.Generator) -> bytes:
             other, name = places[rng.integers(len(places))]
             parent[key] = json.loads(json.dumps(other[name]))
         elif action <= 5:
-            parent[key] = VALUES[rng.integers(len(VALUES))]
+            parent[key] = json.loads(json.dumps(VALUES[rng.integers(len(VALUES))]))
         else:
             mark = f"@{len(raw)}@"
             raw[json.dumps(mark)] = RAW[rng.integers(len(RAW))]
@@ -370,6 +371,17 @@ def mutated_npy(content: bytes, rng: np.random.Generator) -> bytes:
         return mutated_bytes(content, rng)
     text = headers[rng.integers(len(headers))].encode("latin1") + b"\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content[128:]
+
+
+def test_features(tmp_path: Path) -> None:
+    write_features(tmp_path, "v", features_with(12))
+    path = tmp_path / "v_seen.npy"
+    good = path.read_bytes()
+    attack(
+        lambda path: read_video(path.parent, "v", SPEC.layout, SPEC.visual_dim, SPEC.audio_dim),
+        path,
+        lambda rng: mutated_npy(good, rng),
+    )
 
 
 def test_annotations(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +243,39 @@ def test_an_unverified_bundle_is_warned_about_in_one_line(tmp_path: Path, featur
     assert predict(folder, features, tmp_path / "events.jsonl") == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: engine 'onnxruntime-fp32' was never verified")
+
+
+def test_a_pipe_gets_every_line(bundle: Path, features: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True) as reader:
+        assert predict(bundle, features, pipe) == 0
+        found = reader.communicate(timeout=30)[0]
+    assert [json.loads(line)["video_id"] for line in found.splitlines()] == [f"v{i}" for i in range(6)]
+    assert not pipe.is_file()
+
+
+def test_standard_output_has_the_lines_alone(bundle: Path, features: Path, capfd: Any) -> None:
+    assert main(["predict", str(bundle), "--features", str(features), "--out", "-"]) == 0
+    captured = capfd.readouterr()
+    assert [json.loads(line)["video_id"] for line in captured.out.splitlines()] == [f"v{i}" for i in range(6)]
+    assert "6 videos, 6 events" in captured.err
+
+
+def test_a_link_stays_and_its_target_is_written(bundle: Path, features: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "there" / "events.jsonl")
+    assert predict(bundle, features, tmp_path / "link.jsonl") == 0
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert len(lines(tmp_path / "there" / "events.jsonl")) == 6
+
+
+@pytest.mark.parametrize("out", ["", "new/", "file/x.jsonl"])
+def test_a_place_for_no_file_is_refused_before_the_work(
+    bundle: Path, features: Path, tmp_path: Path, out: str, capsys: Any
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", str(bundle), "--features", str(features), "--out", f"{tmp_path}/{out}"])
+    assert caught.value.code == 2
+    assert "folder" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ccnet.cli.options import positive, seconds
+from ccnet.cli.options import output_file, positive, seconds
 from runtime.backends.registry import BACKENDS
 from runtime.bundle import read_bundle
 from runtime.errors import BackendUnavailable, CheckpointError, ConfigError
@@ -41,8 +41,10 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--calls", type=positive, default=10, help="measured videos per candidate and batch, at least")
     parser.add_argument("--no-compile", action="store_true", help="with --checkpoint: leave torch.compile out")
-    parser.add_argument("--json", metavar="OUT", help="write the whole report here")
-    parser.add_argument("--plot", metavar="OUT.png", help="draw latency and throughput against batch size")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="write the whole report here")
+    parser.add_argument(
+        "--plot", type=output_file, metavar="OUT.png", help="draw latency and throughput against batch size"
+    )
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:

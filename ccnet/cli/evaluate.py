@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ccnet.cli.logs import video_list
-from ccnet.cli.options import add_engine_arguments, engine_options_given, open_localizer
+from ccnet.cli.options import add_engine_arguments, engine_options_given, open_localizer, output_file
 from runtime.annotations import SUBSETS, read_annotations
 from runtime.bundle import read_bundle
 from runtime.detections import read_events
@@ -30,7 +30,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--subset", default="test", choices=SUBSETS, help="default: test")
     parser.add_argument("--features", metavar="DIR", help="folder of feature files; needed with a bundle")
     parser.add_argument("--per-class", action="store_true", help="also print the AP of every class")
-    parser.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="also write the numbers to this file")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_engine_arguments(parser)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
+import signal
 import sys
 from typing import Any
 
@@ -74,6 +76,10 @@ def _run(module: Any, arguments: argparse.Namespace, overrides: list[str]) -> in
     except KeyboardInterrupt:
         log.error("ccnet %s: interrupted", arguments.command)
         return 130
+    except BrokenPipeError:  # whoever read the output has enough
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # else the flush at the end fails again
+        return 128 + signal.SIGPIPE
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         log.error("ccnet %s: error: %s%s", arguments.command, error.strerror or error, where)

@@ -8,6 +8,7 @@ from typing import get_args
 
 from runtime.backends.registry import BACKENDS
 from runtime.backends.select import OnMismatch
+from runtime.files import check_output_file
 from runtime.localizer import Localizer
 from runtime.pipeline import LongVideos
 
@@ -32,6 +33,16 @@ def seconds(text: str) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected seconds, 0 or more")
     return value
+
+
+def output_file(text: str) -> str:
+    """Take the name of a file to write, `-` for standard output; a bad one is refused before the work."""
+    try:
+        check_output_file(text)
+    except (OSError, ValueError) as error:
+        where = getattr(error, "filename", None) or text
+        raise argparse.ArgumentTypeError(f"{getattr(error, 'strerror', None) or error} ({where})") from None
+    return text
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,17 +10,19 @@ import argparse
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ccnet.cli.logs import video_list
-from ccnet.cli.options import add_engine_arguments, open_localizer
+from ccnet.cli.options import add_engine_arguments, open_localizer, output_file
 from runtime.annotations import read_annotations
 from runtime.bundle import read_bundle
 from runtime.detections import Detections, write_events, write_parquet
 from runtime.errors import CCNetError, ConfigError, Interrupted, VideoFailed
 from runtime.features import FeatureFiles, find_videos
+from runtime.files import is_stream
 from runtime.pipeline import Item
 from runtime.progress import Progress
 from runtime.signals import StopRequest
@@ -33,7 +35,9 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser("predict", help="find the events of videos from their feature files")
     parser.add_argument("bundle", help="bundle folder")
     parser.add_argument("--features", required=True, metavar="DIR", help="folder of feature files")
-    parser.add_argument("--out", required=True, metavar="FILE", help="events.jsonl, or a .parquet file")
+    parser.add_argument(
+        "--out", required=True, type=output_file, metavar="FILE", help="events.jsonl, a .parquet file, or - for stdout"
+    )
     parser.add_argument("--annotations", metavar="F", help="take video ids and durations from this annotation file")
     parser.add_argument("--subset", help="only this subset of the annotation file (train, validation, test)")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
@@ -46,7 +50,8 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     videos = _videos(arguments, read_bundle(arguments.bundle).spec)
     write = write_parquet if arguments.out.endswith(".parquet") else write_events
-    partial = Path(f"{arguments.out}.partial")
+    streamed = is_stream(arguments.out)  # a pipe or device has its lines as they come
+    partial = arguments.out if streamed else Path(f"{os.path.realpath(arguments.out)}.partial")
     warned: dict[str, str] = {}
     failed: dict[str, CCNetError] = {}
     ended: CCNetError | None = None
@@ -85,15 +90,19 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if failed:
         log.warning("%d of %d videos failed:\n%s", len(failed), len(videos), video_list(failed, limit=len(failed)))
     if ended is not None:
-        if done:
+        if streamed:
+            log.warning("the events of %d of %d videos were written", done, len(videos))
+        elif done:
             log.warning("the events of %d of %d videos are in %s", done, len(videos), partial)
         else:
             partial.unlink()
         raise ended
-    os.replace(partial, arguments.out)
+    if not streamed:
+        os.replace(partial, os.path.realpath(arguments.out))
     print(
         f"{arguments.out}: {done} videos, {events} events, by {engine['engine']} (parity check: {engine['status']})\n"
-        f"next: ccnet evaluate {arguments.out} --annotations F --subset S"
+        f"next: ccnet evaluate {arguments.out} --annotations F --subset S",
+        file=sys.stderr if streamed else sys.stdout,
     )
     return 1 if failed else 0
 

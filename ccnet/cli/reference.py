@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ccnet.cli.export import add_video_arguments, eager_arguments
+from ccnet.cli.options import output_file
 
 
 def register(subparsers: Any) -> None:
@@ -16,7 +17,7 @@ def register(subparsers: Any) -> None:
         ".npz file without pickled objects.",
     )
     parser.add_argument("checkpoint", help="checkpoint folder")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the .npz file")
+    parser.add_argument("--out", required=True, type=output_file, metavar="FILE", help="the .npz file")
     add_video_arguments(parser)
 
 
