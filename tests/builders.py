@@ -480,5 +480,6 @@ def engine_inputs(visual: Tensor, audio: Tensor, mask: Tensor) -> tuple[Tensor, 
 
 
 if __name__ == "__main__":
+    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
     for name in ATTENTION_OPSETS:
         write_attention_onnx(Path(sys.argv[1]) / f"{name}.onnx", name)

@@ -10,6 +10,7 @@ numpy and TensorRT, without torch; without onnx too, if CCNET_GPU_GRAPHS names a
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import os
 import threading
@@ -55,7 +56,9 @@ def format(request: pytest.FixtureRequest, device: cuda.Device) -> str:
 
 
 @pytest.fixture(scope="session", params=list(TOLERANCE))
-def built(request: pytest.FixtureRequest, format: str, tmp_path_factory: pytest.TempPathFactory) -> EngineInfo:
+def built(
+    request: pytest.FixtureRequest, format: str, device: cuda.Device, tmp_path_factory: pytest.TempPathFactory
+) -> EngineInfo:
     """An engine of the small network for this GPU."""
     precision = str(request.param)
     folder = tmp_path_factory.mktemp(f"{format}-{precision}")
@@ -63,9 +66,22 @@ def built(request: pytest.FixtureRequest, format: str, tmp_path_factory: pytest.
     info = build_for_this_gpu(graph, folder / "small.engine", format, precision)
     try:
         TensorRTBackend.open(info.path, model_file_of(info), ATTENTION_SPEC).close()
-    except EngineMismatch as error:  # a portable RTX engine on a GPU that RTX does not know
-        pytest.skip(str(error))
+    except (EngineMismatch, EngineError) as error:
+        skip_if_unknown(error, device, format)
+        raise
     return info
+
+
+def skip_if_unknown(error: CCNetError, device: cuda.Device, format: str) -> None:
+    """Skip where a portable RTX engine is on a GPU that RTX does not know; it may say so when loading or running."""
+    if isinstance(error, EngineMismatch):
+        pytest.skip(str(error))
+    capability = f"SM{device.compute_capability.replace('.', '')}"
+    if (
+        format == "tensorrt-rtx"
+        and capability not in importlib.import_module(MODULES[format]).ComputeCapability.__members__
+    ):
+        pytest.skip(f"TensorRT for RTX does not know compute capability {device.compute_capability}: {error}")
 
 
 def small_graph(precision: str, folder: Path) -> Path:
@@ -209,7 +225,9 @@ def test_a_damaged_plan(built: EngineInfo, tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("precision", list(TOLERANCE))
-def test_the_real_network_against_its_recorded_reference(format: str, precision: str, tmp_path: Path) -> None:
+def test_the_real_network_against_its_recorded_reference(
+    format: str, precision: str, device: cuda.Device, tmp_path: Path
+) -> None:
     folder, recorded = os.environ.get("CCNET_GPU_BUNDLE"), os.environ.get("CCNET_GPU_REFERENCE")
     if not folder or not recorded:
         pytest.skip("CCNET_GPU_BUNDLE and CCNET_GPU_REFERENCE name no bundle and reference")
@@ -223,5 +241,6 @@ def test_the_real_network_against_its_recorded_reference(format: str, precision:
     try:
         report = check_engine_file(info.path, model_file_of(info), spec, Path(recorded))
     except CCNetError as error:
+        skip_if_unknown(error, device, format)
         pytest.fail(str(error))
     assert report["passed"], report

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from benchmarks.gpu.page import measurements, page
 from benchmarks.gpu.report import Stage
 from export.parity.inputs import stress_inputs, synthetic_inputs
 from export.parity.reference import Reference, record, save_reference
+from export.tensorrt.options import EngineOptions
 from runtime.bundle import read_bundle
-from runtime.errors import EngineError, ExportError
+from runtime.errors import EngineError, EngineMismatch, ExportError
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "batches": [1, 2], "seconds": 0.0}
 
@@ -64,7 +67,7 @@ def test_dry_run_names_every_stage_and_does_nothing(
         "machine",
         "copy",
         "matmuls",
-        "tensorrt-rtx fp32 build",
+        "tensorrt-rtx fp32 latency build",
         "tests",
         "torch eager fp32",
         "onnxruntime fp32",
@@ -80,15 +83,19 @@ def test_a_day_without_a_gpu(arguments: list[str], tmp_path: Path) -> None:
     stages = report["stages"]
     outcomes = {name: stage["status"] for name, stage in stages.items()}
     assert status == 1
-    assert outcomes["machine"] == outcomes["copy"] == outcomes["tensorrt-rtx fp32 build"] == "done"
-    assert (tmp_path / "work" / "tensorrt-rtx-fp32.engine").is_file()
+    assert outcomes["machine"] == outcomes["copy"] == outcomes["tensorrt-rtx fp32 latency build"] == "done"
+    assert (tmp_path / "work" / "tensorrt-rtx-fp32-latency.engine").is_file()
     assert outcomes["tests"] == "skipped"
-    assert outcomes["tensorrt-rtx fp32 parity check"] == "failed"
-    assert stages["tensorrt-rtx fp32 speed"] == {"status": "skipped", "error": "needs 'tensorrt-rtx fp32 parity check'"}
-    assert "BackendUnavailable" in stages["tensorrt-rtx fp32 parity check"]["error"]
+    assert outcomes["tensorrt-rtx fp32 latency parity check"] == "failed"
+    missing = "needs 'tensorrt-rtx fp32 latency parity check'"
+    assert stages["tensorrt-rtx fp32 latency speed"] == {"status": "skipped", "error": missing}
+        "status": "skipped",
+        "error": "needs 'tensorrt-rtx fp32 latency parity check'",
+    }
+    assert "BackendUnavailable" in stages["tensorrt-rtx fp32 latency parity check"]["error"]
     assert report["machine"]["libraries"]["tensorrt-rtx"].startswith("1.")
     assert report["commit"] != ""
-    assert "| tensorrt-rtx fp32 parity check | failed |" in text
+    assert "| tensorrt-rtx fp32 latency parity check | failed |" in text
     assert stages["onnxruntime fp32"]["result"]["status"]["passed"]
     assert {m["name"].split(" / ")[1] for m in report["measurements"]} == {"onnxruntime fp32"}
     assert "batch 2, onnxruntime fp32" in text
@@ -129,15 +136,66 @@ def test_a_stage_that_takes_too_long_is_ended(arguments: list[str]) -> None:
     assert "took longer" in outcome["error"]
 
 
+@pytest.mark.parametrize(
+    ("body", "status", "text"),
+    [
+        ("pass", "done", "1 passed, 0 failed, 0 skipped"),
+        ("assert False, 'it is broken'", "failed", "pytest ended with 1: 0 passed, 1 failed, 0 skipped"),
+        ("pytest.skip('no GPU')", "skipped", "0 passed, 0 failed, 1 skipped"),
+    ],
+)
+def test_outcome_of_the_tests(arguments: list[str], tmp_path: Path, body: str, status: str, text: str) -> None:
+    (tmp_path / "test_nothing.py").write_text(f"import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    {body}\n")
+    outcome = run_one(arguments, Stage("tests", "pytest", "pytest", 60))
+    assert outcome["status"] == status
+    assert text in (outcome.get("error") or outcome["result"]["summary"])
+    assert "it is broken" in outcome.get("output", "") or status != "failed"
+
+
+def test_what_tests_said_before_they_took_too_long_is_kept(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "test_nothing.py").write_text(
+        "import time\nimport pytest\n\n@pytest.mark.gpu\ndef test_quick():\n    pass\n\n"
+        "@pytest.mark.gpu\ndef test_slow():\n    time.sleep(60)\n"
+    )
+    outcome = run_one(arguments, Stage("tests", "pytest", "pytest", 60), limit=10)
+    assert (outcome["status"], outcome["error"]) == ("failed", "took longer than 10 s")
+    assert "test_quick PASSED" in outcome["output"]
+
+
+def test_clocks_are_sampled_while_a_stage_runs(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    lines = "345, 70.0, 30, 0x0\\n1980, 600.0, [N/A], 0x4\\n"
+    tool.write_text(f"#!/bin/sh\nprintf '{lines}'\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
+    gpu = run_one(arguments, Stage("odd", "tensorrt", "no_such_stage", 60))["gpu"]
+    assert gpu == {
+        "sm_mhz": {"min": 345, "mean": 1162.5, "max": 1980},
+        "unsteady": True,
+        "power_w": {"min": 70, "mean": 335, "max": 600},
+        "samples": 2,
+        "clock_reasons": ["0x0", "0x4"],
+    }
+
+
 def test_what_a_library_lacks_is_no_failure(tmp_path: Path) -> None:
     def lacks(settings: Any) -> dict[str, Any]:
         raise ExportError("tensorrt 8.6.0 does not support bfloat16; use fp16")
 
+    def foreign(settings: Any) -> dict[str, Any]:
+        raise EngineMismatch("TensorRT-RTX 1.7.1 can't run this engine on H200")
+
     def breaks(settings: Any) -> dict[str, Any]:
         raise ExportError("tensorrt 8.6.0 built no engine")
 
+    def imports(settings: Any) -> dict[str, Any]:
+        raise ModuleNotFoundError("No module named 'orjson'")
+
     (tmp_path / "settings.json").write_text("{}")
-    for stage, status in ((lacks, "absent"), (breaks, "failed")):
+    for stage, status in ((lacks, "absent"), (foreign, "absent"), (breaks, "failed"), (imports, "failed")):
         files = [str(tmp_path / "settings.json"), str(tmp_path / "result.json")]
         assert gpu_stages.main([stage.__name__, *files], {stage.__name__: stage}) == 1
         assert json.loads((tmp_path / "result.json").read_text())["status"] == status
@@ -183,20 +241,22 @@ def test_speed_and_layers_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path
     sim = Simulation()
     install(monkeypatch, sim)
     bundle = builders.make_bundle(tmp_path / "bundle", spec=ENGINE_SPEC)
-    model_file = dataclasses.replace(ENGINE_FILE, files=("tensorrt-fp16.engine",))
-    path = write_engine(tmp_path / "work" / "tensorrt-fp16.engine")
+    model_file = dataclasses.replace(ENGINE_FILE, files=("tensorrt-fp16-throughput.engine",))
+    path = write_engine(tmp_path / "work" / "tensorrt-fp16-throughput.engine")
     path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(model_file)))
     settings = SETTINGS | {
         "bundle": str(bundle.folder),
         "work": str(path.parent),
         "format": "tensorrt",
         "precision": "fp16",
+        "kind": "throughput",
         "device": "cuda",
     }
     speed = gpu_stages.speed(settings)
     assert [row["batch"] for row in speed["rows"]] == [1, 2]
     assert speed["describe"]["cuda_graphs"] == {1: "replayed", 2: "replayed"}
     for row in speed["rows"]:
+        assert row["graph"] == "replayed"
         assert row["device_ms"]["p50"] == row["device_ms_without_graph"]["p50"] == pytest.approx(0.5)
         assert row["stream_videos_per_second"]["per_second"] > 0
     layers = gpu_stages.layers(settings)
@@ -221,11 +281,12 @@ def summary(p50: float) -> dict[str, float]:
 
 
 RATE = {"stream_videos_per_second": {"per_second": 800.0}}
-ROW = {"batch": 1, "engine_ms": summary(1.5), "device_ms": summary(1.0), **RATE}
+ROW = {"batch": 1, "engine_ms": summary(1.5), "device_ms": summary(1.0), "graph": "replayed", **RATE}
 DONE: dict[str, Any] = {
     "copy": {"status": "done", "result": {"bytes": 1 << 30, "bytes_per_second": 3.9e12}},
     "matmuls": {"status": "done", "result": {"side": 8192, "operations_per_second": {"fp16": 7.9e14}}},
-    "tensorrt fp16 build": {"status": "done", "seconds": 60.0, "result": {"engine": {
+    "tensorrt fp16 build": {"status": "done", "seconds": 60.0, "gpu": {
+        "sm_mhz": {"min": 345.0, "mean": 1800.0, "max": 1980.0}, "unsteady": True}, "result": {"engine": {
         "seconds": 58.0, "engine_bytes": 500 << 20, "delivered_precisions": {"fp16": 300}}}},
     "tensorrt fp16 parity check": {"status": "done", "result": {"passed": True}},
     "tensorrt fp16 speed": {"status": "done", "result": {
@@ -240,8 +301,9 @@ DONE: dict[str, Any] = {
 def test_page() -> None:
     text = page({"commit": "abc"}, DONE)
     assert "| tensorrt fp16 | 58 s | 500 MiB | 80 MiB | {'fp16': 300} | verified |" in text
-    assert "| batch 1, tensorrt fp16 | 1.000 / 2.000 |  | 1.500 / 3.000 |  | 800 |" in text
+    assert "| batch 1, tensorrt fp16 | 1.000 / 2.000 |  | 1.500 / 3.000 |  | 800 | replayed |" in text
     assert "3900 GB/s" in text
+    assert "| tensorrt fp16 build | done | 60.0 | 345 to 1980, unsteady |" in text
     assert "fp16 matmul of 8192 x 8192: 790.0 TFLOP/s" in text
     assert "| conv | 0.7500 | 75.0% |" in text
     assert "does not support / bfloat16" in text
@@ -284,3 +346,31 @@ def test_the_torch_side(tmp_path: Path) -> None:
     assert found["status"]["passed"], found["status"]
     with pytest.raises(gpu_stages.Absent, match="no bf16 graph"):
         gpu_stages.onnxruntime(settings | {"precision": "bf16"})
+
+
+@pytest.mark.parametrize("kind", ["latency", "throughput"])
+def test_each_kind_of_engine_is_tuned_for_its_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
+    asked: list[EngineOptions] = []
+
+    def build(graph: Path, out: Path, options: EngineOptions, *, gpu: bool) -> Any:
+        asked.append(options)
+        raise ExportError("far enough")
+
+    bundle = builders.make_bundle(tmp_path / "bundle")
+    monkeypatch.setattr(gpu_stages, "build_here", build)
+    options = gpu_report.parse(["--bundle", "b", "--reference", "r", "--out", "o", "--formats", "tensorrt"])
+    stage = next(s for s in gpu_report.plan(options) if s.name == f"tensorrt fp32 {kind} build")
+    with pytest.raises(ExportError, match="far enough"):
+        gpu_stages.build(SETTINGS | {"bundle": str(bundle.folder), "work": str(tmp_path)} | stage.settings)
+    profile, level = {"latency": ((1, 1, 1), 5), "throughput": ((1, 32, 64), None)}[kind]
+    assert (asked[0].profile, asked[0].optimization_level) == (profile, level)
+
+
+def test_graphs_are_written_as_the_guide_says(tmp_path: Path) -> None:
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    guide = (gpu_report.ROOT / "benchmarks" / "GPU.md").read_text()
+    (command,) = (line.partition(" &&")[0] for line in guide.splitlines() if "tests/builders.py graphs" in line)
+    command = command.replace("python ", f"{sys.executable} ").replace(" graphs", f" {tmp_path / 'new' / 'graphs'}")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(command, shell=True, check=True, cwd=gpu_report.ROOT, env=environment)
+    assert {path.stem for path in (tmp_path / "new" / "graphs").glob("*.onnx")} >= {"fp32", "fp16"}

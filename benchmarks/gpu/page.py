@@ -88,13 +88,13 @@ def _speeds(done: Outcomes) -> str:
     for name, row in sorted(_rows(done), key=lambda item: item[1]["batch"]):
         times = [f"{row[key]['p50']:.3f} / {row[key]['p99']:.3f}" if key in row else "" for key in TIMES]
         rate = row["stream_videos_per_second"]["per_second"]
-        rows.append([f"batch {row['batch']}, {name}", *times, f"{rate:.0f}"])
+        rows.append([f"batch {row['batch']}, {name}", *times, f"{rate:.0f}", str(row.get("graph") or "")[:80]])
     if not rows:
         return ""
-    header = ["Batch and engine", *(label.capitalize() for label in TIMES.values()), "Videos/s"]
+    header = ["Batch and engine", *(label.capitalize() for label in TIMES.values()), "Videos/s", "CUDA graph"]
     note = (
-        "Milliseconds per batch, p50 / p99: on the device alone; engine: host arrays to host arrays; end to end: "
-        "features to events. Videos/s of `Localizer.stream`, where these overlap."
+        "Milliseconds per batch, p50 / p99: on the device alone, back to back; engine: host arrays to host arrays; end "
+        "to end: features to events. Videos/s of `Localizer.stream`, where these overlap."
     )
     return f"## Speed\n\n{note}\n\n" + markdown_table(header, rows)
 
@@ -128,8 +128,11 @@ def _stages(done: Outcomes) -> str:
     for name, outcome in done.items():
         why = str(outcome.get("error") or _result(done, name).get("summary", ""))
         cell = " ".join(why.split()).replace("|", "/")[:300]
-        rows.append([name, str(outcome["status"]), f"{outcome.get('seconds', 0):.1f}", cell])
-    return "## Stages\n\n" + markdown_table(["Stage", "Outcome", "s", "Why"], rows) if rows else ""
+        clock = outcome.get("gpu", {}).get("sm_mhz")
+        shown = "" if clock is None else f"{clock['min']:.0f} to {clock['max']:.0f}"
+        unsteady = ", unsteady" if outcome.get("gpu", {}).get("unsteady") else ""
+        rows.append([name, str(outcome["status"]), f"{outcome.get('seconds', 0):.1f}", shown + unsteady, cell])
+    return "## Stages\n\n" + markdown_table(["Stage", "Outcome", "s", "SM clock, MHz", "Why"], rows) if rows else ""
 
 
 def _mebibytes(count: Any) -> str:

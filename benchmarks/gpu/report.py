@@ -15,11 +15,13 @@ import os
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.clocks import sampled
 from benchmarks.gpu.page import measurements, page
 from benchmarks.results import write_result
 from runtime.files import write_json
@@ -28,6 +30,8 @@ from runtime.machine import machine_facts
 ROOT = Path(__file__).resolve().parents[2]
 PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+OUTPUT = 3000
+"""Characters kept of what a process wrote."""
 SPARE_SECONDS = 5.0
 """A stage is not begun with less time left than this."""
 
@@ -47,7 +51,11 @@ class Stage:
 
 def plan(options: argparse.Namespace) -> list[Stage]:
     """Return all stages, those first on which others build or whose result matters most."""
-    stages = [Stage("machine", "tensorrt", "machine", 60), Stage("copy", "tensorrt", "copy", 60)]
+    stages = [
+        Stage("machine", "tensorrt", "machine", 60),
+        Stage("copy", "tensorrt", "copy", 60),
+        Stage("tests", "pytest", "pytest", 420),
+    ]
     torch = options.torch_python is not None
     if torch:
         stages.append(Stage("matmuls", "torch", "matmuls", 120))
@@ -55,17 +63,19 @@ def plan(options: argparse.Namespace) -> list[Stage]:
     if options.bundle is None:
         stages.append(Stage("export", "torch", "export", 600, {"precisions": list(options.precisions)}))
         graphs = ("export",)
-    built: list[Stage] = []
+    # an engine is tuned for one batch size: the latency of batch 1 and the throughput of large ones need two
+    kinds = {"latency": [1], "throughput": [batch for batch in options.batches if batch > 1]}
     for format in options.formats:
         for precision in options.precisions:
-            name = f"{format} {precision}"
-            chosen = {"format": format, "precision": precision}
-            built.append(Stage(f"{name} build", "tensorrt", "build", 420, chosen, graphs))
-            built.append(Stage(f"{name} parity check", "tensorrt", "status", 120, chosen, (f"{name} build",)))
-            built.append(Stage(f"{name} speed", "tensorrt", "speed", 240, chosen, (f"{name} parity check",)))
-            built.append(Stage(f"{name} layers", "tensorrt", "layers", 60, chosen, (f"{name} parity check",)))
-    stages += built
-    stages.append(Stage("tests", "pytest", "pytest", 420, {}, graphs))
+            for kind, batches in kinds.items():
+                if not batches:
+                    continue
+                name = f"{format} {precision} {kind}"
+                chosen = {"format": format, "precision": precision, "kind": kind, "batches": batches}
+                stages.append(Stage(f"{name} build", "tensorrt", "build", 600, chosen, graphs))
+                stages.append(Stage(f"{name} parity check", "tensorrt", "status", 120, chosen, (f"{name} build",)))
+                stages.append(Stage(f"{name} speed", "tensorrt", "speed", 240, chosen, (f"{name} parity check",)))
+                stages.append(Stage(f"{name} layers", "tensorrt", "layers", 60, chosen, (f"{name} parity check",)))
     if torch and options.checkpoint is not None:
         for form, precision in (
             ("eager", "fp32"),
@@ -75,12 +85,15 @@ def plan(options: argparse.Namespace) -> list[Stage]:
             ("compiled", "bf16"),
         ):
             chosen = {"form": form, "precision": precision}
-            stages.append(Stage(f"torch {form} {precision}", "torch", "peer", 300, chosen))
-    for precision in ("fp32", "fp16"):
-        if precision in options.precisions:
-            stages.append(
-                Stage(f"onnxruntime {precision}", "tensorrt", "onnxruntime", 180, {"precision": precision}, graphs)
-            )
+            if form == "compiled":  # which takes minutes for every batch size
+                chosen["batches"] = sorted({min(options.batches), max(options.batches)})
+            limit = 600 if form == "compiled" else 300
+            stages.append(Stage(f"torch {form} {precision}", "torch", "peer", limit, chosen))
+    stages += [
+        Stage(f"onnxruntime {precision}", "tensorrt", "onnxruntime", 180, {"precision": precision}, graphs)
+        for precision in ("fp32", "fp16")
+        if precision in options.precisions
+    ]
     return stages
 
 
@@ -120,47 +133,69 @@ def run(options: argparse.Namespace) -> Path:
 
 def run_stage(stage: Stage, options: argparse.Namespace, common: dict[str, Any], limit: float) -> dict[str, Any]:
     slug = stage.name.replace(" ", "-")
-    settings, result = options.work / f"{slug}.settings.json", options.work / f"{slug}.result.json"
+    settings = options.work / f"{slug}.settings.json"
+    result = options.work / (f"{slug}.xml" if stage.side == "pytest" else f"{slug}.result.json")
     result.unlink(missing_ok=True)
     write_json(settings, common | stage.settings)
-    command, environment = _command(stage, options, common, settings, result)
+    command, environment = _command(stage, options, settings, result)
     begin = time.perf_counter()
-    try:
-        process = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"status": "failed", "error": f"took longer than {limit:.0f} s", "seconds": time.perf_counter() - begin}
-    seconds = time.perf_counter() - begin
-    output = (process.stdout + process.stderr)[-3000:]
+    with sampled() as gpu:
+        try:
+            process = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            outcome = {"status": "failed", "error": f"took longer than {limit:.0f} s", "output": _kept(error)}
+        else:
+            outcome = _outcome(stage, process, result)
+    return outcome | {"seconds": time.perf_counter() - begin} | ({"gpu": gpu} if gpu else {})
+
+
+def _kept(error: subprocess.TimeoutExpired) -> str:
+    """Return what a process that was ended had written: of the tests, each that was done."""
+    parts = (
+        part.decode(errors="replace") if isinstance(part, bytes) else part for part in (error.stdout, error.stderr)
+    )
+    return "".join(part or "" for part in parts)[-OUTPUT:]
+
+
+def _outcome(stage: Stage, process: subprocess.CompletedProcess[str], result: Path) -> dict[str, Any]:
+    output = (process.stdout + process.stderr)[-OUTPUT:]
     if stage.side == "pytest":
-        return _tests_outcome(process.returncode, process.stdout, output) | {"seconds": seconds}
+        return _tests_outcome(process.returncode, result, output)
     if not result.is_file():
-        return {"status": "failed", "error": f"ended with {process.returncode}", "output": output, "seconds": seconds}
+        return {"status": "failed", "error": f"ended with {process.returncode}", "output": output}
     outcome: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     status = outcome.get("result", {}).get("passed") if stage.action == "status" else None
     if status is False:  # an engine that fails its parity check gets no speed
         outcome |= {"status": "failed", "error": "the parity check failed"}
-    return outcome | {"seconds": seconds}
+    return outcome
 
 
 def _command(
-    stage: Stage, options: argparse.Namespace, common: dict[str, Any], settings: Path, result: Path
+    stage: Stage, options: argparse.Namespace, settings: Path, result: Path
 ) -> tuple[list[str], dict[str, str]]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     if stage.side == "pytest":
-        environment |= {"CCNET_GPU_BUNDLE": common["bundle"], "CCNET_GPU_REFERENCE": common["reference"]}
-        return [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "-q", *options.tests], environment
+        # without CCNET_GPU_BUNDLE: what the tests do with the real network, the stages do
+        pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "-rs", f"--junitxml={result}"]
+        return [*pytest, *options.tests], environment
     python = options.torch_python if stage.side == "torch" else sys.executable
     module = "benchmarks.gpu.torch_stages" if stage.side == "torch" else "benchmarks.gpu.stages"
     return [str(python), "-m", module, stage.action, str(settings), str(result)], environment
 
 
-def _tests_outcome(status: int, stdout: str, output: str) -> dict[str, Any]:
-    summary = next((line for line in reversed(stdout.splitlines()) if line.strip()), "no output")
-    if status == 0:  # all skipped proves nothing
-        ran = "passed" in summary
-        return {"status": "done" if ran else "skipped", "result": {"summary": summary, "output": output}}
+def _tests_outcome(status: int, junit: Path, output: str) -> dict[str, Any]:
+    """Return `done` only if tests passed and none failed: all skipped proves nothing."""
+    if not junit.is_file():
+        return {"status": "failed", "error": f"pytest ended with {status}", "output": output}
+    suites = list(ElementTree.parse(junit).getroot().iter("testsuite"))
+    counts = {key: sum(int(s.get(key, 0)) for s in suites) for key in ("tests", "failures", "errors", "skipped")}
+    failed = counts["failures"] + counts["errors"]
+    passed = counts["tests"] - failed - counts["skipped"]
+    summary = f"{passed} passed, {failed} failed, {counts['skipped']} skipped"
+    if status == 0:
+        return {"status": "done" if passed else "skipped", "result": {"summary": summary, "output": output}}
     return {"status": "failed", "error": f"pytest ended with {status}: {summary}", "output": output}
 
 
