@@ -89,9 +89,6 @@ def test_a_day_without_a_gpu(arguments: list[str], tmp_path: Path) -> None:
     assert outcomes["tensorrt-rtx fp32 latency parity check"] == "failed"
     missing = "needs 'tensorrt-rtx fp32 latency parity check'"
     assert stages["tensorrt-rtx fp32 latency speed"] == {"status": "skipped", "error": missing}
-        "status": "skipped",
-        "error": "needs 'tensorrt-rtx fp32 latency parity check'",
-    }
     assert "BackendUnavailable" in stages["tensorrt-rtx fp32 latency parity check"]["error"]
     assert report["machine"]["libraries"]["tensorrt-rtx"].startswith("1.")
     assert report["commit"] != ""
