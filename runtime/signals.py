@@ -7,9 +7,12 @@ import threading
 from types import FrameType
 from typing import Any
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, a scheduler's request, and a terminal that was closed."""
+
 
 class StopRequest:
-    """Inside the block the first SIGINT or SIGTERM is only noted; a second SIGINT raises KeyboardInterrupt.
+    """Inside the block the first SIGINT, SIGTERM or SIGHUP is only noted; a second SIGINT raises KeyboardInterrupt.
 
     Only the main thread can take signals over; elsewhere they keep their effect and nothing is noted.
     """
@@ -26,7 +29,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -8,7 +8,9 @@ import errno
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -29,6 +32,7 @@ from ccnet.network.model import CCNet
 from ccnet.synthetic.annotations import demo_annotations
 from ccnet.synthetic.features import SynthesisSettings
 from ccnet.synthetic.folder import synthesize_folder
+from ccnet.training.dataset import TrainingVideos
 from ccnet.training.journal import EPOCH_COLUMNS, LOSS_COLUMNS, STEP_COLUMNS
 from ccnet.training.learner import Learner, choose_device
 from ccnet.training.loop import TrainingResult, train
@@ -39,6 +43,7 @@ from runtime.batches import Batch
 from runtime.errors import (
     AnnotationError,
     BackendUnavailable,
+    CCNetError,
     CheckpointError,
     ConfigError,
     FeatureError,
@@ -287,8 +292,9 @@ def test_a_full_disk_leaves_the_last_state(
     assert_same_run(out, straight)
 
 
-def test_ctrl_c_in_a_terminal(data: Data, tmp_path: Path) -> None:
-    """The command gets SIGINT with all of its processes, leaves with 130 and a state, and has no traceback."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_processes(data: Data, tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C, a scheduler or a closed terminal: the command leaves with 128 + n and a state, without a traceback."""
     out = tmp_path / "run"
     settings = {
         **{f"model.{name}": getattr(CONFIG.model, name) for name in ("length", "levels", "visual_dim", "audio_dim")},
@@ -305,12 +311,67 @@ def test_ctrl_c_in_a_terminal(data: Data, tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while not (out / "last").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors
-    assert "stopped by SIGINT" in errors
+    assert f"stopped by {number.name}" in errors
     assert read_checkpoint(out / "last").metrics["step"] > 0
+
+
+def test_a_worker_that_dies_is_named_and_the_state_is_saved(
+    data: Data, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, done = Learner.step, 0
+
+    def stepping(self: Learner, *arguments: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == 4:  # the first step of the second epoch
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid or 0, signal.SIGKILL)
+        return original(self, *arguments)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", stepping)
+        patch.setattr(TrainingVideos, "__getitem__", _slowly(TrainingVideos.__getitem__))
+        with pytest.raises(TrainingError, match=r"loading process ended.*train\.workers 0"):
+            data.train(out, changed(workers=1))
+    assert read_checkpoint(out / "last").metrics["step"] >= 3
+    data.train(out, resume=True)
+    assert_same_run(out, straight)
+
+
+def _slowly(read: Any) -> Any:
+    def reading(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return read(*arguments)
+
+    return reading
+
+
+def test_little_shared_memory_is_named_at_the_start(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(TrainingError, match=r"shared memory.*train\.workers 0"):
+        data.train(tmp_path / "run", changed(workers=1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_validation_video_does_not_cost_the_epoch(data: Data, tmp_path: Path) -> None:
+    features = tmp_path / "features"
+    shutil.copytree(data.features, features)
+    (video, *_) = read_annotations(data.annotations).subset("validation")
+    path = next(features.glob(f"{video.video_id}_*.npy"))
+    array = np.load(path)
+    array[0, 0] = np.nan
+    np.save(path, array)
+    with pytest.raises(CCNetError, match=path.name):
+        train(CONFIG, data.annotations, features, tmp_path / "run", quiet=True)
+    assert read_checkpoint(tmp_path / "run" / "last").metrics["step"] == STEPS_PER_EPOCH
 
 
 # --- it refuses --------------------------------------------------------------------------------------------------

@@ -8,9 +8,12 @@ Shapes:  B batch   T steps   n steps of one video   Cv, Ca feature widths   M ev
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -25,13 +28,18 @@ from ccnet.network.model import released_inputs
 from ccnet.training.targets import Targets, build_targets
 from runtime.annotations import VideoAnnotation
 from runtime.batches import pack
-from runtime.errors import CCNetError, FeatureError
+from runtime.errors import CCNetError, FeatureError, TrainingError
 from runtime.features import VideoFeatures, read_video
-from runtime.spec import TimeBase
+from runtime.schema import quote
+from runtime.signals import STOP_SIGNALS
+from runtime.spec import TimeBase, point_grid
 
 Floats = npt.NDArray[np.float32]
 _CROP_TRIALS = 200
 _NAMED_PROBLEMS = 5
+_POLL_SECONDS = 2
+_STUCK_SECONDS = 600
+_NO_WORKERS = "is there enough memory, and shared memory (/dev/shm)? train.workers 0 loads without further processes"
 
 
 class Batch(NamedTuple):
@@ -233,7 +241,8 @@ class TrainingLoader:
             num_workers=train.workers,
             persistent_workers=train.workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=_leave_interrupts_to_the_trainer,
+            timeout=_POLL_SECONDS if train.workers else 0,
+            worker_init_fn=_leave_signals_to_the_trainer,
             # Its own generator: starting an epoch must not move the global one, which a resumed run restores.
             generator=torch.Generator().manual_seed(train.seed),
         )
@@ -242,18 +251,71 @@ class TrainingLoader:
         """Return the number of batches of a whole epoch."""
         return len(self._batches)
 
-    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch, from `first_batch` on. Raises FeatureError when a video can't be used."""
+    def epoch(
+        self, epoch: int, first_batch: int = 0, *, while_waiting: Callable[[], None] = lambda: None
+    ) -> Iterator[Batch]:
+        """Yield the batches of an epoch, from `first_batch` on; call `while_waiting` every few seconds without one.
+
+        Raises FeatureError when a video can't be used, TrainingError when the loading processes are dead or stuck.
+        """
         self._batches.epoch, self._batches.first_batch = epoch, first_batch
-        for batch in self._loader:
+        with _own_child_signals():
+            batches = iter(self._loader)
+        waited = 0
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:  # of torch: there is no class for either case
+                if "timed out" not in str(error):
+                    raise TrainingError(f"a data loading process ended: {quote(error)}; {_NO_WORKERS}") from error
+                waited += _POLL_SECONDS
+                if waited >= _STUCK_SECONDS:
+                    raise TrainingError(f"no batch for {waited} seconds; {_NO_WORKERS}") from error
+                while_waiting()
+                continue
+            waited = 0
             if isinstance(batch, CCNetError):
                 raise batch
             yield batch
 
 
-def _leave_interrupts_to_the_trainer(worker: int) -> None:
-    """Ignore Ctrl-C, which reaches every process of a terminal: the training process decides when to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def _own_child_signals() -> Iterator[None]:
+    """Undo torch's handler of SIGCHLD, which raises in the middle of a step; waiting for a batch sees a dead worker."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+def check_shared_memory(config: Config, folder: str = "/dev/shm") -> None:
+    """Raise TrainingError where the batches under way between processes would not fit the shared memory."""
+    model, train = config.model, config.train
+    if train.workers == 0 or not os.path.isdir(folder):
+        return
+    features = model.length * (model.visual_dim + model.audio_dim)
+    targets = point_grid(model.length, model.levels).num_points * model.num_classes * 3
+    needed = 4 * train.batch_size * (features + targets) * (2 * train.workers + 1)  # two ahead, and one in use
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise TrainingError(
+            f"{folder}: {free / 1e6:.1f} MB of shared memory are free, batches from {train.workers} loading "
+            f"process(es) need {needed / 1e6:.1f} MB; give the container more (docker run --shm-size 1g), or use "
+            "train.workers 0"
+        )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ignore what reaches every process of a terminal or a job: the training process decides when to stop.
+
+    A worker ends by itself when the training process is gone.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Guarded(Dataset[Any]):

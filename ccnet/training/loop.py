@@ -24,14 +24,14 @@ import torch
 
 from ccnet.checkpoint import save_checkpoint
 from ccnet.config import Config
-from ccnet.training.dataset import Batch, TrainingLoader, check_folder
+from ccnet.training.dataset import Batch, TrainingLoader, check_folder, check_shared_memory
 from ccnet.training.journal import LOSS_COLUMNS, Journal, Row
 from ccnet.training.learner import Learner, choose_device, describe_device
 from ccnet.training.optimizer import learning_rate
 from ccnet.training.state import Position, TrainingState, open_run, save_state
 from ccnet.training.validation import evaluate_network
 from runtime.annotations import Annotations, read_annotations
-from runtime.errors import AnnotationError, Interrupted, TrainingError
+from runtime.errors import AnnotationError, CCNetError, Interrupted, TrainingError
 from runtime.evaluation import Evaluation
 from runtime.files import sha256_file
 from runtime.progress import Progress
@@ -71,8 +71,8 @@ def train(
 ) -> TrainingResult:
     """Train on the subset `train`, validate on `validation`, write into the folder `out`.
 
-    Ctrl-C and SIGTERM save the state after the current step and raise Interrupted; `resume=True` continues from it, or
-    after a kill from the last saved epoch. `quiet` leaves out the progress bar.
+    Ctrl-C, SIGTERM and SIGHUP save the state after the current step and raise Interrupted; `resume=True` continues
+    from it, or after a kill from the last saved epoch. `quiet` leaves out the progress bar.
 
     Raises CheckpointError when `out` holds another run or has none to resume, AnnotationError and FeatureError for bad
     data, ConfigError for settings that do not fit the data, BackendUnavailable for an absent device, TrainingError
@@ -85,6 +85,7 @@ def train(
         if not any(len(video.labels) for video in videos.subset(subset)):
             raise AnnotationError(f"{annotations}: the videos of subset '{subset}' have no events")
     check_folder(features, videos.subset("validation"), config)
+    check_shared_memory(config)
     device = choose_device(config.train.device)
     annotations_sha256 = sha256_file(annotations)
     state = open_run(out, config, annotations_sha256=annotations_sha256, resume=resume)
@@ -180,7 +181,7 @@ class _Run:
         text = f"epoch {position.epoch + 1}/{self.total_epochs}"
         self._window_started = time.perf_counter()
         with Progress(text, total=len(self.loader), initial=position.batch, unit="step", quiet=self.quiet) as progress:
-            for batch in self._timed(self.loader.epoch(position.epoch, position.batch)):
+            for batch in self._timed(self._batches()):
                 self.window += self.learner.step(batch.to(self.device), self._rate(self.steps_done))
                 self._window_samples += len(batch.mask)
                 position.batch += 1
@@ -188,11 +189,30 @@ class _Run:
                 if position.window_steps == _STEPS_PER_ROW:
                     progress.show(**self._close_window())
                 progress.advance()
-                if self.stop.requested:
-                    self._save_and_stop()
+                self._stop_if_asked()
             fetching = time.perf_counter()
             self._close_window()
             position.epoch_seconds += time.perf_counter() - fetching
+
+    def _batches(self) -> Iterator[Batch]:
+        """Yield the batches that are left of the epoch; the state is saved before an error of loading leaves."""
+        position = self.position
+        try:
+            yield from self.loader.epoch(position.epoch, position.batch, while_waiting=self._stop_if_asked)
+        except Interrupted:
+            raise
+        except CCNetError:
+            self._save_before_error()
+            raise
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.requested:
+            self._save_and_stop()
+
+    def _save_before_error(self) -> None:
+        if self.steps_done and all(map(math.isfinite, self.window.tolist())):
+            self._save_last()
+            self.journal.write()
 
     def _timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches; count the epoch's seconds, and those among them spent waiting for data."""
@@ -246,6 +266,9 @@ class _Run:
             )
         except Interrupted:
             self._save_and_stop()
+        except CCNetError:
+            self._save_before_error()
+            raise
 
     def _end_epoch(self, evaluation: Evaluation | None) -> None:
         position = self.position
