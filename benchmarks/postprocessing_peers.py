@@ -1,4 +1,4 @@
-"""Straightforward NumPy versions of suppression and metric, as a yardstick: the rules written down, nothing clever.
+"""Plain NumPy versions of suppression and metric to compare with: the rules written down, nothing clever.
 
 Shapes:  N candidates or predictions   M ground-truth events   K tIoU thresholds
 """
@@ -16,7 +16,7 @@ Array = npt.NDArray[Any]
 def plain_soft_nms(
     segments: Array, scores: Array, labels: Array, *, sigma: float, min_score: float, max_segments: int
 ) -> tuple[Array, Array, Array]:
-    """Gaussian Soft-NMS of every class to its end, then the best of all. segments [N, 2], scores [N], labels [N]."""
+    """Run Gaussian Soft-NMS of every class to its end and keep the best. segments [N, 2], scores [N], labels [N]."""
     kept_segments, kept_scores, kept_labels = [], [], []
     for label in np.unique(labels):
         member = labels == label
@@ -49,7 +49,7 @@ def plain_average_precision(
     num_classes: int,
     tiou_thresholds: Array,
 ) -> Array:
-    """AP [K, num_classes], one prediction at a time; ground truth without near-duplicates is expected."""
+    """Return AP [K, num_classes], one prediction at a time; ground truth without near-duplicates is expected."""
     result = np.full((len(tiou_thresholds), num_classes), np.nan)
     for label in range(num_classes):
         of_class = np.flatnonzero(gt_labels == label)

@@ -100,7 +100,11 @@ def test_batches_beyond_an_engine_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "reason"), [("unverified", "its accuracy was never verified"), ("failed", "it failed the parity check")]
+    ("status", "reason"),
+    [
+        ("unverified", "its accuracy was never verified; run 'ccnet verify BUNDLE'"),
+        ("failed", "it failed the parity check"),
+    ],
 )
 def test_without_a_passed_parity_check_there_is_no_speed(status: str, reason: str) -> None:
     unverified = FakeBackend()

@@ -155,8 +155,10 @@ def _open(candidate: Candidate, entry: dict[str, Any], stack: contextlib.ExitSta
             return None
         if entry["status"] in VERIFIED:
             return backend
-    failed = entry["status"] == "failed"
-    entry["not_measured"] = "it failed the parity check" if failed else "its accuracy was never verified"
+    if entry["status"] == "failed":
+        entry["not_measured"] = "it failed the parity check"
+    else:
+        entry["not_measured"] = f"its accuracy was never verified; run 'ccnet verify {candidate.bundle or 'BUNDLE'}'"
     return None
 
 
