@@ -165,6 +165,36 @@ def test_tensorrt_8_keeps_the_float_layers_of_a_half_graph_and_nothing_else() ->
     trt.config.set_tactic_sources.assert_called_with(0b10000)
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_tensorrt_8_without_kernels_for_the_pinned_layers(build: Any, tmp_path: Path, works: bool) -> None:
+    trt = Library("8.6.0")
+    flags: set[str] = set()
+    names = ("FP16", "TF32", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS")
+    trt.BuilderFlag = SimpleNamespace(**{name: name for name in names})
+    trt.NetworkDefinitionCreationFlag = SimpleNamespace(EXPLICIT_BATCH=0)
+    trt.TacticSource = SimpleNamespace(CUBLAS=0, CUBLAS_LT=1, CUDNN=2)
+    trt.config.configure_mock(set_flag=flags.add, clear_flag=flags.discard, get_flag=flags.__contains__)
+    trt.config.get_tactic_sources.return_value = 0
+    trt.builder.create_network.return_value = network(layer("MATRIX_MULTIPLY", "HALF", "HALF"))
+    engine = trt.Runtime().deserialize_cuda_engine()
+    engine.create_engine_inspector().get_engine_information.return_value = '{"Layers": []}'
+
+    def attempt(*_: Any) -> memoryview | None:
+        refused = not works or "OBEY_PRECISION_CONSTRAINTS" in flags
+        if refused:
+            trt.Builder.call_args.args[0].log(Severity.ERROR, "Could not find any implementation")
+        return None if refused else memoryview(b"plan")
+
+    trt.builder.build_serialized_network.side_effect = attempt
+    if works:
+        assert "preference" in build(trt, precision="fp16").build["fallback"]
+        assert "PREFER_PRECISION_CONSTRAINTS" in flags
+    else:
+        with pytest.raises(ExportError, match=r"(?s)built no engine.*Could not find any implementation"):
+            build(trt, precision="fp16")
+        assert not (tmp_path / "e.engine").exists()
+
+
 def test_tensorrt_8_is_asked_for_nothing_that_it_lacks(build: Any) -> None:
     trt = Library("8.6.0")
     del trt.IProgressMonitor

@@ -96,7 +96,12 @@ def build_engine(onnx_path: str | Path, out_path: str | Path, options: EngineOpt
         check_requested(requested, options.precision, onnx_path)
         config = _configure(trt, builder, network, log, options, targets)
         cache = _open_timing_cache(config, options.timing_cache)
-        blob = _build(trt, builder, network, config, log)
+        blob, fallback = _build(trt, builder, network, config), None
+        if blob is None and legacy.is_legacy(trt) and legacy.prefer_precisions(trt, config):
+            fallback = "no kernels for fp32 layers as they are in the graph; their precision is a preference"
+            blob = _build(trt, builder, network, config)
+    if blob is None:
+        raise ExportError(f"{trt.__name__} {trt.__version__} built no engine:\n{messages.errors()}")
     facts = {
         "seconds": round(time.perf_counter() - begin, 2),
         "layers": network.num_layers,
@@ -104,6 +109,8 @@ def build_engine(onnx_path: str | Path, out_path: str | Path, options: EngineOpt
         "requested_precisions": requested,
         "warnings": messages.of("WARNING")[:50],
     }
+    if fallback:
+        facts["fallback"] = fallback
     # checked before anything is written: an engine that is not what was asked for is never left behind
     if options.format == "tensorrt-rtx":
         facts["delivered_precisions"] = logged_precisions(messages.layers())
@@ -237,12 +244,10 @@ def _open_timing_cache(config: Any, path: Path | None) -> Any:
     return cache
 
 
-def _build(trt: Any, builder: Any, network: Any, config: Any, log: LibraryLog) -> Any:
-    with log.collect() as messages, _interruptible(trt, config):
-        blob = builder.build_serialized_network(network, config)
-    if blob is None:
-        raise ExportError(f"{trt.__name__} {trt.__version__} built no engine:\n{messages.errors()}")
-    return blob
+def _build(trt: Any, builder: Any, network: Any, config: Any) -> Any:
+    """Return the engine, or None where the library finds no way to build it; its log says why."""
+    with _interruptible(trt, config):
+        return builder.build_serialized_network(network, config)
 
 
 @contextlib.contextmanager

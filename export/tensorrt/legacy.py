@@ -7,7 +7,15 @@ from typing import Any
 from runtime.backends.tensorrt.legacy import is_legacy
 from runtime.errors import ExportError
 
-__all__ = ["MAX_OPSET", "check_supported", "configure", "is_legacy", "network_flags", "parser_error"]
+__all__ = [
+    "MAX_OPSET",
+    "check_supported",
+    "configure",
+    "is_legacy",
+    "network_flags",
+    "parser_error",
+    "prefer_precisions",
+]
 
 MAX_OPSET = 17
 
@@ -43,6 +51,15 @@ def configure(trt: Any, network: Any, config: Any, precision: str) -> None:
     sources = trt.TacticSource
     outside = sum(1 << int(source) for source in (sources.CUBLAS, sources.CUBLAS_LT, sources.CUDNN))
     config.set_tactic_sources(config.get_tactic_sources() & ~outside)
+
+
+def prefer_precisions(trt: Any, config: Any) -> bool:
+    """Let the builder leave the pinned types where it finds no kernel; return whether it was bound to them so far."""
+    bound = bool(config.get_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS))
+    if bound:
+        config.clear_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+        config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
+    return bound
 
 
 def _pin_float_layers(trt: Any, network: Any, config: Any) -> None:
