@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders import make_bundle
 
 import ccnet.cli.bench
 import runtime.profiling.bench
@@ -297,3 +298,11 @@ def test_the_report_alone_is_on_standard_output(
 def test_an_option_without_effect_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "bundle", "--no-compile"]) == 2
     assert "only with --checkpoint" in capsys.readouterr().err
+
+
+def test_a_cold_start_does_not_import_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("runtime", "json", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current folder')")
+    bundle = make_bundle(tmp_path / "bundle").folder
+    monkeypatch.chdir(tmp_path)
+    assert measure_cold_start(bundle, "onnxruntime-fp32", repeats=1)["runs"][0]["load_s"] > 0

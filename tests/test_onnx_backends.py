@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -275,3 +277,14 @@ def test_half_precision_that_is_not_delivered_is_refused(graph: Path, monkeypatc
     monkeypatch.setattr("runtime.backends.openvino.check_available", lambda precision: core)
     with pytest.raises(BackendUnavailable, match=r"asked for bf16, (OpenVINO delivers f32|but no matmul)"):
         OpenVinoBackend.open(graph, SPEC, precision="bf16")
+
+
+def test_onnx_runtime_does_not_call_home(tmp_path: Path) -> None:
+    """It keeps what it would send in the home folder."""
+    pytest.importorskip("onnxruntime")
+    code = "from runtime.backends.onnxruntime import probe; print(probe('onnxruntime'))"
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("telemetry off")
+    assert list(tmp_path.rglob("*onnxruntime*")) == []

@@ -6,6 +6,7 @@ Shapes: see `runtime.spec.ModelSpec` (B batch, T steps, P points, C classes).
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +51,8 @@ def probe(name: str) -> str:
     """Return the library and the device of a backend. Raises MissingDependency or BackendUnavailable."""
     library = load_library(_DEVICES[name])
     if name == "onnxruntime":
-        return f"onnxruntime {library.__version__}"
+        telemetry = "off" if os.environ["ORT_DISABLE_TELEMETRY"] == "1" else "as ORT_DISABLE_TELEMETRY says"
+        return f"onnxruntime {library.__version__}, telemetry {telemetry}"
     from runtime.backends.tensorrt import cuda
 
     gpu = cuda.probe().name
@@ -173,7 +175,11 @@ class _CudaBinding:
 
 
 def load_library(device: Device) -> Any:
-    """Import ONNX Runtime. Raises MissingDependency, or BackendUnavailable when it has no provider for `device`."""
+    """Import ONNX Runtime, its telemetry off unless ORT_DISABLE_TELEMETRY is set.
+
+    Raises MissingDependency, or BackendUnavailable when it has no provider for `device`.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import: it calls home and writes into $HOME
     purpose = f"the ONNX Runtime backend ({device})"
     onnxruntime = import_package("onnxruntime", purpose, distribution=_DISTRIBUTIONS[device])
     if _PROVIDERS[device] not in onnxruntime.get_available_providers():

@@ -18,6 +18,10 @@ from runtime.errors import BackendUnavailable, CCNetError, EngineError
 from runtime.machine import peak_rss_bytes, rss_bytes
 
 _TIMEOUT_S = 600.0
+_CHILD = """import sys
+sys.path[0] = sys.argv.pop(1)  # in place of the current folder
+from runtime.profiling.cold_start import main
+sys.exit(main())"""
 
 
 def measure_cold_start(bundle: Path, engine: str, *, repeats: int = 3) -> dict[str, Any]:
@@ -31,7 +35,8 @@ def measure_cold_start(bundle: Path, engine: str, *, repeats: int = 3) -> dict[s
     runs = []
     for _ in range(repeats):
         begin = time.perf_counter_ns()
-        command = [sys.executable, "-m", "runtime.profiling.cold_start", str(bundle), engine]
+        # Not -m, which looks for packages in the current folder first.
+        command = [sys.executable, "-c", _CHILD, str(Path(__file__).parents[2]), str(bundle), engine]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired as error:
