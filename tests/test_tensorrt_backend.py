@@ -12,7 +12,10 @@ import sys
 import textwrap
 import threading
 import warnings
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +23,11 @@ from tensorrt_simulation import (
     ENGINE_FILE,
     ENGINE_SPEC,
     SCRATCH_OF_A_VIDEO,
+    Engine,
     Simulation,
     expected_outputs,
     install,
+    tensorrt_module,
     write_engine,
 )
 
@@ -459,3 +464,95 @@ def test_a_real_rtx_engine_is_refused_without_a_gpu(tmp_path: Path) -> None:
         TensorRTBackend.open(path, model_file, ENGINE_SPEC)
     with pytest.raises(EngineMismatch, match=r"built with tensorrt_rtx 1\.6\.0"):
         TensorRTBackend.open(path, dataclasses.replace(model_file, library_version="1.6.0"), ENGINE_SPEC)
+
+
+class RtxCache:
+    """IRuntimeCache: grows with every context that is made."""
+
+    def __init__(self) -> None:
+        self.content: bytes | None = None
+
+    def deserialize(self, content: bytes) -> None:
+        self.content = content
+
+    def serialize(self) -> memoryview | None:
+        return None if self.content is None else memoryview(self.content)
+
+
+@pytest.fixture
+def rtx(sim: Simulation, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """TensorRT for RTX as far as it differs: validity of engines, configuration and cache of the runtime."""
+    module: Any = tensorrt_module(sim)
+    module.__name__, module.diagnostics, module.caches, module.configs = "tensorrt_rtx", 0, [], weakref.WeakSet()
+    names = ("VERSION_MISMATCH", "UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME", "INSUFFICIENT_GPU_MEMORY")
+    bits = {name: 1 << bit for bit, name in enumerate((*names, "MALFORMED_ENGINE", "CUDA_ERROR"))}
+    module.EngineInvalidityDiagnostics = SimpleNamespace(**bits)
+    module.EngineValidity = SimpleNamespace(INVALID="invalid")
+    module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+    module.CudaGraphStrategy = SimpleNamespace(DISABLED="disabled")
+    module.Runtime.engine_header_size = 4
+    module.Runtime.get_engine_validity = lambda self, header: (
+        "invalid" if module.diagnostics else "valid",
+        module.diagnostics,
+    )
+
+    class Config:
+        def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+            assert strategy == "user"
+
+        def create_runtime_cache(self) -> Any:
+            module.caches.append(RtxCache())
+            return module.caches[-1]
+
+        def set_runtime_cache(self, cache: RtxCache) -> None:
+            self.cache = cache
+
+    class RtxEngine(Engine):
+        def create_runtime_config(self) -> Config:
+            config = Config()
+            module.configs.add(config)
+            return config
+
+        def create_execution_context(self, config: Any) -> Any:
+            config.cache.content = (config.cache.content or b"") + b"kernels "
+            return super().create_execution_context("user")
+
+    monkeypatch.setattr("tensorrt_simulation.Engine", RtxEngine)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
+    return module
+
+
+RTX_FILE = dataclasses.replace(ENGINE_FILE, format="tensorrt-rtx", library="tensorrt_rtx", compute_capabilities=())
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "text"),
+    [
+        ("VERSION_MISMATCH", EngineMismatch, "ccnet rebuild"),
+        ("UNSUPPORTED_CC", EngineMismatch, "ccnet rebuild"),
+        ("OLD_CUDA_DRIVER", BackendUnavailable, "the driver is too old"),
+        ("OLD_CUDA_RUNTIME", BackendUnavailable, "the CUDA runtime is too old"),
+        ("INSUFFICIENT_GPU_MEMORY", BackendUnavailable, "too little memory"),
+        ("CUDA_ERROR", BackendUnavailable, "CUDA does not start"),
+    ],
+)
+def test_what_rtx_says_of_an_engine(rtx: Any, tmp_path: Path, name: str, error: type[Exception], text: str) -> None:
+    rtx.diagnostics = getattr(rtx.EngineInvalidityDiagnostics, name)
+    path = write_engine(tmp_path / "bundle" / "e.engine", b"vtrt")
+    with pytest.raises(error, match=f"can't run this engine on Simulated GPU.*{text}"):
+        TensorRTBackend.open(path, RTX_FILE, ENGINE_SPEC)
+
+
+def test_rtx_kernels_are_saved_after_each_new_batch_size(rtx: Any, sim: Simulation, tmp_path: Path) -> None:
+    path = write_engine(tmp_path / "bundle" / "e.engine", b"vtrt")
+    with TensorRTBackend.open(path, RTX_FILE, ENGINE_SPEC) as backend:
+        (saved,) = (tmp_path / "bundle.cache").iterdir()
+        first = saved.read_bytes()
+        backend.infer(*inputs(4))
+        assert len(saved.read_bytes()) > len(first)
+        gc.collect()
+        assert len(rtx.configs) == 1  # contexts may refer to it as long as they live
+        rtx.caches[0].content = None  # a library that does not tell
+    assert sim.held == {}
+    with TensorRTBackend.open(path, RTX_FILE, ENGINE_SPEC):
+        assert rtx.caches[1].content.startswith(first)
