@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -200,3 +205,22 @@ def test_the_published_annotations_fit_the_preset(annotations_file: Path, tmp_pa
     visual, audio = read_video(tmp_path, video.video_id, Config().layout, 2048, 128)
     assert visual.shape[1] == 2048
     assert audio.shape[1] == 128
+
+
+def test_sigterm_to_all_processes_ends_quietly_and_is_continued(tmp_path: Path) -> None:
+    """A scheduler's signal reaches the workers too: exit status 143, no traceback, no file that is not whole."""
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text(json.dumps(demo_annotations({"train": 2000}, 5, seed=0)))
+    command = [sys.executable, "-m", "ccnet", "synthesize", "--annotations", str(annotations), "--preset", "demo"]
+    command += ["--out", str(tmp_path / "features"), "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("features/*.npy")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "Traceback" not in errors
+    assert "the same command continues" in errors
+    assert list((tmp_path / "features").glob(".*")) == []
+    assert 0 < len(list(tmp_path.glob("features/*.npy"))) < 3 * 2000

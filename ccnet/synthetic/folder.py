@@ -7,11 +7,11 @@ files are all there and whole is not made again.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import shutil
 import signal
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,10 +21,11 @@ import numpy.typing as npt
 from ccnet.config import Config
 from ccnet.synthetic.features import FeatureSynthesizer, SynthesisSettings
 from runtime.annotations import Annotations, VideoAnnotation
-from runtime.errors import ConfigError, FeatureError
+from runtime.errors import ConfigError, FeatureError, Interrupted
 from runtime.files import atomic_file, sha256_file, write_json
 from runtime.progress import Progress
 from runtime.records import BadRecord, read_json
+from runtime.signals import STOP_SIGNALS, StopRequest
 
 Dtype = Literal["float32", "float16"]
 SETTINGS_FILE = "synthetic.json"
@@ -180,8 +181,15 @@ def _run(job: _Job, videos: Sequence[VideoAnnotation], kept: int, workers: int, 
                 job(video)
                 progress.advance()
             return
-        with multiprocessing.Pool(min(workers, len(videos)), _start_worker, (job,)) as pool:
-            for _ in pool.imap_unordered(_work, videos, chunksize=4):
+        with (
+            StopRequest() as stop,
+            ProcessPoolExecutor(min(workers, len(videos)), initializer=_start_worker, initargs=(job,)) as pool,
+        ):
+            for done in as_completed([pool.submit(_work, video) for video in videos]):
+                if stop.requested:
+                    pool.shutdown(cancel_futures=True)  # the videos under way are finished
+                    raise Interrupted("interrupted; the same command continues the folder", stop.signal_number)
+                done.result()
                 progress.advance()
 
 
@@ -190,7 +198,8 @@ _worker_job: _Job | None = None
 
 def _start_worker(job: _Job) -> None:
     global _worker_job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends the pool
+    for number in STOP_SIGNALS:  # the parent's to handle; it ends the pool
+        signal.signal(number, signal.SIG_IGN)
     _worker_job = job
 
 
