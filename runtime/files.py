@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -38,7 +39,7 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "got a folder, expected the name of a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_orphans(path)
+    _tidy_files(path.parent)
     handle, temporary = tempfile.mkstemp(prefix=_prefix(path), suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(handle, mode, encoding=encoding) as stream:
@@ -142,11 +143,20 @@ def recover_folder(path: str | os.PathLike[str]) -> None:
     """
     path = Path(os.path.realpath(path))
     if not path.exists():
-        for retired in _orphans(path):
+        for retired in _orphans(path.parent, re.escape(path.name)):
             if (retired / "old").is_dir():
                 os.replace(retired / "old", path)
                 break
-    _remove_orphans(path)
+    for orphan in _orphans(path.parent, re.escape(path.name)):
+        shutil.rmtree(orphan, ignore_errors=True)
+
+
+@functools.cache
+def _tidy_files(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder, once: listing it for every file is slow."""
+    for orphan in _orphans(folder, ".*"):
+        with contextlib.suppress(OSError):
+            orphan.unlink()  # a folder stays: `recover_folder` may have to put it back
 
 
 def _prefix(path: Path) -> str:
@@ -158,12 +168,12 @@ def _machine() -> str:
     return f"{zlib.crc32(os.uname().nodename.encode()):08x}"
 
 
-def _orphans(path: Path) -> list[Path]:
-    """Return temporary files and folders of `path` that belong to this user, whose process on this machine is gone."""
-    name = re.compile(re.escape(f".{path.name}.") + r"(\d+)-" + _machine() + r"\..*\.(partial|old)")
+def _orphans(folder: Path, target: str) -> list[Path]:
+    """Return temporary files and folders of targets that match, of this user, whose process on this machine is gone."""
+    name = re.compile(rf"\.{target}\." + r"(\d+)-" + _machine() + r"\..*\.(partial|old)")
     found = []
     try:
-        entries = list(os.scandir(path.parent))
+        entries = list(os.scandir(folder))
     except OSError:
         return []
     for entry in entries:
@@ -174,15 +184,6 @@ def _orphans(path: Path) -> list[Path]:
             if entry.stat(follow_symlinks=False).st_uid == os.geteuid():
                 found.append(Path(entry.path))
     return sorted(found)
-
-
-def _remove_orphans(path: Path) -> None:
-    for orphan in _orphans(path):
-        if orphan.is_dir() and not orphan.is_symlink():
-            shutil.rmtree(orphan, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                orphan.unlink()
 
 
 def _is_running(pid: int) -> bool:

@@ -98,6 +98,9 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
     assert target.read_bytes() == b"old"
+    assert len(os.listdir(tmp_path)) == 2
+    write_json(tmp_path / "y", 1)
+    assert sorted(os.listdir(tmp_path)) == ["x", "y"]  # what the killed process left is gone
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
