@@ -34,7 +34,7 @@ from runtime.features import FeatureFiles, VideoFeatures
 from runtime.localizer import Localizer
 from runtime.machine import machine_facts, usable_cores
 from runtime.pipeline import Item
-from runtime.postprocess import detect, detect_batch
+from runtime.postprocess import PostProcessor, detect
 from runtime.profiling.timing import Rules, Timing, measure_interleaved
 from runtime.profiling.workload import sample_videos
 from runtime.spec import ModelSpec
@@ -116,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             for (kind, made), batch, workers in itertools.product(sources.items(), BATCHES, WORKERS)
         }
     lock_ms = interpreter_ms(rules.seconds)
+    feature_bytes = sum(array.nbytes for array in videos[0])
     box = {kind: box_rate(streams[kind, BATCHES[-1], 1].cpu_ms, lock_ms) for kind in sources}
     path = write_result(
         options.out,
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
             ),
             Measurement(name="interpreter lock, per video of a batch", value=lock_ms, unit="ms"),
         ],
-        page=page(stages, streams, lock_ms, box),
+        page=page(stages, streams, lock_ms, box, feature_bytes),
         machine=machine,
         stages_ms={name: timing.summary() for name, timing in stages.items()},
         estimate_box={"cores": BOX_CORES, **{f"{kind}_videos_per_second": rate for kind, rate in box.items()}},
@@ -168,6 +169,7 @@ def time_stages(folder: Path, spec: ModelSpec, videos: Sequence[VideoFeatures], 
     candidates = decode(logits, offsets, spec.length, spec.grid, post)
     found = detect(logits, offsets, valid_steps=spec.length, duration=72.0, spec=spec)
     one, two = Batch(spec, 1), Batch(spec, 2)
+    post_process, steps = PostProcessor(spec, None, 1), np.array([spec.length], np.int32)
     turn = itertools.count()
 
     def following(call: Callable[[int], Any]) -> Callable[[], Any]:
@@ -215,7 +217,7 @@ def time_stages(folder: Path, spec: ModelSpec, videos: Sequence[VideoFeatures], 
         "(empty the cache)": flush.sum,
         "whole call, arrays in memory, cold cache": following(whole_call),
         "(empty the cache again)": flush.sum,
-        "detect, cold cache": partial(detect_batch, engine.logits, engine.offsets, [spec.length], [72.0], spec=spec),
+        "detect, cold cache": partial(post_process, engine.logits, engine.offsets, steps, [72.0]),
     }
     often = Rules(seconds=0, calls=max(20, int(100 * rules.seconds)))
     timings = measure_interleaved(stages, often) | measure_interleaved(cold, often)
@@ -281,6 +283,7 @@ def page(
     streams: Mapping[tuple[str, int, int], Streamed],
     lock_ms: float,
     box: Mapping[str, float],
+    feature_bytes: int,
 ) -> str:
     """The Markdown page."""
     staged = [[name, f"{t.median * 1e3:.3f}", str(t.n)] for name, t in stages.items()]
@@ -306,7 +309,8 @@ def page(
             f"Of that, at most {lock_ms:.3f} ms a video of a batch hold the interpreter lock (a stream whose videos "
             "hold next to nothing).",
             f"**Estimate**, not a measurement: a box of {BOX_CORES} such cores could feed {rates}, the smaller of "
-            f"{BOX_CORES} / processor time and 1 / lock time. Memory bandwidth, which its cores share, is not in it.",
+            f"{BOX_CORES} / processor time and 1 / lock time. Memory bandwidth, which its cores share, is not in it: "
+            f"features alone would be {box['files'] * feature_bytes / 1e9:.0f} GB/s read and as much written.",
         ]
     )
 

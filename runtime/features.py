@@ -120,10 +120,11 @@ def check_shapes(visual: Any, audio: Any, spec: ModelSpec, *, name: str) -> Vide
     """
     seen = _check_array(visual, f"{name}: visual", expected_width=spec.visual_dim)
     heard = _check_array(audio, f"{name}: audio", expected_width=spec.audio_dim)
+    if len(seen) == len(heard):
+        return VideoFeatures(seen, heard)
     steps = min(len(seen), len(heard))
     for array, kind in ((seen, "visual"), (heard, "audio")):
-        if len(array) > steps:
-            copy_rows(array[steps:], None, f"{name}: {kind}", first_step=steps)
+        copy_rows(array[steps:], None, f"{name}: {kind}", first_step=steps)
     return VideoFeatures(seen[:steps], heard[:steps], length_note({"visual": len(seen), "audio": len(heard)}))
 
 

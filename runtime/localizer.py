@@ -13,11 +13,10 @@ from typing import Any
 from runtime.backends.base import Backend
 from runtime.backends.registry import runs_on_gpu
 from runtime.backends.select import OnMismatch, OpenedEngine, open_engine
-from runtime.batches import Batch
 from runtime.bundle import read_bundle
 from runtime.detections import Detections
 from runtime.errors import ConfigError
-from runtime.pipeline import Item, Localized, LongVideos, Pipeline, Results, Task, Video
+from runtime.pipeline import Item, Localized, LongVideos, Pipeline, Results, Task, Video, Workspace
 from runtime.schema import require
 from runtime.spec import ModelSpec, PostProcessing
 from runtime.stream import stream_videos
@@ -52,7 +51,7 @@ class Localizer:
         self.long_videos = long_videos
         self.window_overlap = window_overlap
         self._pipeline = Pipeline(spec, self.post, long_videos, window_overlap)
-        self._batch: Batch | None = None  # kept for the next call
+        self._workspace: Workspace | None = None  # kept for the next call
         self._opened: OpenedEngine | None = None
         require(len(self.backends) > 0, "backends", [], "at least one")
         for backend in self.backends:
@@ -101,13 +100,13 @@ class Localizer:
         tasks = [Task(f"video {i}", video) for i, video in enumerate(videos)]
         left = deque(tasks)
         size = backend.max_batch if self.long_videos == "windows" else min(backend.max_batch, max(1, len(tasks)))
-        if self._batch is None or self._batch.size != size:
-            self._batch = Batch(self.spec, size, getattr(backend, "allocate", None))
+        if self._workspace is None or self._workspace.batch.size != size:
+            self._workspace = self._pipeline.workspace(size, getattr(backend, "allocate", None))
         self._pipeline.run(
             lambda count, _: [left.popleft() for _ in range(min(count, len(left)))],
             _raise_errors,
             backend.infer,
-            self._batch,
+            self._workspace,
         )
         results = (task.result for task in tasks if isinstance(task.result, Localized))
         return [result.detections for result in results if result.detections is not None]

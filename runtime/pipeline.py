@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from runtime.backends.base import Float32, Int32
-from runtime.batches import Batch
+from runtime.batches import Allocate, Batch
 from runtime.decode import Candidates
 from runtime.detections import Detections
 from runtime.errors import CCNetError, FeatureError
 from runtime.features import FeatureFiles, VideoFeatures, check_shapes, copy_rows, files_note
-from runtime.postprocess import detect_batch
+from runtime.postprocess import PostProcessor
 from runtime.spec import ModelSpec, PostProcessing
 from runtime.windows import Window, decode_window, merge_windows, plan_windows
 
@@ -79,6 +79,14 @@ Infer: TypeAlias = Callable[[Float32, Float32, Int32], tuple[Float32, Float32]]
 
 
 @dataclass(frozen=True)
+class Workspace:
+    """The arrays that a thread uses again for every batch: its inputs, and the events of its outputs."""
+
+    batch: Batch
+    post_process: PostProcessor
+
+
+@dataclass(frozen=True)
 class Pipeline:
     """How videos are cut and post-processed. Holds nothing of a run, so any number of threads may run one."""
 
@@ -87,24 +95,29 @@ class Pipeline:
     long_videos: LongVideos
     window_overlap: float
 
-    def run(self, take: Take, finish: Finish, infer: Infer, batch: Batch) -> None:
+    def workspace(self, size: int, allocate: Allocate | None = None) -> Workspace:
+        """Return what a thread needs for batches of up to `size` rows; `allocate` as for `Batch`."""
+        return Workspace(Batch(self.spec, size, allocate), PostProcessor(self.spec, self.post, size))
+
+    def run(self, take: Take, finish: Finish, infer: Infer, workspace: Workspace) -> None:
         """Process tasks until there are none any more, in batches as full as `take` makes them.
 
         Errors become results of the tasks; what `take` and `finish` raise ends the run.
         """
-        run = _Run(self, take, finish, batch)
+        run = _Run(self, take, finish, workspace)
         try:
             while run.fill():
                 run.process(infer)
         finally:
-            batch.clear()
+            workspace.batch.clear()
 
 
 class _Run:
     """One thread's way through a pipeline."""
 
-    def __init__(self, pipeline: Pipeline, take: Take, finish: Finish, batch: Batch) -> None:
-        self._pipeline, self._take, self._finish, self._batch = pipeline, take, finish, batch
+    def __init__(self, pipeline: Pipeline, take: Take, finish: Finish, workspace: Workspace) -> None:
+        self._pipeline, self._take, self._finish = pipeline, take, finish
+        self._batch, self._detect = workspace.batch, workspace.post_process
         self._rows: list[tuple[Task, int]] = []  # task and index of its window, of each row of the batch
         self._waiting: deque[tuple[Task, VideoFeatures, int]] = deque()  # windows that are not in a batch yet
 
@@ -226,14 +239,12 @@ class _Run:
             self._rows.append((task, index))
 
     def _post_process(self, lengths: Int32, logits: Float32, offsets: Float32) -> None:
-        spec, post = self._pipeline.spec, self._pipeline.post
         whole = [row for row, (task, _) in enumerate(self._rows) if not task.windows]
+        durations = [self._rows[row][0].duration or 0.0 for row in whole]
         if len(whole) < len(self._rows):
-            found = detect_batch(
-                logits[whole], offsets[whole], lengths[whole], self._durations(whole), spec=spec, post=post
-            )
+            found = self._detect(logits[whole], offsets[whole], lengths[whole], durations)
         else:
-            found = detect_batch(logits, offsets, lengths, self._durations(whole), spec=spec, post=post)
+            found = self._detect(logits, offsets, lengths, durations)
         for row, detections in zip(whole, found, strict=True):
             self._rows[row][0].settle(detections)
         for row, (task, index) in enumerate(self._rows):
@@ -249,12 +260,9 @@ class _Run:
         except CCNetError as error:
             task.settle(error)
 
-    def _durations(self, rows: Sequence[int]) -> list[float]:
-        return [self._rows[row][0].duration or 0.0 for row in rows]
-
     def _settle_duration(self, task: Task, steps: int) -> None:
-        covered = self._pipeline.spec.time_base.covered_seconds(steps)
-        task.duration = float(covered if task.duration is None else task.duration)
+        if task.duration is None:
+            task.duration = self._pipeline.spec.time_base.covered_seconds(steps)
 
     def _fail(self, task: Task, error: BaseException) -> None:
         """Make an error of a video's own its result; any other one ends the stream."""

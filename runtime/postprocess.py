@@ -39,67 +39,78 @@ def detect(
     `valid_steps` out of range.
     """
     check_outputs(logits, offsets, valid_steps, spec.grid)
-    (found,) = detect_batch(
-        logits[None], offsets[None], [valid_steps], [duration], spec=spec, post=post, first_step=first_step
-    )
+    steps = np.array([valid_steps], np.int32)
+    (found,) = PostProcessor(spec, post, 1)(logits[None], offsets[None], steps, [duration], first_step=first_step)
     if isinstance(found, CCNetError):
         raise found
     return found
 
 
-def detect_batch(
-    logits: npt.NDArray[np.floating[Any]],
-    offsets: npt.NDArray[np.floating[Any]],
-    lengths: Sequence[int] | npt.NDArray[np.int32],
-    durations: Sequence[float],
-    *,
-    spec: ModelSpec,
-    post: PostProcessing | None = None,
-    first_step: int = 0,
-) -> list[Detections | CCNetError]:
-    """Post-process a batch: logits [B, P, C], offsets [B, P, C, 2], valid steps [B], seconds [B] -> one result a video.
+class PostProcessor:
+    """Post-processing of batches of up to `size` videos, with room for their events. One thread at a time."""
 
-    All of it is one compiled call without the interpreter lock. A video whose outputs are not finite, or whose
-    duration is out of range, gets the error that `detect` raises; the others are not touched by it. Raises EngineError
-    for arrays whose shapes are not those of `spec`, ConfigError for lengths outside 0..T.
-    """
-    post = post or spec.post
-    for name, array in ((LOGITS, logits), (OFFSETS, offsets)):
-        expected = spec.output_shapes(len(durations))[name]
-        if array.shape != expected:
-            raise EngineError(f"{name}: got shape {list(array.shape)}, expected {list(expected)}")
-    settings = detection_settings(post, spec.length, spec.levels, spec.num_classes, spec.time_base)
-    batch, most = len(logits), min(post.max_segments, settings.most_candidates)
-    segments, scores = np.empty((batch, most, 2)), np.empty((batch, most), np.float32)
-    labels, counts = np.empty((batch, most), np.int64), np.empty(batch, np.int64)
-    values, distances = floats(logits), floats(offsets)
-    steps, seconds = np.ascontiguousarray(lengths, np.int32), np.ascontiguousarray(durations, np.float64)
-    good = steps.shape == (batch,) and bool(((steps >= 0) & (steps <= spec.length)).all())
-    require(good, "lengths", steps.tolist(), f"{batch} integers from 0 to {spec.length}")
-    kernels().ccnet_detect(
-        settings,
-        batch,
-        address(values),
-        address(distances),
-        address(steps),
-        address(seconds),
-        first_step,
-        address(segments),
-        address(scores),
-        address(labels),
-        address(counts),
-        most,
-    )
-    results: list[Detections | CCNetError] = []
-    for b, count in enumerate(counts.tolist()):
-        if count == OUT_OF_MEMORY:
-            raise MemoryError
-        if count < 0 or not 0 < durations[b] < float("inf"):
-            results.append(_error_of(values[b], distances[b], int(steps[b]), durations[b], spec, post))
-        else:  # copies, so that a video kept does not keep its batch
-            arrays = (segments[b, :count].copy(), scores[b, :count].copy(), labels[b, :count].copy())
-            results.append(Detections(*arrays, spec.labels))
-    return results
+    def __init__(self, spec: ModelSpec, post: PostProcessing | None, size: int) -> None:
+        """`post` replaces `spec.post`."""
+        self._spec, self._post = spec, post or spec.post
+        self._settings = detection_settings(self._post, spec.length, spec.levels, spec.num_classes, spec.time_base)
+        self._shape = (spec.grid.num_points, spec.num_classes)
+        most = min(self._post.max_segments, self._settings.most_candidates)
+        self._segments, self._scores = np.empty((size, most, 2)), np.empty((size, most), np.float32)
+        self._labels, self._counts = np.empty((size, most), np.int64), np.empty(size, np.int64)
+        room = (self._segments, self._scores, self._labels, self._counts)
+        self._room = (*(address(array) for array in room), most)
+
+    def __call__(
+        self,
+        logits: npt.NDArray[np.floating[Any]],
+        offsets: npt.NDArray[np.floating[Any]],
+        lengths: npt.NDArray[np.int32],
+        durations: Sequence[float],
+        *,
+        first_step: int = 0,
+    ) -> list[Detections | CCNetError]:
+        """Post-process a batch: logits [B, P, C], offsets [B, P, C, 2], seconds [B] -> one result a video.
+
+        `lengths` [B]: valid steps, 0 to T, C-contiguous, which is not checked again. All of it is one compiled call
+        without the interpreter lock. A video whose outputs are not finite, or whose duration is out of range, gets the
+        error that `detect` raises; the others are not touched by it. Raises EngineError for arrays whose shapes are not
+        those of `spec`.
+        """
+        batch = len(durations)
+        for name, array, expected in ((LOGITS, logits, self._shape), (OFFSETS, offsets, (*self._shape, 2))):
+            if array.shape != (batch, *expected):
+                raise EngineError(f"{name}: got shape {list(array.shape)}, expected {[batch, *expected]}")
+        values, distances = floats(logits), floats(offsets)
+        seconds = np.array(durations, np.float64)
+        kernels().ccnet_detect(
+            self._settings,
+            batch,
+            address(values),
+            address(distances),
+            address(lengths),
+            address(seconds),
+            first_step,
+            *self._room,
+        )
+        results: list[Detections | CCNetError] = []
+        for b, count in enumerate(self._counts[:batch].tolist()):
+            if count == OUT_OF_MEMORY:
+                raise MemoryError
+            if count < 0 or not 0 < durations[b] < float("inf"):
+                results.append(self._error_of(values[b], distances[b], int(lengths[b]), durations[b]))
+            else:
+                segments, scores = self._segments[b, :count].copy(), self._scores[b, :count].copy()
+                results.append(Detections(segments, scores, self._labels[b, :count].copy(), self._spec.labels))
+        return results
+
+    def _error_of(self, logits: Any, offsets: Any, valid_steps: int, duration: float) -> CCNetError:
+        """Take the failed post-processing of one video step by step, for an error that says where it is."""
+        spec, post = self._spec, self._post
+        try:
+            to_events(*decode(logits, offsets, valid_steps, spec.grid, post), duration=duration, spec=spec, post=post)
+        except CCNetError as error:
+            return error
+        raise AssertionError("the compiled post-processing failed on a video that has no error")
 
 
 def to_events(
@@ -129,19 +140,3 @@ def to_events(
     seconds = np.clip(spec.time_base.to_seconds(segments.astype(np.float64) + first_step), 0.0, float(duration))
     inside = seconds[:, 1] > seconds[:, 0]
     return Detections(seconds[inside], scores[inside], labels[inside], spec.labels)
-
-
-def _error_of(
-    logits: npt.NDArray[np.float32],
-    offsets: npt.NDArray[np.float32],
-    valid_steps: int,
-    duration: float,
-    spec: ModelSpec,
-    post: PostProcessing,
-) -> CCNetError:
-    """Take the failed post-processing of one video step by step, for an error that says where it is."""
-    try:
-        to_events(*decode(logits, offsets, valid_steps, spec.grid, post), duration=duration, spec=spec, post=post)
-    except CCNetError as error:
-        return error
-    raise AssertionError("the compiled post-processing failed on a video that has no error")

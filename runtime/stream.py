@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from runtime.backends.base import Backend, Float32, Int32
-from runtime.batches import Batch
 from runtime.machine import usable_cores
 from runtime.pipeline import Item, Localized, Pipeline, Results, Task
 from runtime.schema import require
@@ -141,8 +140,8 @@ class _Stream:
 
     def _work(self) -> None:
         try:
-            batch = Batch(self._pipeline.spec, self._batch_size, self._allocate)
-            self._pipeline.run(self._take, self._finish, self._infer, batch)
+            workspace = self._pipeline.workspace(self._batch_size, self._allocate)
+            self._pipeline.run(self._take, self._finish, self._infer, workspace)
         except BaseException as error:  # noqa: BLE001  raised to the consumer, which would wait for ever
             with self._lock:
                 self._failure = error

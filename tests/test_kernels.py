@@ -18,10 +18,10 @@ from postprocess_oracle import Bad, decode_oracle, detect_oracle
 
 from runtime.decode import decode
 from runtime.detections import Detections
-from runtime.errors import CCNetError
+from runtime.errors import CCNetError, EngineError
 from runtime.kernels.build import FOLDER, find_compiler, library_path
 from runtime.machine import machine_facts
-from runtime.postprocess import detect, detect_batch
+from runtime.postprocess import PostProcessor, detect
 from runtime.spec import ModelSpec, PostProcessing
 
 needs_fma = pytest.mark.skipif(
@@ -134,13 +134,22 @@ def test_a_batch_gives_each_video_its_own_events_or_error() -> None:
     pairs[4][1][:] = np.inf
     lengths, durations = [64, 0, 64, 17, 64, 64], [30.0, 30.0, 30.0, 5.0, 30.0, -1.0]
     logits, offsets = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
-    together = detect_batch(logits, offsets, lengths, durations, spec=spec)
+    post_process = PostProcessor(spec, None, 6)
+    together = post_process(logits, offsets, np.array(lengths, np.int32), durations)
     kinds = [str(found).split(":")[0] if isinstance(found, CCNetError) else len(found) > 0 for found in together]
     assert kinds == [True, False, "logits", True, "offsets", "duration"]
     for b in (0, 1, 3):
         alone = detect(logits[b], offsets[b], valid_steps=lengths[b], duration=durations[b], spec=spec)
         check_equal(together[b], (alone.segments, alone.scores, alone.labels))
-    assert detect_batch(logits[:0], offsets[:0], [], [], spec=spec) == []
+    assert post_process(logits[:0], offsets[:0], np.array([], np.int32), []) == []
+    # The room is used again; what was found before stays.
+    (again,) = post_process(logits[:1], offsets[:1], np.array([30], np.int32), [9.0])
+    alone = detect(logits[0], offsets[0], valid_steps=30, duration=9.0, spec=spec)
+    check_equal(again, (alone.segments, alone.scores, alone.labels))
+    first = detect(logits[0], offsets[0], valid_steps=64, duration=30.0, spec=spec)
+    check_equal(together[0], (first.segments, first.scores, first.labels))
+    with pytest.raises(EngineError, match=r"offsets: got shape \[6, 120, 5, 2\], expected \[5, 120, 5, 2\]"):
+        post_process(logits[:5], offsets, np.full(5, 64, np.int32), [1.0] * 5)
 
 
 def test_threads_do_not_disturb_each_other() -> None:
