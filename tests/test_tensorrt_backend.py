@@ -132,6 +132,29 @@ def test_forks_share_the_engine_and_outlive_the_first(sim: Simulation, engine_pa
     assert sim.held == {}
 
 
+def test_threads_record_new_batch_sizes_at_the_same_time(sim: Simulation, engine_path: Path) -> None:
+    """Memory that one thread allocates while another one captures would end the capture."""
+    failures: list[BaseException] = []
+
+    def work(backend: TensorRTBackend, seed: int) -> None:
+        try:
+            with backend:
+                for batch in (1, 2, 4):
+                    arrays = inputs(batch, seed)
+                    assert_right(backend.infer(*arrays), arrays)
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread
+            failures.append(error)
+
+    with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as first:
+        threads = [threading.Thread(target=work, args=(first.fork(), seed)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures, failures[0]
+    assert sim.held == {}
+
+
 def test_batches_below_the_profile_are_filled_up(sim: Simulation, engine_path: Path) -> None:
     model_file = dataclasses.replace(ENGINE_FILE, profile=(4, 4, 4))
     with TensorRTBackend.open(engine_path, model_file, ENGINE_SPEC) as backend:
