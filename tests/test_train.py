@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -354,8 +355,7 @@ def _slowly(read: Any) -> Any:
 def test_little_shared_memory_is_named_at_the_start(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(TrainingError, match=r"shared memory.*train\.workers 0"):
         data.train(tmp_path / "run", changed(workers=1))
     assert not (tmp_path / "run").exists()
