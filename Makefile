@@ -1,13 +1,15 @@
 # Two commands on a fresh machine: `make demo` runs the whole job, `make test` passes the tests.
 # Both make the environment first. Linux installs of torch bring CUDA libraries unless pip is pointed at a CPU build
-# (PIP_EXTRA_INDEX_URL); set EXTRAS or PYTHON to choose others.
+# (PIP_EXTRA_INDEX_URL); set EXTRAS or PYTHON to choose others. pip would compile every file of every package, half its time;
+# Python compiles those that are imported.
 comma := ,
 PYTHON ?= python3
 VENV ?= .venv
 SOAK ?= 100000
 BIN := $(VENV)/bin
-# A process per core, one thread each; a file's tests share what they prepare, so they stay together.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# A process per core, one thread each; a file's tests share what they prepare, so they stay together. Files keep the order
+# of tests/conftest.py, the slow ones first.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # TensorRT-RTX builds engines without a GPU, so its tests run wherever its wheel exists.
 EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-')),dev$(comma)rtx,dev)
 
@@ -17,7 +19,7 @@ setup: $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 demo: setup ## synthesize, train, export, verify, predict, evaluate, bench, draw

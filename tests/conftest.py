@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from benchmarks.networks import Networks
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the files with slow tests first: one that starts last would keep one process busy and the others idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def annotations_file() -> Path:
     """The published UnAV-100 annotation file."""

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import edit_manifest
+from builders import copying_exporter, edit_manifest
 
 import export.bundle
 import export.graph.to_onnx
 import export.parity.check
 from ccnet.cli.main import main
 from ccnet.config import Config, preset, with_overrides
-from export.graph.to_onnx import OnnxInfo
+from ccnet.network.model import CCNet
 from export.parity.reference import load_reference
 from export.parity.tolerances import TOLERANCES, Tolerance
 from export.tensorrt.options import EngineOptions
@@ -56,7 +56,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from ccnet.checkpoint import save_checkpoint
-    from ccnet.network.model import CCNet
 
     torch.manual_seed(0)
     config = tiny_config()
@@ -94,17 +93,8 @@ def bundle(exported: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def exporter(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exporter that takes no time: whatever the precision, it hands out the graph of `exported`."""
-
-    def copy(module: object, spec: object, path: Path, **options: object) -> OnnxInfo:
-        shutil.copy(exported / "model.onnx", path)
-        return graph_info(path)
-
-    monkeypatch.setattr(export.graph.to_onnx, "export_onnx", copy)
+    monkeypatch.setattr(export.graph.to_onnx, "export_onnx", copying_exporter(exported / "model.onnx"))
     monkeypatch.setattr(export.parity.check, "SPEED_RULES", Rules(seconds=0, calls=3))
-
-
-def graph_info(path: Path) -> OnnxInfo:
-    return OnnxInfo(path=path, files=(path.name,), opset=20, nodes=1, operators={}, weight_bytes=1, seconds=0.0)
 
 
 def unverified(folder: Path) -> None:
@@ -156,18 +146,17 @@ def test_a_miss_is_exit_status_3_and_no_bundle(
     exported: Path,
     checkpoint: Path,
     tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def wrong_graph(module: object, spec: object, path: Path, **options: object) -> OnnxInfo:
-        """The network's graph with one bias off by a thousandth: what a wrong fold might do."""
-        model = onnx.load(exported / "model.onnx")
-        bias = next(tensor for tensor in model.graph.initializer if tensor.name == "heads.class_bias")
-        bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(1e-3), bias.name))
-        onnx.save(model, path)
-        return graph_info(path)
-
-    monkeypatch.setattr(export.graph.to_onnx, "export_onnx", wrong_graph)
+    # The network's graph with one bias off by a thousandth: what a wrong fold might do.
+    model = onnx.load(exported / "model.onnx")
+    bias = next(tensor for tensor in model.graph.initializer if tensor.name == "heads.class_bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(1e-3), bias.name))
+    wrong = tmp_path_factory.mktemp("wrong") / "model.onnx"
+    onnx.save(model, wrong)
+    monkeypatch.setattr(export.graph.to_onnx, "export_onnx", copying_exporter(wrong))
     assert main(["export", str(checkpoint), "--out", str(tmp_path / "bundle"), "--videos", "2"]) == 3
     assert "logits, largest difference" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -303,7 +292,6 @@ def test_bad_requests_say_what_is_wrong_before_any_work(
 def ablated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a network of one level, without C2F and F2C."""
     from ccnet.checkpoint import save_checkpoint
-    from ccnet.network.model import CCNet
 
     config = with_overrides(tiny_config(), {"model.levels": "1"})
     path = tmp_path_factory.mktemp("checkpoint") / "ablated"
@@ -312,13 +300,17 @@ def ablated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_ablated_network_becomes_the_reference_graph_with_a_warning(
-    ablated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ablated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "bundle"
-    assert main(["export", str(ablated), "--out", str(out), "--videos", "2"]) == 0
-    assert "warning: model.levels = 1: writing the reference graph" in capsys.readouterr().err
-    (model_file,) = read_bundle(out).manifest.model_files
-    assert model_file.build["graph"] == "reference"
+    def exporter(module: object, *arguments: object, metadata: dict[str, str], **options: object) -> None:
+        assert isinstance(module, CCNet)
+        raise ExportError(f"the {metadata['graph']} graph would be written here")
+
+    monkeypatch.setattr(export.graph.to_onnx, "export_onnx", exporter)
+    assert main(["export", str(ablated), "--out", str(tmp_path / "bundle"), "--videos", "2"]) == 2
+    printed = capsys.readouterr().err
+    assert "warning: model.levels = 1: writing the reference graph" in printed
+    assert "the reference graph would be written here" in printed
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import stages as gpu_stages
 from benchmarks.gpu.page import measurements, page
 from benchmarks.gpu.report import Stage
+from benchmarks.networks import Networks
 from export.parity.inputs import stress_inputs, synthetic_inputs
 from export.parity.reference import Reference, record, save_reference
 from export.tensorrt.options import EngineOptions
@@ -315,26 +317,26 @@ def test_measurements() -> None:
     }
 
 
-@pytest.mark.slow  # tens of seconds of eager PyTorch, compiled post-processing and torch imports
-def test_the_torch_side(tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="torch is not installed")
+@pytest.mark.slow  # tens of seconds of eager PyTorch and torch imports
+def test_the_torch_side(
+    tiny_networks: Networks, tiny_graph: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from benchmarks.gpu import torch_stages as gpu_torch
-    from benchmarks.networks import Networks, benchmark_config
 
     matmuls = gpu_torch.matmuls(SETTINGS)
     assert set(matmuls["operations_per_second"]) == {"fp16", "bf16", "tf32", "fp32"}
     assert all(rate > 0 for rate in matmuls["operations_per_second"].values())
-    networks = Networks(tmp_path, benchmark_config("tiny"))
+    monkeypatch.setattr("export.graph.to_onnx.export_onnx", builders.copying_exporter(tiny_graph("fused")))
     bundle, reference = tmp_path / "bundle", tmp_path / "reference.npz"
     settings = SETTINGS | {
-        "checkpoint": str(networks.checkpoint),
+        "checkpoint": str(tiny_networks.checkpoint),
         "bundle": str(bundle),
         "reference": str(reference),
         "batches": [1, 4],
     }
-    gpu_torch.export(settings | {"precisions": ["tf32", "fp32"], "opset": 17})
+    gpu_torch.export(settings | {"precisions": ["fp16", "tf32", "fp32"], "opset": 17})
     graphs = {a.precision: a.opset for a in read_bundle(bundle).manifest.model_files}
-    assert graphs == {"fp32": 17}
+    assert graphs == {"fp16": 17, "fp32": 17}
     for form in ("eager", "fused"):
         found = gpu_torch.peer(settings | {"form": form, "precision": "fp32"})
         assert found["status"]["passed"], found["status"]
