@@ -134,7 +134,7 @@ def test_exports_to_onnx_within_the_node_budget(six_levels: Exported) -> None:
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     operators = [node.op_type for node in onnx.load(six_levels.path).graph.node]
-    assert len(operators) <= 1000  # measured: 993
+    assert len(operators) <= 995  # measured: 993
     assert "Slice" not in operators
     session = onnxruntime.InferenceSession(str(six_levels.path), providers=["CPUExecutionProvider"])
     for lengths in ([20], [40, 64, 1]):

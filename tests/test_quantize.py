@@ -31,7 +31,7 @@ from runtime.spec import ModelSpec  # noqa: E402
 
 @pytest.fixture
 def graph(tmp_path: Path) -> Path:
-    """x [B, 5, 256] -> a large product, ReLU, a product that is too small; the large weight is used twice."""
+    """x [B, 5, 256] -> a large matmul, ReLU, a matmul that is too small; the large weight is used twice."""
     helper, rng = onnx.helper, np.random.default_rng(0)
     weights = {"large": rng.normal(size=(256, 256)), "small": rng.normal(size=(256, 3))}
     nodes = [
@@ -149,7 +149,7 @@ def test_results_stay_close_and_do_not_depend_on_the_batch(run: Any, graph: Path
     expected = run_onnxruntime(graph, x)
     for i in range(3):
         size = np.sqrt((expected[i] ** 2).mean())
-        # Weights and rows carry 7 bits: about 0.8% each and product; 3% is twice what was seen.
+        # Weights and rows carry 7 bits: about 0.8% for each matmul; 3% is twice what was seen.
         assert np.sqrt(((together[i] - expected[i]) ** 2).mean()) < 0.03 * size
         assert np.abs(together[i] - alone[i]).max() < 1e-5 * size
 
