@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +207,27 @@ def test_events_beyond_the_features_do_not_break_a_batch(folder: Folder) -> None
     late = dataclasses.replace(videos[3], segments=np.array([[0.5, 60.0]]), labels=np.array([1]))
     batch = next(iter(TrainingLoader(path, [late], configured(crop_max=1.0)).epoch(0)))
     assert batch.targets.offsets.isfinite().all()
+
+
+def test_a_kept_error_does_not_keep_the_process(folder: Folder) -> None:
+    """Workers ignore SIGTERM, which is what multiprocessing sends them when the interpreter ends."""
+    path, videos = folder
+    np.save(path / "video8_vggish.npy", np.full_like(np.load(path / "video8_vggish.npy"), np.nan))
+    code = f"""
+import sys
+import numpy as np
+from ccnet.config import Config, ModelConfig, TrainConfig
+from ccnet.training.dataset import TrainingLoader
+from runtime.annotations import VideoAnnotation
+
+model = ModelConfig(length=64, visual_dim=6, audio_dim=4, dim=8, heads=2, num_classes=3, head_dim=8, tdm_dim=4)
+names = {[video.video_id for video in videos]!r}
+videos = [VideoAnnotation(name, 30.0, "train", np.array([[0.5, 2.0]]), np.array([1])) for name in names]
+loader = TrainingLoader(sys.argv[1], videos, Config(model=model, train=TrainConfig(batch_size=4, workers=1)))
+list(loader.epoch(0))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 1
+    assert "video8_vggish.npy" in done.stderr

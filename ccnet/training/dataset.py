@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -246,6 +247,8 @@ class TrainingLoader:
             # Its own generator: starting an epoch must not move the global one, which a resumed run restores.
             generator=torch.Generator().manual_seed(train.seed),
         )
+        # Also at the exit of the interpreter, before multiprocessing sends its workers the SIGTERM that they ignore.
+        weakref.finalize(self, _end_workers, self._loader)
 
     def __len__(self) -> int:
         """Return the number of batches of a whole epoch."""
@@ -279,6 +282,13 @@ class TrainingLoader:
             if isinstance(batch, CCNetError):
                 raise batch
             yield batch
+
+
+def _end_workers(loader: Any) -> None:
+    """End the loading processes of a `DataLoader`, if need be by force: a traceback may keep its iterator alive."""
+    iterator = getattr(loader, "_iterator", None)
+    for worker in getattr(iterator, "_workers", ()):
+        worker.kill()
 
 
 @contextlib.contextmanager
