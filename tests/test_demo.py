@@ -64,7 +64,7 @@ def test_a_step_that_fails_ends_the_demo(
 
 
 def test_predicting_happens_where_torch_cannot_be_imported() -> None:
-    command = ["export", "absent", "--out", "absent"]
+    command = ["train", "--preset", "demo", "--annotations", "a", "--features", "f", "--out", "o"]
     done = subprocess.run(
         [sys.executable, "-c", demo.WITHOUT_TORCH, *command], capture_output=True, text=True, check=False
     )

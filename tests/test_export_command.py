@@ -20,6 +20,7 @@ import export.parity.check
 from ccnet.cli.main import main
 from ccnet.config import Config, preset, with_overrides
 from ccnet.network.model import CCNet
+from export.graph.reference import ReferenceGraph
 from export.parity.reference import load_reference
 from export.parity.tolerances import TOLERANCES, Tolerance
 from export.tensorrt.options import EngineOptions
@@ -303,7 +304,7 @@ def test_an_ablated_network_becomes_the_reference_graph_with_a_warning(
     ablated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def exporter(module: object, *arguments: object, metadata: dict[str, str], **options: object) -> None:
-        assert isinstance(module, CCNet)
+        assert isinstance(module, ReferenceGraph)
         raise ExportError(f"the {metadata['graph']} graph would be written here")
 
     monkeypatch.setattr(export.graph.to_onnx, "export_onnx", exporter)
