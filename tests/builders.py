@@ -46,7 +46,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def shared_path(relative: str) -> Path:
-    """A reference file beside the checkout; skips the test, saying why, where it is absent."""
+    """Return a reference file beside the checkout; skip the test, saying why, where it is absent."""
     import pytest
 
     path = SHARED / relative
@@ -74,7 +74,7 @@ _LOW = -100.0
 
 
 def oracle(visual: Float32, audio: Float32, lengths: Int32, spec: ModelSpec = SPEC) -> tuple[Float32, Float32]:
-    """The network in numpy."""
+    """Compute the network in numpy."""
     steps = spec.grid.positions.astype(np.int64)
     low = np.where(np.arange(spec.length) < lengths[:, None], np.float32(0), np.float32(_LOW))
     logits = (visual[:, :, : spec.num_classes] + low[:, :, None])[:, steps]
@@ -112,7 +112,7 @@ class OracleBackend:
 def features_with(
     steps: int, events: Sequence[tuple[int, int, int, float]] = (), spec: ModelSpec = SPEC
 ) -> VideoFeatures:
-    """Features of a video in which exactly these events are found: (start, end, label, logit), in grid steps.
+    """Return features in which exactly these events are found: (start, end, label, logit), in grid steps.
 
     An event lies on the odd step in its middle, which is a point of the finest level alone; events must not
     share that step.
@@ -127,13 +127,13 @@ def features_with(
 
 
 def write_features(folder: Path, video_id: str, features: VideoFeatures) -> None:
-    """The feature files of one video, as `SPEC.layout` names them."""
+    """Write the feature files of one video, as `SPEC.layout` names them."""
     np.save(folder / f"{video_id}_seen.npy", features.visual)
     np.save(folder / f"{video_id}_heard.npy", features.audio)
 
 
 def write_oracle_onnx(path: Path, spec: ModelSpec = SPEC) -> None:
-    """The same network as an ONNX graph with a dynamic batch axis."""
+    """Write the same network as an ONNX graph with a dynamic batch axis."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -279,7 +279,7 @@ ATTENTION_OPSETS = {"fp32": 17, "fp16": 17, "bf16": 22}
 
 
 def attention_weights() -> dict[str, np.ndarray]:
-    """Weights that float16 and bfloat16 hold exactly, so that all precisions compute one function."""
+    """Return weights that float16 and bfloat16 hold exactly, so that all precisions compute one function."""
     draw = np.random.default_rng(7)
     classes = ATTENTION_SPEC.num_classes
 
@@ -402,7 +402,7 @@ _SHAPES = {
 
 
 def attention_outputs(visual: np.ndarray, audio: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The network in float64."""
+    """Compute the network in float64."""
     p = {name: value.astype(np.float64) for name, value in attention_weights().items()}
     batch = len(visual)
     valid = (np.arange(ATTENTION_SPEC.length) < lengths[:, None, None]).astype(np.float64)
@@ -442,7 +442,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 
 def random_network(config: ModelConfig, seed: int = 0) -> CCNet:
-    """A network whose every parameter is random and not small, so that no branch hides behind its initial value."""
+    """Return a network whose every parameter is random and not small: no branch hides behind its initial value."""
     import torch
 
     from ccnet.network.model import CCNet
@@ -477,7 +477,7 @@ class Exported:
 
 
 def random_batch(config: ModelConfig, lengths: list[int], seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Random features `[B, C, T]` of videos of these many steps, zero behind their end, and their mask `[B, 1, T]`."""
+    """Return random features `[B, C, T]` of videos of these many steps, zero behind their end, and `[B, 1, T]` masks."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -488,7 +488,7 @@ def random_batch(config: ModelConfig, lengths: list[int], seed: int = 1) -> tupl
 
 
 def engine_inputs(visual: Tensor, audio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The inputs of a CCNet as those of an engine: visual `[B, T, Cv]`, audio `[B, T, Ca]`, lengths `[B]`."""
+    """Return the inputs of a CCNet as those of an engine: visual `[B, T, Cv]`, audio `[B, T, Ca]`, lengths `[B]`."""
     return visual.transpose(1, 2).contiguous(), audio.transpose(1, 2).contiguous(), mask.sum((1, 2)).int()
 
 

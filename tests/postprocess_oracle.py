@@ -21,7 +21,7 @@ class Bad(Exception):
 
 
 def decode_oracle(logits: Any, offsets: Any, valid_steps: int, grid: PointGrid, post: PostProcessing) -> Arrays:
-    """See `runtime.decode.decode`."""
+    """Do what `runtime.decode.decode` does."""
     classes = logits.shape[1]
     values = logits.ravel()
     chosen = []
@@ -51,7 +51,7 @@ def decode_oracle(logits: Any, offsets: Any, valid_steps: int, grid: PointGrid, 
 
 
 def suppress_oracle(segments: Any, scores: Any, labels: Any, post: PostProcessing) -> Arrays:
-    """See `runtime.suppression.suppress`, without voting: every class to its end, then the best of all."""
+    """Do what `runtime.suppression.suppress` does, without voting: every class to its end, then the best of all."""
     with np.errstate(over="ignore"):
         good = np.isfinite(segments[:, 1] - segments[:, 0])
     if not good.all():
@@ -75,7 +75,7 @@ def suppress_oracle(segments: Any, scores: Any, labels: Any, post: PostProcessin
 def detect_oracle(
     logits: Any, offsets: Any, valid_steps: int, duration: float, spec: ModelSpec, post: PostProcessing
 ) -> Arrays:
-    """See `runtime.postprocess.detect`."""
+    """Do what `runtime.postprocess.detect` does."""
     candidates = decode_oracle(logits, offsets, valid_steps, spec.grid, post)
     segments, scores, labels = suppress_oracle(*candidates, post)
     seconds = np.clip(spec.time_base.to_seconds(segments.astype(np.float64)), 0.0, duration)
@@ -84,7 +84,7 @@ def detect_oracle(
 
 
 def _soft(rows: Any, segments: Any, scores: Any, post: PostProcessing) -> Any:
-    """The released program's loop: the best one trades places with the first, a dropped one is replaced by the last."""
+    """Run the released program's loop: the best trades places with the first, the last replaces a dropped one."""
     while len(rows):
         best = int(scores.argmax())
         yield rows[best], scores[best]
@@ -115,7 +115,7 @@ def _hard(rows: Any, segments: Any, scores: Any, post: PostProcessing) -> Any:
 
 
 def _iou(one: Any, others: Any) -> Any:
-    """Overlap and IoU in float32; a length counts as end - start + 1e-6."""
+    """Return overlap and IoU in float32; a length counts as end - start + 1e-6."""
     length, lengths = (s[..., 1] - s[..., 0] + np.float32(1e-6) for s in (one, others))
     overlap = np.maximum(np.minimum(one[1], others[:, 1]) - np.maximum(one[0], others[:, 0]), np.float32(0))
     with np.errstate(over="ignore"):
@@ -126,7 +126,7 @@ _POWERS = 2.0 ** (np.arange(32) / 32)
 
 
 def _exp(x: Any) -> Any:
-    """exp of float32 in double precision, 2^(k/32) times a polynomial: glibc's steps, rounded once."""
+    """Return exp of float32 in double precision, 2^(k/32) times a polynomial: glibc's steps, rounded once."""
     scaled = x.astype(np.float64) * float.fromhex("0x1.71547652b82fep+5")
     k = np.rint(scaled)
     rest = scaled - k

@@ -68,7 +68,7 @@ class Simulation:
     _last: int = 0
 
     def handle(self) -> int:
-        """A new number, far enough from the others to be an address in device memory."""
+        """Return a new number, far enough from the others to be an address in device memory."""
         self._last += 1
         return self._last << 40
 
@@ -76,7 +76,7 @@ class Simulation:
         (self.captures[stream][1] if stream in self.captures else self.streams[stream]).append(operation)
 
     def bytes_at(self, pointer: int, nbytes: int) -> np.ndarray:
-        """Memory of the device (bounds checked) or of the host."""
+        """Return memory of the device (bounds checked) or of the host."""
         for base, memory in self.device_memory.items():
             if base <= pointer < base + len(memory):
                 assert pointer + nbytes <= base + len(memory), "copy beyond the end of a buffer"
@@ -85,7 +85,7 @@ class Simulation:
 
     @property
     def held(self) -> dict[str, int]:
-        """What is still allocated, without what there is none of."""
+        """Return what is still allocated, without what there is none of."""
         names = ("device_memory", "pinned", "streams", "graphs", "events")
         counts = {name: len(getattr(self, name)) for name in names}
         counts |= {"contexts": self.contexts, "engines": self.engines}
@@ -188,7 +188,7 @@ class Cuda:
 
 
 def bindings(sim: Simulation) -> types.ModuleType:
-    """`cuda.bindings.runtime`."""
+    """Return what stands for `cuda.bindings.runtime`."""
     cuda, module = Cuda(sim), types.ModuleType("cuda.bindings.runtime")
 
     def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
@@ -227,7 +227,7 @@ class IProfiler:
 
 
 def expected_outputs(inputs: dict[str, np.ndarray], outputs: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """What the simulated network computes: one number per video, spread over the points and classes."""
+    """Return what the simulated network computes: one number per video, spread over the points and classes."""
     number = sum(weight * array.reshape(len(array), -1).mean(1) for weight, array in enumerate(inputs.values(), 1))
     found = {}
     for index, (name, shape) in enumerate(outputs.items()):
@@ -342,7 +342,7 @@ class Engine:
 
 
 def tensorrt_module(sim: Simulation) -> Any:
-    """`tensorrt`, as far as the runtime uses it."""
+    """Return what stands for `tensorrt`, as far as the runtime uses it."""
 
     class Runtime:
         def __init__(self, logger: ILogger) -> None:

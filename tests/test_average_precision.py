@@ -35,7 +35,7 @@ def test_equals_the_released_evaluation() -> None:
 
 
 def plain(pred: list[Any], gt: list[Any], num_classes: int, thresholds: Any) -> Any:
-    """pred: (video, start, end, score, label), gt: (video, start, end, label); one class and threshold at a time."""
+    """Compute AP one class and threshold at a time. pred: (video, start, end, score, label), gt: without the score."""
     real: list[Any] = []
     for event in gt:
         same = [e for e in real if e[0] == event[0] and e[3] == event[3]]

@@ -133,7 +133,7 @@ def test_a_bad_manifest_says_which_key(bundle: Bundle, change: Any, message: str
         read_bundle(bundle.folder)
 
 
-def test_an_model_file_whose_file_has_no_record_is_refused(bundle: Bundle) -> None:
+def test_a_model_file_whose_file_has_no_record_is_refused(bundle: Bundle) -> None:
     stray = dataclasses.replace(onnx_model_file(), files=("stray.onnx",))
     with pytest.raises(BundleError, match=r"'stray\.onnx' has no file record"):
         bundle.verify(stray)

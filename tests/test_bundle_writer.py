@@ -36,7 +36,7 @@ def make(path: Path) -> Bundle:
 
 
 def fail_in(context: AbstractContextManager[Draft]) -> None:
-    """A parity check that fails when everything has been written."""
+    """Fail as a parity check would, when everything has been written."""
     with context as draft:
         fill_draft(draft)
         draft.bundle()
@@ -137,7 +137,7 @@ def test_an_engine_is_added_and_the_rest_stays(tmp_path: Path) -> None:
     assert (path / "notes.txt").read_text() == "mine"
 
 
-def test_replacing_an_model_file_leaves_no_record_of_the_old_file(tmp_path: Path) -> None:
+def test_replacing_a_model_file_leaves_no_record_of_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "bundle"
     make(path)
     for content in (b"first", b"second, longer"):

@@ -23,7 +23,7 @@ def outputs(seed: int = 0, centre: float = -3.0, classes: int = 7) -> tuple[Any,
 
 
 def plain(logits: Any, offsets: Any, valid_steps: int, post: PostProcessing) -> list[tuple[Any, ...]]:
-    """The rules, one candidate at a time."""
+    """Apply the rules, one candidate at a time."""
     rows = []
     for level, stride in zip(GRID.level_slices, GRID.strides, strict=True):
         found = []

@@ -116,7 +116,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def mutated_json(content: Any, rng: np.random.Generator) -> bytes:
-    """One to three nodes of a JSON tree are replaced, removed, renamed or doubled; sometimes the bytes are damaged."""
+    """Replace, remove, rename or double one to three nodes of a JSON tree; sometimes damage the bytes."""
     content = json.loads(json.dumps(content))
     raw: dict[str, str] = {}
     for _ in range(rng.integers(1, 4)):
@@ -153,7 +153,7 @@ def _places(node: Any, parent: Any = None, key: Any = None) -> list[tuple[Any, A
 
 
 def mutated_bytes(data: bytes, rng: np.random.Generator) -> bytes:
-    """A file that is cut, has bytes changed, taken out, put in or moved."""
+    """Cut a file, or change, take out, put in or move bytes of it."""
     damaged = bytearray(data)
     for _ in range(rng.integers(1, 5)):
         at = int(rng.integers(len(damaged) + 1))
@@ -350,7 +350,7 @@ def test_reference(tmp_path: Path) -> None:
 
 
 def mutated_npy(content: bytes, rng: np.random.Generator) -> bytes:
-    """An array file with another header, or damaged bytes."""
+    """Give an array file another header, or damage its bytes."""
     headers = (
         "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 6)}",
         "{'descr': '<f4', 'fortran_order': True, 'shape': (12, 6)}",

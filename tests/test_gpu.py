@@ -33,7 +33,7 @@ from runtime.errors import BackendUnavailable, BundleError, CCNetError, EngineEr
 pytestmark = pytest.mark.gpu
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-# Outputs of the small network lie within +-10. fp32 differs in the order of sums; half types carry 11 and 8 bits
+# Outputs of the attention network lie within +-10. fp32 differs in the order of sums; half types carry 11 and 8 bits
 # (fp16 on a CPU: 8e-4 off; the rest is room for other kernels). A wrong length or layout is off by more than 1.
 TOLERANCE = {"fp32": 2e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1.5e-1}
 MAX_BATCH = 8
@@ -59,7 +59,7 @@ def format(request: pytest.FixtureRequest, device: cuda.Device) -> str:
 def built(
     request: pytest.FixtureRequest, format: str, device: cuda.Device, tmp_path_factory: pytest.TempPathFactory
 ) -> EngineInfo:
-    """An engine of the small network for this GPU."""
+    """An engine of the attention network for this GPU."""
     precision = str(request.param)
     folder = tmp_path_factory.mktemp(f"{format}-{precision}")
     graph = small_graph("fp32" if precision == "tf32" else precision, folder)
@@ -85,7 +85,7 @@ def skip_if_unknown(error: CCNetError, device: cuda.Device, format: str) -> None
 
 
 def small_graph(precision: str, folder: Path) -> Path:
-    """Written here, or beforehand into CCNET_GPU_GRAPHS."""
+    """Write the graph here, or take the one in CCNET_GPU_GRAPHS."""
     if prepared := os.environ.get("CCNET_GPU_GRAPHS"):
         return Path(prepared) / f"{precision}.onnx"
     pytest.importorskip("onnx", reason="onnx is not installed, and CCNET_GPU_GRAPHS names no folder with the graphs")
@@ -93,7 +93,7 @@ def small_graph(precision: str, folder: Path) -> Path:
 
 
 def build_for_this_gpu(graph: Path, out: Path, format: str, precision: str) -> EngineInfo:
-    """Skips where this library version lacks the precision."""
+    """Build an engine; skip where this library version lacks the precision."""
     try:
         chosen: Any = {"format": format, "precision": precision}
         return build_here(graph, out, EngineOptions(**chosen, profile=(1, 4, MAX_BATCH)))
@@ -114,7 +114,7 @@ def small(built: EngineInfo) -> Iterator[TensorRTBackend]:
 
 
 def stress(batch: int, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Inputs of the small network that are hard: few and all steps, silence, large and tiny values."""
+    """Return inputs of the attention network that are hard: few and all steps, silence, large and tiny values."""
     draw = np.random.default_rng(seed)
     shapes = ATTENTION_SPEC.input_shapes(batch)
     visual, audio = (draw.standard_normal(shapes[name], dtype=np.float32) for name in ("visual", "audio"))

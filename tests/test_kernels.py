@@ -177,7 +177,7 @@ def test_threads_do_not_disturb_each_other() -> None:
 
 
 def copy_of_kernels(folder: Path) -> Path:
-    """A source checkout of the runtime in which nothing has been compiled."""
+    """Copy the runtime's sources; nothing has been compiled there."""
     shutil.copytree(FOLDER.parent, folder / "runtime", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return folder / "runtime" / "kernels"
 

@@ -23,7 +23,7 @@ REFERENCE = ModelConfig(length=64, visual_dim=48, audio_dim=16, dim=32, num_clas
 
 
 def load_part(model: CCNet, prefix: str, data: dict[str, Any]) -> nn.Module:
-    """One module of the network with its released parameters."""
+    """Return one module of the network with its released parameters."""
     module = model.get_submodule(prefix)
     released = {n: data[f"param/{released_name(f'{prefix}.{n}', model.config)}"] for n in module.state_dict()}
     own = module.state_dict()

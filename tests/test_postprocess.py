@@ -35,7 +35,7 @@ def test_equals_the_released_program(video: int) -> None:
 
 
 def one_event(point: int, left: float, right: float) -> tuple[Any, Any]:
-    """Engine outputs with a single candidate, of label 2, at a point of the finest level."""
+    """Return engine outputs with a single candidate, of label 2, at a point of the finest level."""
     logits = np.full((126, 7), -20, np.float32)
     offsets = np.zeros((126, 7, 2), np.float32)
     logits[point, 2], offsets[point, 2] = 3.0, (left, right)

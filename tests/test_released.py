@@ -25,7 +25,7 @@ TINY_OPTIONS = [
 
 
 def released_parameters(model: CCNet) -> dict[str, Tensor]:
-    """The parameters of a model in the layout of a released file."""
+    """Return the parameters of a model in the layout of a released file."""
     released = {}
     for ours, value in model.state_dict().items():
         name = released_name(ours, model.config)

@@ -11,7 +11,7 @@ from runtime.errors import BackendUnavailable, ExportError
 
 
 def plan_block(schedule: str, tf32: int = 0, target: str = "sm89 ") -> bytes:
-    """A compiled graph in the layout of RTX 1.7."""
+    """Return a compiled graph in the layout of RTX 1.7."""
     text = f"""header {{
   n_streams = 2
   region = {{ name=devmem_topdown_0 size=1000 alignment=128 instance=0 type=user place=accelerator unified=false }}

@@ -19,7 +19,7 @@ def is_private(name: str) -> bool:
 
 
 def offences(tree: ast.AST) -> Iterator[str]:
-    """Imports of test modules, and private names of product code: imported, reached through a dot, or patched."""
+    """Yield imports of test modules, and private names of product code: imported, reached through a dot, or patched."""
     for node in (n for n in ast.walk(tree) if isinstance(n, ast.stmt | ast.expr)):
         if isinstance(node, ast.Import):
             modules, names = [alias.name for alias in node.names], []

@@ -36,7 +36,7 @@ def iou_of(one: Any, others: Any, extra: float) -> Any:
 
 def plain(segments: Any, scores: Any, labels: Any, *, method: str, sigma: float, iou_threshold: float, min_score: float,
           max_segments: int, multiclass: bool) -> tuple[Any, Any, Any]:  # fmt: skip
-    """Every class to its end, then the best of all; double precision; scores must be distinct."""
+    """Suppress every class to its end, then take the best of all; double precision; scores must be distinct."""
     rows = []
     for group in np.unique(labels) if multiclass else [None]:
         member = np.ones(len(labels), bool) if group is None else labels == group

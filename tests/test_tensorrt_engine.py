@@ -50,7 +50,7 @@ def build(tmp_path: Path) -> Build:
 
 
 def plan_of(info: EngineInfo) -> RtxPlan:
-    """Skips where the parser does not know the plans of this release: no build depends on it."""
+    """Read the plan; skip where the parser does not know the plans of this release: no build depends on it."""
     try:
         return read_plan(info.path, info.library_version)
     except BackendUnavailable as error:

@@ -64,7 +64,7 @@ def toy() -> Toy:
 
 
 def run(path: Path, batch: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Outputs of the file and of the module it was made from."""
+    """Return the outputs of the file and of the module it was made from."""
     inputs = example_inputs(SPEC, batch)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = ("visual", "audio", "lengths")

@@ -117,7 +117,7 @@ def without_clocks(path: Path) -> list[dict[str, str]]:
 
 
 def assert_same_run(out: Path, straight: Path) -> None:
-    """Weights, optimiser, random state and tables are identical, bit by bit."""
+    """Assert that weights, optimiser, random state and tables are identical, bit by bit."""
     for name in ("last/model.safetensors", "last/training.safetensors", "best/model.safetensors"):
         ours, theirs = load_tensors(out / name), load_tensors(straight / name)
         assert ours.keys() == theirs.keys()

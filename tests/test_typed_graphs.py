@@ -34,7 +34,7 @@ def on_onnxruntime(path: Path) -> Run:
 
 
 def on_reference_evaluator(path: Path) -> Run:
-    """The standard's own implementation: slow, and true to every type."""
+    """Run the standard's own implementation: slow, and true to every type."""
     from onnx.reference import ReferenceEvaluator
 
     evaluator = ReferenceEvaluator(str(path))
@@ -42,7 +42,7 @@ def on_reference_evaluator(path: Path) -> Run:
 
 
 def on_openvino(path: Path) -> Run:
-    """Keeps bfloat16 where the file has it, on processors that compute in it."""
+    """Run OpenVINO, which keeps bfloat16 where the file has it, on processors that compute in it."""
     openvino = pytest.importorskip("openvino")
     core = openvino.Core()
     if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
