@@ -477,7 +477,7 @@ class Exported:
 
 
 def random_batch(config: ModelConfig, lengths: list[int], seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Return random features `[B, C, T]` of videos of these many steps, zero behind their end, and `[B, 1, T]` masks."""
+    """Return random features `[B, C, T]` of videos of these many steps, zero behind their end, and the mask."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
