@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from runtime.errors import MissingDependency
+from runtime.errors import BackendUnavailable, MissingDependency
 
 EXTRAS = {
     "torch": "train",
@@ -32,15 +32,18 @@ _DISTRIBUTIONS = {"tensorrt_rtx": "tensorrt-rtx", "cuda": "cuda-python", "torch.
 def import_package(module: str, purpose: str, *, distribution: str | None = None) -> Any:
     """Import an optional package. Raises MissingDependency naming the extra to install when it is not there.
 
+    Raises BackendUnavailable when it is there and does not load, as in a half-finished installation.
+
     `purpose` begins the message: "Training", "The OpenVINO backend". `distribution`: where it can't be told from the
     module, as for the two of ONNX Runtime.
     """
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if distribution_of(error.name) is None:  # a package of the package's own
-            raise
-        raise missing(distribution or distribution_of(error.name) or module, purpose) from error
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == module
+        if absent:
+            raise missing(distribution or module, purpose) from error
+        raise BackendUnavailable(f"{purpose}: {module} is installed but does not load: {error}") from error
 
 
 def missing(distribution: str, purpose: str) -> MissingDependency:

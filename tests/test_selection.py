@@ -215,3 +215,18 @@ def test_auto_takes_the_next_one_when_an_engine_does_not_load(tmp_path: Path, mo
     monkeypatch.setattr("runtime.backends.openvino.OpenVinoBackend.open", broken)
     opened = open_engine(make_bundle(tmp_path, [engine("openvino"), engine("onnxruntime")]))
     assert (opened.backend.name, opened.skipped) == ("onnxruntime", ("openvino-fp32: out of memory",))
+
+
+def test_a_library_that_is_installed_but_does_not_load_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    broken = tmp_path / "site" / "openvino"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('libtbb.so.12: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    bundle = make_bundle(tmp_path / "bundle", [engine("openvino"), engine("onnxruntime")])
+    opened = open_engine(bundle)
+    assert opened.backend.name == "onnxruntime"
+    assert "openvino is installed but does not load: libtbb.so.12" in opened.skipped[0]
