@@ -23,6 +23,14 @@ EXTRAS = {
     "tensorrt-rtx": "rtx",
     "cuda-python": "gpu",
     "pyarrow": "parquet",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "python-multipart": "serve",
+    "prometheus-client": "serve",
+    "ray": "ray",
+    "fsspec": "remote",
+    "av": "video",
+    "pillow": "video",
 }
 """Distribution -> extra."""
 

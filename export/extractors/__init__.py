@@ -1,0 +1,1 @@
+"""Networks that turn video into features, as engines."""

@@ -1,0 +1,1 @@
+"""Runs over a corpus: planned, sharded, resumable."""
