@@ -24,7 +24,10 @@ IouLoss = Literal["giou", "diou"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network; the defaults are the paper's UnAV-100 model."""
+    """The network; the defaults are the paper's UnAV-100 model.
+
+    DAVEL, the baseline (CVPR 2023), is this network without gates, C2F, F2C and the channel branch of TDM.
+    """
 
     length: int = 224
     """T: number of time steps."""
@@ -183,13 +186,25 @@ class Config:
         return section_from_json(cls, data, where="config")
 
 
+_UNAV100 = Config()
+_ONEPEACE = Config(
+    model=ModelConfig(length=256, visual_dim=1536, audio_dim=1536),
+    time_base=TimeBase(fps=16.0, stride_frames=4.0, window_frames=16.0),
+    layout=FeatureLayout(visual=("_one_peace_video_finetune",), audio=("_one_peace_audio",)),
+)
+
+
+def _davel(config: Config) -> Config:
+    """Return DAVEL, the baseline of the paper, for the features of a CCNet; its release trains with distance IoU."""
+    model = dataclasses.replace(config.model, tcg=False, c2f=False, f2c=False, tdm_channel_branch=False)
+    return dataclasses.replace(config, model=model, loss=LossConfig(iou="diou"))
+
+
 PRESETS: Mapping[str, Config] = {
-    "unav100": Config(),
-    "unav100_onepeace": Config(
-        model=ModelConfig(length=256, visual_dim=1536, audio_dim=1536),
-        time_base=TimeBase(fps=16.0, stride_frames=4.0, window_frames=16.0),
-        layout=FeatureLayout(visual=("_one_peace_video_finetune",), audio=("_one_peace_audio",)),
-    ),
+    "unav100": _UNAV100,
+    "unav100_onepeace": _ONEPEACE,
+    "davel_unav100": _davel(_UNAV100),
+    "davel_unav100_onepeace": _davel(_ONEPEACE),
     # A network that learns synthetic features in minutes on two cores: a step every 0.64 s, so that T = 96 holds 60 s.
     "demo": Config(
         model=ModelConfig(

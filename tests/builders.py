@@ -11,6 +11,7 @@ tests/test_gpu.py reads them from CCNET_GPU_GRAPHS. Importing this file needs ne
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +41,38 @@ def golden(name: str) -> dict[str, Any]:
     with np.load(Path(__file__).parent / "data" / f"{name}.npz", allow_pickle=False) as file:
         return dict(file)
 
+
+def davel_parameters(file: dict[str, Any]) -> dict[str, Tensor]:
+    """Draw the parameters of a DAVEL golden file, by released name. Skip where this torch draws other numbers."""
+    import pytest
+    import torch
+
+    config = json.loads(str(file["config"]))
+    generator = torch.Generator().manual_seed(config["seed"])
+    parameters: dict[str, Tensor] = {}
+    for name, shape in json.loads(str(file["names"])):
+        r = torch.randn(shape, generator=generator)
+        if name.endswith("scale"):
+            value = 0.5 + 0.1 * r if shape else 1 + 0.2 * r
+        elif name.endswith("bias"):
+            value = -2.5 + 0.3 * r if "cls_head.cls_head" in name else 0.1 * r
+        elif len(shape) == 3 and shape[0] == 1:
+            value = 1 + 0.1 * r
+        else:
+            value = r / r[0].numel() ** 0.5
+        factor = {"cls_head.cls_head.conv.weight": 2.0, "reg_head.offset_head.conv.weight": 1.5}.get(name)
+        parameters[name] = value if factor is None else value * factor
+    sums = np.array([[p.double().sum().item(), p.double().square().sum().item()] for p in parameters.values()])
+    if np.abs(sums - file["param_check"]).max() > 1e-3:
+        pytest.skip("this version of torch draws other numbers than the one that the golden file was made with")
+    return parameters
+
+
+DAVEL_OPTIONS = [
+    *("--model.length=64", "--model.levels=6", "--model.dim=32", "--model.heads=4", "--model.visual_dim=48"),
+    *("--model.audio_dim=16", "--model.num_classes=7", "--model.head_dim=24", "--model.tdm_dim=128"),
+]
+"""The network of the DAVEL golden file, beside a preset."""
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 """Folder of the reference data beside a checkout."""

@@ -156,5 +156,18 @@ def test_the_command_reports_another_configuration(
 ) -> None:
     out = tmp_path / "checkpoint"
     assert main(["import-weights", str(released_file), "--preset", "demo", "--out", str(out)]) == 2
-    assert "misshapen: backbone.embd_V.0.conv.weight" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "CCNet's release for visual features of 12 and audio features of 6 channels" in message
+    settings = [option.replace("=", " ") for option in TINY_OPTIONS if "heads" not in option]
+    used = message.partition("Use --preset demo ")[2]
+    assert all(setting in used for setting in settings)
     assert not out.exists()
+
+
+def test_a_file_that_is_no_release_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    command = ["import-weights", str(tmp_path / "other.pt"), "--preset", "demo", "--out", str(tmp_path / "c")]
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    assert "unknown: weight [3]" in message
+    assert message.count("\n") == 11  # a headline, 8 missing ones and how many more, the unknown one

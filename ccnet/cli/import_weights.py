@@ -1,10 +1,15 @@
-"""`ccnet import-weights`: turn the authors' released weights into a checkpoint."""
+"""`ccnet import-weights`: turn released weights of CCNet, or of DAVEL, the baseline, into a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ccnet.config import PRESETS, ModelConfig, parse_overrides, preset, with_overrides
+from runtime.errors import CheckpointError, ConfigError
 
 TAKES_OVERRIDES = True
 
@@ -12,35 +17,49 @@ TAKES_OVERRIDES = True
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "import-weights",
-        help="turn a released .pth.tar into a checkpoint",
-        description="Load a released checkpoint strictly (every unknown, missing or misshapen name is listed) and "
-        "write it as a checkpoint. Settings that differ from the preset: --section.field value.",
+        help="turn a released .pth.tar of CCNet or DAVEL into a checkpoint",
+        description="Load a released checkpoint of CCNet or of DAVEL strictly and write it as a checkpoint. A file "
+        "that is not for the preset is answered with the preset that it is for. Settings that differ from the preset: "
+        "--section.field value.",
     )
     parser.add_argument("file", type=Path, help="the released .pth.tar, or a saved state dict")
-    parser.add_argument("--preset", required=True, help="unav100, unav100_onepeace or demo")
+    parser.add_argument("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--out", required=True, type=Path, help="checkpoint folder to write")
     parser.add_argument("--annotations", type=Path, help="annotation file that gives the class names")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from ccnet.config import parse_overrides, preset, with_overrides
-
-    config = with_overrides(preset(arguments.preset), parse_overrides(overrides))
+    settings = parse_overrides(overrides)
+    config = with_overrides(preset(arguments.preset), settings)
     labels = _labels(arguments.annotations, config.model.num_classes)
     config.spec(labels)  # raises where their number differs, before anything is loaded
 
     from ccnet.checkpoint import save_checkpoint
     from ccnet.network.model import CCNet
-    from ccnet.network.released import load_released, read_released
+    from ccnet.network.released import explain_misfit, load_released, read_released, release_of
 
     parameters = read_released(arguments.file)
+    if misfit := explain_misfit(parameters, arguments.preset, _with_settings(settings)):
+        raise CheckpointError(f"{arguments.file}: {misfit}")
     model = CCNet(config.model).eval()
     load_released(model, parameters, source=str(arguments.file))
     save_checkpoint(arguments.out, model, config=config, labels=labels)
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{arguments.out}: {len(parameters)} tensors, {count / 1e6:.1f} M parameters, {len(labels)} classes")
+    print(
+        f"{arguments.out}: {release_of(parameters)}'s release, {len(parameters)} tensors, {count / 1e6:.1f} M "
+        f"parameters, {len(labels)} classes"
+    )
     print(f"next: ccnet export {arguments.out} --out BUNDLE")
     return 0
+
+
+def _with_settings(settings: Mapping[str, str]) -> dict[str, ModelConfig]:
+    """Return the network of every preset with these settings applied, but for presets that they do not fit."""
+    models = {}
+    for name, config in PRESETS.items():
+        with contextlib.suppress(ConfigError):
+            models[name] = with_overrides(config, settings).model
+    return models
 
 
 def _labels(annotations: Path | None, classes: int) -> tuple[str, ...]:

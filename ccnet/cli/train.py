@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ccnet.config import PRESETS, parse_overrides, preset, with_overrides
+
 TAKES_OVERRIDES = True
 
 
@@ -19,7 +21,7 @@ def register(subparsers: Any) -> None:
         "--train.precision bf16 --model.cmi off. A resumed run needs the same preset and settings "
         "(only train.device and train.workers may differ).",
     )
-    parser.add_argument("--preset", required=True, help="unav100, unav100_onepeace or demo")
+    parser.add_argument("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--annotations", required=True, metavar="F", help="annotation JSON")
     parser.add_argument("--features", required=True, metavar="DIR", help="folder of .npy feature files")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
@@ -28,8 +30,6 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from ccnet.config import parse_overrides, preset, with_overrides
-
     config = with_overrides(preset(arguments.preset), parse_overrides(overrides))
 
     from ccnet.training.loop import train

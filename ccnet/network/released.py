@@ -1,7 +1,8 @@
-"""Names of the authors' released checkpoints, mapped strictly onto this network.
+"""Names of the released checkpoints of CCNet and of DAVEL, the baseline, mapped strictly onto this network.
 
 A released file is a pickled dict: `epoch`, `state_dict`, `state_dict_ema`, `optimizer`, `scheduler`; parameter names
-start with `module.`; 1x1 convolutions are stored as [out, in, 1], norms and scales as [1, C, 1].
+start with `module.`; 1x1 convolutions are stored as [out, in, 1], norms and scales as [1, C, 1]. Both programs share
+their names but for five modules.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,22 @@ from runtime.schema import quote
 
 PREFIX = "module."
 EMA, RAW = "state_dict_ema", "state_dict"
+_LISTED = 8
+"""Misfits of each kind that a message names."""
+
+Release = Literal["CCNet", "DAVEL"]
+
+# Modules of CCNet's release -> of DAVEL's.
+_DAVEL = {
+    "backbone.ori_CMI_Visual.": "backbone.ori_cross_att_Va.",
+    "backbone.ori_CMI_Audio.": "backbone.ori_cross_att_Av.",
+    "backbone.CMI_Visual.": "backbone.cross_att_Va.",
+    "backbone.CMI_Audio.": "backbone.cross_att_Av.",
+    "MTGC_block.": "dependency_block.",
+}
+
+_PARTS_OF_CCNET = {"tcg", "c2f", "f2c", "tdm_channel_branch"}
+"""Settings of what DAVEL does not have."""
 
 # Parts of a Block or a gate: ours -> released.
 _PARTS = {
@@ -73,12 +90,13 @@ def read_released(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def load_released(model: CCNet, parameters: Mapping[str, Tensor], *, source: str = "checkpoint") -> None:
-    """Copy released parameters (names without `module.`) into `model`.
+    """Copy released parameters (names without `module.`, of either release) into `model`.
 
-    Raises CheckpointError that lists every unknown, missing or misshapen name; the model is then unchanged.
+    Raises CheckpointError that lists unknown, missing and misshapen names; the model is then unchanged.
     """
     own = model.state_dict()
-    names = {released_name(name, model.config): name for name in own}
+    release = release_of(parameters)
+    names = {released_name(name, model.config, release): name for name in own}
     shapes = {name: _released_shape(ours, own[ours]) for name, ours in names.items()}
     problems = [f"unknown: {name} {list(value.shape)}" for name, value in parameters.items() if name not in names]
     problems += [f"missing: {name} {shape}" for name, shape in shapes.items() if name not in parameters]
@@ -88,15 +106,107 @@ def load_released(model: CCNet, parameters: Mapping[str, Tensor], *, source: str
             got = f"{value.dtype} {list(value.shape)}".removeprefix("torch.")
             problems.append(f"misshapen: {name} is {got}, expected float {shapes[name]}")
     if problems:
+        listed = []
+        for kind in ("misshapen", "missing", "unknown"):
+            lines = sorted(problem for problem in problems if problem.startswith(kind))
+            listed += lines[:_LISTED]
+            listed += [f"and {len(lines) - _LISTED} more {kind}"] if len(lines) > _LISTED else []
         raise CheckpointError(
             f"{source}: {len(problems)} of its names do not fit this configuration (another preset or other "
-            "--model settings?):\n  " + "\n  ".join(sorted(problems))
+            "--model settings?):\n  " + "\n  ".join(listed)
         )
     model.load_state_dict({ours: parameters[name].reshape(own[ours].shape) for name, ours in names.items()})
 
 
-def released_name(name: str, config: ModelConfig) -> str:
-    """Return the released name of one of our parameters, without `module.`."""
+def release_of(parameters: Mapping[str, Any]) -> Release:
+    """Return whose release has these names; CCNet's where nothing says DAVEL."""
+    davel = tuple(_DAVEL.values())
+    return "DAVEL" if any(name.startswith(davel) for name in parameters) else "CCNet"
+
+
+def released_settings(parameters: Mapping[str, Tensor]) -> dict[str, int | bool]:
+    """Return what names and shapes of a released file say about its network, as fields of `ModelConfig`.
+
+    `heads`, `cmi` and `mtgc_order` leave no trace; T does in time-axis weights only, which DAVEL does not have.
+    """
+    block = "dependency_block" if release_of(parameters) == "DAVEL" else "MTGC_block"
+
+    def size(name: str, axis: int) -> int | None:
+        value = parameters.get(name)
+        return value.shape[axis] if value is not None and value.ndim > axis else None
+
+    def numbered(prefix: str) -> int:
+        numbers = {n.removeprefix(prefix).partition(".")[0] for n in parameters if n.startswith(prefix)}
+        return len(numbers)
+
+    classes, wide = size("cls_head.cls_head.conv.weight", 0), size(f"{block}.feature_expand.conv.weight", 0)
+    sizes = {
+        "length": size(f"{block}.C2F_linear.0.weight", 0) or size(f"{block}.feature_tem_block.0.weight", 1),
+        "visual_dim": size("backbone.embd_V.0.conv.weight", 1),
+        "audio_dim": size("backbone.embd_A.0.conv.weight", 1),
+        "dim": size("backbone.embd_V.0.conv.weight", 0),
+        "levels": numbered("reg_head.scale.") or None,
+        "self_layers": numbered("backbone.self_att_V."),
+        "num_classes": classes,
+        "head_dim": size("cls_head.head.0.conv.weight", 0),
+        "tdm_dim": wide // classes if wide and classes else None,
+    }
+    parts = {
+        "tcg": "backbone.audio_TCG.",
+        "c2f": f"{block}.C2F_",
+        "f2c": f"{block}.F2C_",
+        "tdm_channel_branch": f"{block}.feature_tem_",
+    }
+    present = {name: any(n.startswith(prefix) for n in parameters) for name, prefix in parts.items()}
+    return {name: value for name, value in sizes.items() if value is not None} | present
+
+
+def explain_misfit(parameters: Mapping[str, Tensor], given: str, presets: Mapping[str, ModelConfig]) -> str | None:
+    """Say which preset a released file is for, where it is not for the one `given`.
+
+    None where it is, or where the file is no release at all. `presets`: each with the settings applied that were given
+    beside the preset.
+    """
+    found = released_settings(parameters)
+    differing = {
+        name: [key for key, value in found.items() if getattr(model, key) != value] for name, model in presets.items()
+    }
+    if not differing[given] or not {"visual_dim", "audio_dim", "num_classes"} <= found.keys():
+        return None
+
+    def distance(name: str) -> tuple[int, int, bool, int]:
+        """Sort by release, then features (which settle time base and files), then what was asked for."""
+        keys = set(differing[name])
+        return len(keys & _PARTS_OF_CCNET), len(keys & {"visual_dim", "audio_dim"}), name != given, len(keys)
+
+    best = min(differing, key=distance)
+    settings = "".join(f" --model.{key} {_text(found[key])}" for key in differing[best])
+    mismatch = ", ".join(
+        f"model.{key} is {_text(found[key])} there and {_text(getattr(presets[given], key))} here"
+        for key in differing[given]
+    )
+    return (
+        f"{release_of(parameters)}'s release for visual features of {found['visual_dim']} and audio features of "
+        f"{found['audio_dim']} channels, not what preset {given} describes: {mismatch}. "
+        f"Use --preset {best}{settings}" + ("" if settings else ", other settings as they are")
+    )
+
+
+def _text(value: int | bool) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
+
+
+def released_name(name: str, config: ModelConfig, release: Release = "CCNet") -> str:
+    """Return the name that a release gives one of our parameters, without `module.`."""
+    ccnet = _ccnet_name(name, config)
+    if release == "DAVEL":
+        for prefix, davel in _DAVEL.items():
+            if ccnet.startswith(prefix):
+                return davel + ccnet.removeprefix(prefix)
+    return ccnet
+
+
+def _ccnet_name(name: str, config: ModelConfig) -> str:
     modules = _modules(config)
     prefix = next(prefix for prefix in modules if f"{name}.".startswith(f"{prefix}."))
     rest = name[len(prefix) + 1 :]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ccnet.config import ModelConfig
-from ccnet.network.cmcc import CrossModalLayer
+from ccnet.network.cmcc import ConsistencyGate, CrossModalLayer
 from ccnet.network.layers import Block, MaskedConv1d
 from ccnet.network.model import CCNet
 from ccnet.network.mtgc import CoarseToFine, FineToCoarse, TemporalDependency
@@ -60,9 +60,13 @@ def fused_network(model: CCNet, *, dtype: torch.dtype = torch.float32) -> FusedN
 
 
 def unfusable(config: ModelConfig) -> str | None:
-    """Return the settings that make a network one for the reference graph alone, or None."""
-    paper = {"cmi": True, "tcg": True, "c2f": True, "f2c": True, "mtgc_order": "c2f_f2c", "tdm_channel_branch": True}
-    ablated = [name for name, value in paper.items() if getattr(config, name) != value]
+    """Return the settings that make a network one for the reference graph alone, or None.
+
+    What DAVEL, the baseline, does not have (gates, C2F, F2C, the channel branch of TDM) can be left out here, too.
+    """
+    ablated = [] if config.cmi else ["cmi"]
+    if config.mtgc_order != "c2f_f2c" and (config.c2f or config.f2c):
+        ablated.append("mtgc_order")
     if config.levels == 1:
         ablated.append("levels")
     return ", ".join(f"model.{name} = {json.dumps(getattr(config, name))}" for name in ablated) or None
@@ -92,19 +96,22 @@ class FusedNetwork(nn.Module):
         self.embed = StreamEmbedding(embeddings, layout.part(0, 1), dtype)
         pairs = zip(*(typed(embedding.blocks, Block) for embedding in embeddings), strict=True)
         self.self_layers = nn.ModuleList(StreamLayer(pair, [], layout, 0, dtype) for pair in pairs)
-        self.register_buffer("key_steps", key_steps(layout, self.point_steps))
+        self.register_buffer("key_steps", key_steps(layout, self.point_steps, gates=config.tcg))
         self.cross_layers = nn.ModuleList(
-            StreamLayer(
-                [layer.visual_block, layer.audio_block], [layer.visual_gate, layer.audio_gate], layout, level, dtype
-            )
+            StreamLayer([layer.visual_block, layer.audio_block], _gates(layer), layout, level, dtype, cross=True)
             for level, layer in enumerate(typed(model.cmcc.layers, CrossModalLayer))
         )
-        [coarse_to_fine] = typed([model.mtgc.stages["c2f"]], CoarseToFine)
-        [temporal_dependency] = typed([model.mtgc.stages["tdm"]], TemporalDependency)
-        [fine_to_coarse] = typed([model.mtgc.stages["f2c"]], FineToCoarse)
-        self.coarse_to_fine = FusedCoarseToFine(coarse_to_fine, layout, dtype)
+        stages = model.mtgc.stages
+        self.coarse_to_fine: FusedCoarseToFine | None = None
+        self.fine_to_coarse: FusedFineToCoarse | None = None
+        if "c2f" in stages:
+            [coarse_to_fine] = typed([stages["c2f"]], CoarseToFine)
+            self.coarse_to_fine = FusedCoarseToFine(coarse_to_fine, layout, dtype)
+        [temporal_dependency] = typed([stages["tdm"]], TemporalDependency)
         self.temporal_dependency = FusedTemporalDependency(temporal_dependency, layout, dtype)
-        self.fine_to_coarse = FusedFineToCoarse(fine_to_coarse, layout, dtype)
+        if "f2c" in stages:
+            [fine_to_coarse] = typed([stages["f2c"]], FineToCoarse)
+            self.fine_to_coarse = FusedFineToCoarse(fine_to_coarse, layout, dtype)
         self.heads = FusedHeads(model, layout, dtype)
 
     def forward(self, visual: Tensor, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +123,7 @@ class FusedNetwork(nn.Module):
         cross_bias = torch.where(self.key_steps < lengths, 0.0, EXCLUDED).reshape(-1, 1, 1, key_bias.shape[2])
         cross_biases = torch.split_with_sizes(cross_bias, self.sizes, dim=3)  # [A B, 1, 1, T_l]
         # At the finest level all attentions exclude invalid keys: self-attention takes the biases of the Blocks.
-        self_bias = equal_parts(cross_biases[0], 2)[0]
+        self_bias = equal_parts(cross_biases[0], 2)[0] if self.config.tcg else cross_biases[0]
 
         streams = self.embed(visual, audio, masks[0])  # [2, B T, D]
         for layer in self.self_layers:
@@ -127,13 +134,19 @@ class FusedNetwork(nn.Module):
             levels.append(streams.reshape(2, -1, level_mask.shape[1], streams.shape[2]))
         x = torch.cat(levels, dim=2).permute(1, 2, 0, 3).flatten(2)  # [B, P, E]: visual, then audio channels
 
-        x = self.coarse_to_fine(x, point_mask, key_bias.unsqueeze(1))
+        if self.coarse_to_fine is not None:
+            x = self.coarse_to_fine(x, point_mask, key_bias.unsqueeze(1))
         x = self.temporal_dependency(x, point_mask, key_bias.unsqueeze(1))
-        x = self.fine_to_coarse(x, masks, torch.split_with_sizes(key_bias, self.sizes, dim=2))
+        if self.fine_to_coarse is not None:
+            x = self.fine_to_coarse(x, masks, torch.split_with_sizes(key_bias, self.sizes, dim=2))
         logits, offsets = self.heads(x, point_mask)
         if self.padded:
             logits, offsets = logits.index_select(1, self.step_points), offsets.index_select(1, self.step_points)
         return logits, offsets.reshape(-1, offsets.shape[1], offsets.shape[2] // 2, 2)
+
+
+def _gates(layer: CrossModalLayer) -> list[ConsistencyGate]:
+    return [layer.visual_gate, layer.audio_gate] if layer.tcg else []
 
 
 class FusedHeads(Part):

@@ -1,7 +1,7 @@
 """The embedding and CMCC in the fused network: the visual and the audio stream are one stack [2, B T, D].
 
 Shapes:  B batch   T points of a level   D model width   H heads   d = D / H   A attentions of a layer: two Blocks, and
-         in CMCC two gates
+         in CMCC two gates (DAVEL has none)
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class StreamLayer(Part):
 
     project: Tensor
     project_bias: Tensor
-    order: Tensor  # with gates only
+    order: Tensor  # in CMCC only
     out: Tensor
     out_bias: Tensor
 
@@ -92,8 +92,10 @@ class StreamLayer(Part):
         layout: Layout,
         level: int,
         dtype: torch.dtype,
+        *,
+        cross: bool = False,
     ):
-        """Fold the Blocks and gates (none for self-attention) of both streams that write `level`."""
+        """Fold the Blocks and gates of both streams that write `level`; `cross`: each Block asks the other stream."""
         super().__init__(dtype)
         self.heads = blocks[0].attention.heads
         strided = blocks[0].stride == 2
@@ -102,7 +104,7 @@ class StreamLayer(Part):
         self.rows = rows = layout.sizes[level - 1] if strided else own.num_points
         self.pool = MaxPool(layout.pool_taps(level - 1)) if strided else None
 
-        asking: list[Block | ConsistencyGate] = [*(reversed(blocks) if gates else blocks), *gates]
+        asking: list[Block | ConsistencyGate] = [*(reversed(blocks) if cross else blocks), *gates]
         asked: list[Block | ConsistencyGate] = [*blocks, *gates]
         self.attentions = len(asked)
         folded = {m: HeadedAttention.fold(m.attention, attention_scale(m)) for m in asked}
@@ -122,10 +124,13 @@ class StreamLayer(Part):
         no_biases = [torch.zeros_like(b) for b in value_biases]
         self.keep("project_bias", torch.stack(query_biases + no_biases + value_biases)[:, None])
         self.gate = Gates(gates, [folded[gate] for gate in gates], dtype) if gates else None
-        if gates:
+        self.cross = cross
+        if cross:
             # Queries of the Blocks go to the other stream; the gates change places, as each is for the other stream.
-            thirds = [[1, 0, 3, 2], [0, 1, 3, 2], [0, 1, 3, 2]]
-            self.keep("order", torch.tensor([4 * i + j for i, third in enumerate(thirds) for j in third]))
+            of_gates = [3, 2] if gates else []
+            thirds = [[1, 0, *of_gates], [0, 1, *of_gates], [0, 1, *of_gates]]
+            count = self.attentions
+            self.keep("order", torch.tensor([count * i + j for i, third in enumerate(thirds) for j in third]))
         self.keep("out", torch.stack([folded[m].out for m in blocks]))
         self.keep("out_bias", torch.stack([folded[m].out_bias for m in blocks])[:, None])
         self.mlp = Mlp(blocks, dtype)
@@ -137,8 +142,9 @@ class StreamLayer(Part):
         sequences = self.taps(normalize(x).reshape(by_video)).reshape(3 * self.attentions, -1, x.shape[2])
         projected = normalize(sequences) @ self.project + self.project_bias  # [3 A, B T, D]
         if self.gate is not None:
-            # Keys and values of invalid steps are zero, as the gates need them.
-            projected = (projected * flat_mask).index_select(0, self.order)
+            projected = projected * flat_mask  # keys and values of invalid steps are zero, as the gates need them
+        if self.cross:
+            projected = projected.index_select(0, self.order)
         query, key, value = equal_parts(split_heads(projected, steps, self.heads), 3)  # [A B, H, T, d]
         attended = merge_heads(attend(query, key, value, key_bias), self.attentions)  # [A, B T, D]
 
@@ -178,12 +184,12 @@ class Gates(Part):
         return torch.sigmoid((attended * self.vector).sum(-1, keepdim=True) + self.bias)
 
 
-def key_steps(layout: Layout, point_steps: Tensor) -> Tensor:
+def key_steps(layout: Layout, point_steps: Tensor, *, gates: bool) -> Tensor:
     """Return the step [A, 1, 1, P] that must be valid for a point to count as a key in the A attentions of CMCC.
 
     For Blocks it is the point's own step. Gates of all levels but the finest do not exclude invalid keys (see
     `ConsistencyGate`), which are zero there: any step will do, and only padding points are excluded.
     """
     strided = (layout.level() > 0) & layout.is_step()
-    gates = torch.where(strided, -1, point_steps)
-    return torch.stack([point_steps, point_steps, gates, gates])[:, None, None]
+    of_gates = [torch.where(strided, -1, point_steps)] * 2 if gates else []
+    return torch.stack([point_steps, point_steps, *of_gates])[:, None, None]

@@ -45,7 +45,7 @@ class FusedTemporalDependency(Part):
         self.sizes = [group.num_points for group in groups]
         self.neighbours = Neighbours(layout.taps())
         self.keep("expand", conv_matrix(stage.expand.weight))
-        self.channels = ChannelBranch(stage, layout, dtype)
+        self.channels = ChannelBranch(stage, layout, dtype) if stage.channel_branch else None
         self.branches = Branches(stage, dtype)
         # The second group begins at level 1: a group's first level is its number.
         self.groups = nn.ModuleList(Group(stage, group, first, dtype) for first, group in enumerate(groups))
@@ -57,7 +57,7 @@ class FusedTemporalDependency(Part):
         """Map x [B, P, E] (zero at invalid points), mask [B, P, 1] and key_bias [B, 1, 1, P] to [B, P, E]."""
         # Masked here, where they are narrow, and not behind the matmul: relu(m x W) = m relu(x W).
         rows = self.neighbours(x) * mask
-        channels = self.channels(rows)
+        channels = None if self.channels is None else self.channels(rows)
         done = []
         by_group = (
             torch.split_with_sizes(rows, self.sizes, dim=1),
@@ -81,24 +81,25 @@ class Branches(Part):
 
 
 class Group(Part):
-    """Both branches on the levels of one group, and what the channel branch adds before them."""
+    """Both branches on the levels of one group, and what the channel branch, where there is one, adds before them."""
 
     other_level: Tensor  # only where the group has several levels
 
     def __init__(self, stage: TemporalDependency, layout: Layout, first: int, dtype: torch.dtype):
         """Fold the parts of `stage` for the levels of `layout`, of which `first` is the first."""
         super().__init__(dtype)
-        self.channel_expand = ChannelExpand(stage, layout, first, dtype)
+        self.channel_expand = ChannelExpand(stage, layout, first, dtype) if stage.channel_branch else None
         self.several = len(layout.steps) > 1
         if self.several:
             self.keep("other_level", layout.other_level() * EXCLUDED, torch.float32)
         self.time_taps = query_key_value_taps(stage.temporal, layout.taps(), dtype)
         self.class_taps = query_key_value_taps(stage.cooccurrence, sequence_taps(stage.classes), dtype)
 
-    def forward(self, branches: Branches, by_class: Tensor, key_bias: Tensor, channels: Tensor) -> Tensor:
+    def forward(self, branches: Branches, by_class: Tensor, key_bias: Tensor, channels: Tensor | None) -> Tensor:
         """Map by_class [B, P, C H], key_bias [B, 1, 1, P] and channels [B, H, L T] to [B, P, C H]."""
         points = by_class.shape[1]
-        by_class = by_class + self.channel_expand(channels).flatten(2)
+        if self.channel_expand is not None:
+            by_class = by_class + self.channel_expand(channels).flatten(2)
         by_class = by_class.reshape(-1, branches.classes, branches.hidden)  # [B P, C, H]
 
         query, key, value = branches.cooccurrence.project(self.class_taps, normalize(by_class))
