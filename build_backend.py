@@ -40,8 +40,9 @@ class PlatformWheel(bdist_wheel):
     """A wheel for one platform and every version of Python 3."""
 
     def finalize_options(self) -> None:
+        # Files go to the wheel's root, beside the library that was compiled, as those of an extension module do.
+        self.distribution.has_ext_modules = lambda: True
         super().finalize_options()
-        self.root_is_pure = False
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

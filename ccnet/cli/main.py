@@ -10,6 +10,7 @@ import signal
 import sys
 from typing import Any
 
+from ccnet import __version__
 from ccnet.cli.logs import reporting
 from runtime.errors import CCNetError, Interrupted
 from runtime.packages import distribution_of, missing
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="ccnet", description="Train, export, verify and run CCNet, the dense audio-visual event localizer."
     )
+    parser.add_argument("--version", action="version", version=f"ccnet {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         importlib.import_module(f"ccnet.cli.{name}").register(subparsers)
