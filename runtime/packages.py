@@ -31,6 +31,7 @@ EXTRAS = {
     "fsspec": "remote",
     "av": "video",
     "pillow": "video",
+    "argcomplete": "completion",
 }
 """Distribution -> extra."""
 

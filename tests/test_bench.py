@@ -291,7 +291,7 @@ def test_the_report_alone_is_on_standard_output(
     assert main(["bench", str(tmp_path), *options]) == 0
     shown = capsys.readouterr()
     assert shown.out == bench_text(json.loads(report.read_text())) + "\n"
-    assert f"report: {report}" in shown.err
+    assert f"{report} written" in shown.err
     assert "batch 1: x" in shown.err
 
 

@@ -81,7 +81,7 @@ def test_the_engine_is_replaced_by_a_real_one_and_waits_for_its_parity_check(
         bundle, options={**ENGINE.options, "compute_capabilities": []}
     )  # a portable engine builds without a GPU
     assert main(["rebuild", str(bundle.folder)]) == 0  # it is of another version
-    assert f"built with tensorrt_rtx {rtx.__version__}, unverified" in capsys.readouterr().out
+    assert f"built with tensorrt_rtx {rtx.__version__}, unverified" in capsys.readouterr().err
     after = read_bundle(bundle.folder)
     after.verify()
     rebuilt = after.model_file(ENGINE.name)

@@ -8,11 +8,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ccnet.cli.options import output_file, positive, seconds
+from ccnet.cli.options import add_json_output, output_file, positive, print_or_write, seconds
 from runtime.backends.registry import BACKENDS
 from runtime.bundle import read_bundle
 from runtime.errors import BackendUnavailable, CheckpointError, ConfigError
-from runtime.files import write_json
 from runtime.machine import cpu_flags
 from runtime.profiling.bench import Candidate, Plan, bench, engine_candidates
 from runtime.profiling.report import bench_text
@@ -41,7 +40,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--calls", type=positive, default=10, help="measured videos per candidate and batch, at least")
     parser.add_argument("--no-compile", action="store_true", help="with --checkpoint: leave torch.compile out")
-    parser.add_argument("--json", type=output_file, metavar="OUT", help="write the whole report here")
+    add_json_output(parser)
     parser.add_argument(
         "--plot", type=output_file, metavar="OUT.png", help="draw latency and throughput against batch size"
     )
@@ -68,10 +67,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         "created": bundle.manifest.created,
         "versions": bundle.manifest.versions,
     }
-    print(bench_text(report))
-    if arguments.json:
-        write_json(arguments.json, report)
-        log.info("report: %s", arguments.json)
+    print_or_write(arguments, report, bench_text(report))
     if arguments.plot:
         from ccnet.plots import plot_bench
 

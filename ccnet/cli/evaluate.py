@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from ccnet.cli.logs import video_list
-from ccnet.cli.options import add_engine_arguments, engine_options_given, open_localizer, output_file
+from ccnet.cli.options import (
+    add_engine_arguments,
+    add_json_output,
+    engine_options_given,
+    open_localizer,
+    print_or_write,
+)
 from runtime.annotations import SUBSETS, read_annotations
 from runtime.bundle import read_bundle
 from runtime.detections import read_events
 from runtime.errors import ConfigError
 from runtime.evaluation import Evaluation, evaluate, evaluate_localizer
-from runtime.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +35,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--subset", default="test", choices=SUBSETS, help="default: test")
     parser.add_argument("--features", metavar="DIR", help="folder of feature files; needed with a bundle")
     parser.add_argument("--per-class", action="store_true", help="also print the AP of every class")
-    parser.add_argument("--json", type=output_file, metavar="OUT", help="also write the numbers to this file")
+    add_json_output(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_engine_arguments(parser)
 
@@ -38,11 +43,10 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     source = Path(arguments.bundle)
     evaluation = _score_bundle(arguments) if source.is_dir() else _score_events(arguments)
-    print(evaluation.table())
+    text = evaluation.table()
     if arguments.per_class:
-        print(f"\n{evaluation.per_class_table()}")
-    if arguments.json:
-        write_json(arguments.json, {"source": str(source), **evaluation.to_json()})
+        text += f"\n\n{evaluation.per_class_table()}"
+    print_or_write(arguments, {"source": str(source), **evaluation.to_json()}, text)
     if evaluation.failed:
         log.warning(
             "%d of %d videos failed and count as videos in which nothing was found:\n%s",

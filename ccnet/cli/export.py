@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ccnet.cli.options import positive
+from ccnet.cli.options import add_json_argument, positive, print_result
 
 if TYPE_CHECKING:
     from export.bundle import ExportResult
@@ -54,6 +54,7 @@ def register(subparsers: Any) -> None:
     )
     engine.add_argument("--hardware-compatible", action="store_true", help="run on any Ampere or newer GPU")
     engine.add_argument("--version-compatible", action="store_true", help="run on newer TensorRT releases too")
+    add_json_argument(parser)
 
 
 def add_video_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +92,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     model = checkpoint.load_model()
     log.info("running the eager network")
     reference = eager_reference(checkpoint, model, **eager_arguments(arguments))
-    _summarize(arguments.out, make_bundle(checkpoint, model, reference, arguments.out, options))
+    result = make_bundle(checkpoint, model, reference, arguments.out, options)
+    print_result(arguments, _record(arguments.out, result), _text(arguments.out, result))
     return 0
 
 
@@ -109,19 +111,36 @@ def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
     )
 
 
-def _summarize(out: str, result: ExportResult) -> None:
-    print(f"\n{out}")
+def _record(out: str, result: ExportResult) -> dict[str, Any]:
+    engines = [
+        {
+            "name": engine.name,
+            "status": engine.status,
+            "speed": engine.speed,
+            "failing": _failing(result, engine.name),
+        }
+        for engine in result.engines
+    ]
+    return {"out": out, "engines": engines, "skipped": result.skipped}
+
+
+def _text(out: str, result: ExportResult) -> str:
+    lines = ["", out]
     for engine in result.engines:
         speed = f", {engine.speed['ms_per_video']:.1f} ms per video" if engine.speed else ""
-        failing = (
-            [check.name for check in result.reports[engine.name].checks if not check.passed]
-            if engine.name in result.reports
-            else []
-        )
-        print(f"  {engine.name}: {engine.status}{speed}{': ' if failing else ''}{', '.join(failing)}")
-    for name, reason in result.skipped.items():
-        print(f"  {name}: not run here: {reason.splitlines()[0]}")
-    print(f"next:\n  ccnet inspect {out}\n  ccnet predict {out} --features DIR --out events.jsonl")
-    print(f"  ccnet evaluate {out} --annotations F --features DIR --subset test\n  ccnet bench {out}")
+        failing = _failing(result, engine.name)
+        lines.append(f"  {engine.name}: {engine.status}{speed}{': ' if failing else ''}{', '.join(failing)}")
+    lines += [f"  {name}: not run here: {reason.splitlines()[0]}" for name, reason in result.skipped.items()]
+    lines += ["next:", f"  ccnet inspect {out}", f"  ccnet predict {out} --features DIR --out events.jsonl"]
+    lines += [f"  ccnet evaluate {out} --annotations F --features DIR --subset test", f"  ccnet bench {out}"]
     if any(engine.name in result.skipped and engine.status == "unverified" for engine in result.engines):
-        print(f"  ccnet reference CHECKPOINT --out ref.npz, then on the GPU: ccnet verify {out} --reference ref.npz")
+        lines.append(
+            f"  ccnet reference CHECKPOINT --out ref.npz, then on the GPU: ccnet verify {out} --reference ref.npz"
+        )
+    return "\n".join(lines)
+
+
+def _failing(result: ExportResult, engine: str) -> list[str]:
+    """Return the checks of the parity check that an engine did not pass."""
+    report = result.reports.get(engine)
+    return [check.name for check in report.checks if not check.passed] if report is not None else []

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ccnet.cli.options import add_json_argument, print_result
 from ccnet.config import PRESETS, ModelConfig, parse_overrides, preset, with_overrides
 from runtime.errors import CheckpointError, ConfigError
 
@@ -26,6 +27,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--out", required=True, type=Path, help="checkpoint folder to write")
     parser.add_argument("--annotations", type=Path, help="annotation file that gives the class names")
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -45,11 +47,19 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     load_released(model, parameters, source=str(arguments.file))
     save_checkpoint(arguments.out, model, config=config, labels=labels)
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"{arguments.out}: {release_of(parameters)}'s release, {len(parameters)} tensors, {count / 1e6:.1f} M "
-        f"parameters, {len(labels)} classes"
+    release = release_of(parameters)
+    print_result(
+        arguments,
+        {
+            "out": str(arguments.out),
+            "release": release,
+            "tensors": len(parameters),
+            "parameters": count,
+            "classes": len(labels),
+        },
+        f"{arguments.out}: {release}'s release, {len(parameters)} tensors, {count / 1e6:.1f} M parameters, "
+        f"{len(labels)} classes\nnext: ccnet export {arguments.out} --out BUNDLE",
     )
-    print(f"next: ccnet export {arguments.out} --out BUNDLE")
     return 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -45,7 +46,9 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         message = self.format(record)
         if record.levelno == logging.WARNING:
-            message = f"warning: {message}"
+            message = f"{_coloured('warning:', _YELLOW)} {message}"
+        elif record.levelno > logging.WARNING:
+            message = _coloured(message, _RED)
         tqdm = sys.modules.get("tqdm")
         if tqdm is not None:
             tqdm.tqdm.write(message, file=sys.stderr)
@@ -54,6 +57,13 @@ class _Handler(logging.Handler):
 
 
 _HANDLER = _Handler()
+_RED, _YELLOW = "31", "33"
+
+
+def _coloured(text: str, colour: str) -> str:
+    """Return text in a colour on a terminal that can show it and a user who wants it (https://no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
+    return text if plain else f"\x1b[{colour}m{text}\x1b[0m"
 
 
 def _log_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         importlib.import_module(f"ccnet.cli.{name}").register(subparsers)
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next
+        _complete(parser)
     argv = list(sys.argv[1:] if argv is None else argv)
     former = argv[0] if argv and argv[0] in RENAMED else None
     if former is not None:
@@ -59,6 +62,14 @@ def main(argv: list[str] | None = None) -> int:
         if former is not None:
             log.warning("'ccnet %s' is now 'ccnet %s'; the next release drops the old name", former, argv[0])
         return _run(module, arguments, rest)
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Print what may come next and end the process, where the package for that is installed."""
+    with contextlib.suppress(ModuleNotFoundError):
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
 
 
 def _run(module: Any, arguments: argparse.Namespace, overrides: list[str]) -> int:

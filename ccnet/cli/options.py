@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import math
-from typing import get_args
+from collections.abc import Mapping
+from typing import Any, get_args
 
 from runtime.backends.registry import BACKENDS
 from runtime.backends.select import OnMismatch
-from runtime.files import check_output_file
+from runtime.files import check_output_file, write_json
 from runtime.localizer import Localizer
 from runtime.pipeline import LongVideos
+
+log = logging.getLogger(__name__)
 
 
 def positive(text: str) -> int:
@@ -43,6 +48,39 @@ def output_file(text: str) -> str:
         where = getattr(error, "filename", None) or text
         raise argparse.ArgumentTypeError(f"{getattr(error, 'strerror', None) or error} ({where})") from None
     return text
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare `--json`; the command prints by `print_result`."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def print_result(arguments: argparse.Namespace, record: Mapping[str, Any], text: str) -> None:
+    """Print the result of a command: `record` with `--json`, else `text`."""
+    print(json.dumps(record, indent=2) if arguments.json else text)
+
+
+def add_json_output(parser: argparse.ArgumentParser) -> None:
+    """Declare `--json [OUT]`, for results that people read and keep; the command prints by `print_or_write`."""
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        type=output_file,
+        metavar="OUT",
+        help="print the result as JSON; with OUT, write it there as well as printing the text",
+    )
+
+
+def print_or_write(arguments: argparse.Namespace, record: Mapping[str, Any], text: str) -> None:
+    """Print the result of a command: `record` with `--json`, else `text`, with `record` in the file of `--json OUT`."""
+    if arguments.json == "-":
+        print(json.dumps(record, indent=2))
+        return
+    print(text)
+    if arguments.json:
+        write_json(arguments.json, record)
+        log.info("%s written", arguments.json)
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:

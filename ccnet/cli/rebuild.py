@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import Any
+
+from ccnet.cli.options import add_json_argument, print_result
+
+log = logging.getLogger(__name__)
 
 
 def register(subparsers: Any) -> None:
@@ -20,6 +25,7 @@ def register(subparsers: Any) -> None:
         metavar="ENGINE",
         help="as 'ccnet inspect' names them (default: all that were built for another GPU or library version)",
     )
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -27,11 +33,19 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from runtime.bundle import read_bundle
 
     engines = engines_to_rebuild(read_bundle(arguments.bundle), arguments.engines)
-    if not engines:
-        print(f"{arguments.bundle}: no engine was built for another GPU or library version; name one to rebuild it")
-        return 0
+    rebuilt: dict[str, Any] = {}
     for engine in engines:
         built = rebuild(arguments.bundle, engine)
-        print(f"{engine.name}: built with {built.library} {built.library_version}, unverified")
-    print(f"next: ccnet verify {arguments.bundle} --reference ref.npz")
+        rebuilt[engine.name] = {
+            "library": built.library,
+            "library_version": built.library_version,
+            "status": "unverified",
+        }
+        log.info("%s: built with %s %s, unverified", engine.name, built.library, built.library_version)
+    text = (
+        f"{arguments.bundle}: rebuilt {', '.join(rebuilt)}\nnext: ccnet verify {arguments.bundle} --reference ref.npz"
+        if rebuilt
+        else f"{arguments.bundle}: no engine was built for another GPU or library version; name one to rebuild it"
+    )
+    print_result(arguments, {"bundle": arguments.bundle, "rebuilt": rebuilt}, text)
     return 0

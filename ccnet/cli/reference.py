@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ccnet.cli.export import add_video_arguments, eager_arguments
-from ccnet.cli.options import output_file
+from ccnet.cli.options import add_json_argument, output_file, print_result
 
 
 def register(subparsers: Any) -> None:
@@ -19,6 +19,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("checkpoint", help="checkpoint folder")
     parser.add_argument("--out", required=True, type=output_file, metavar="FILE", help="the .npz file")
     add_video_arguments(parser)
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -30,7 +31,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     checkpoint = read_checkpoint(arguments.checkpoint)
     reference = eager_reference(checkpoint, checkpoint.load_model(), **eager_arguments(arguments))
     save_reference(arguments.out, reference)
-    size = Path(arguments.out).stat().st_size / 1e6
-    print(f"{arguments.out}: {len(reference.videos)} inputs with their outputs, {size:.1f} MB")
-    print(f"next: ccnet verify BUNDLE --reference {arguments.out}")
+    size = Path(arguments.out).stat().st_size
+    print_result(
+        arguments,
+        {"out": arguments.out, "inputs": len(reference.videos), "bytes": size},
+        f"{arguments.out}: {len(reference.videos)} inputs with their outputs, {size / 1e6:.1f} MB\n"
+        f"next: ccnet verify BUNDLE --reference {arguments.out}",
+    )
     return 0

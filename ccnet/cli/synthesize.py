@@ -7,7 +7,7 @@ import os
 import time
 from typing import Any
 
-from ccnet.cli.options import positive
+from ccnet.cli.options import add_json_argument, positive, print_result
 from ccnet.config import PRESETS, parse_overrides, preset, with_overrides
 
 TAKES_OVERRIDES = True
@@ -41,6 +41,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes; default: all cores"
     )
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -66,8 +67,16 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         workers=arguments.workers,
     )
     seconds = time.perf_counter() - begun
-    print(
+    print_result(
+        arguments,
+        {
+            "out": arguments.out,
+            "written": result.written,
+            "kept": result.kept,
+            "bytes": result.size,
+            "seconds": round(seconds, 3),
+        },
         f"{arguments.out}: {result.written} videos written in {seconds:.1f} s, {result.kept} were there already; "
-        f"{result.size / 1e9:.2f} GB in all"
+        f"{result.size / 1e9:.2f} GB in all",
     )
     return 0

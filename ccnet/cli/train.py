@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ccnet.cli.options import add_json_argument, print_result
 from ccnet.config import PRESETS, parse_overrides, preset, with_overrides
 
 TAKES_OVERRIDES = True
@@ -27,6 +28,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="continue the run in DIR")
     parser.add_argument("--quiet", action="store_true", help="print only the result")
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -42,6 +44,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         resume=arguments.resume,
         quiet=arguments.quiet,
     )
-    print(f"best validation mAP {result.best_map:.4f} (epoch {result.best_epoch}): {result.best}")
-    print(f"next: ccnet export {result.best} --out BUNDLE")
+    print_result(
+        arguments,
+        {"best": str(result.best), "best_epoch": result.best_epoch, "best_map": result.best_map},
+        f"best validation mAP {result.best_map:.4f} (epoch {result.best_epoch}): {result.best}\n"
+        f"next: ccnet export {result.best} --out BUNDLE",
+    )
     return 0

@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ccnet.cli.export import add_video_arguments, eager_arguments
+from ccnet.cli.options import add_json_argument, print_result
 from runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def register(subparsers: Any) -> None:
         "its results.json when that is there; the bundle stays as it is",
     )
     add_video_arguments(parser)
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -44,20 +46,25 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     bundle = read_bundle(arguments.bundle)
     if arguments.polygraphy:
+        if arguments.json:
+            raise ConfigError("--json: what --polygraphy does is not a result to be parsed")
         return _polygraphy(arguments, bundle)
     engines = engines_to_verify(bundle, arguments.backend, arguments.precision)
+    result: dict[str, Any] = {"bundle": str(bundle.folder), "verified": []}
     if not engines:
-        print(f"{bundle.folder}: every engine is verified already; name one with --backend to verify it again here")
+        text = f"{bundle.folder}: every engine is verified already; name one with --backend to verify it again here"
+        print_result(arguments, result, text)
         return 0
     reference = _reference(arguments, bundle)
     check_fits(bundle, reference.spec, reference.checkpoint_sha256)
     named = bool(arguments.backend or arguments.precision)
     verified = verify(bundle.folder, engines, reference, all_must_run=named)
-    if not verified:
-        print(f"{bundle.folder}: nothing left that can be verified on this machine")
-        return 0
-    print(f"{bundle.folder}: verified: {', '.join(verified)}")
-    print(f"next: ccnet bench {bundle.folder}")
+    text = (
+        f"{bundle.folder}: verified: {', '.join(verified)}\nnext: ccnet bench {bundle.folder}"
+        if verified
+        else f"{bundle.folder}: nothing left that can be verified on this machine"
+    )
+    print_result(arguments, {**result, "verified": list(verified)}, text)
     return 0
 
 
