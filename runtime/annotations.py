@@ -1,4 +1,4 @@
-"""Ground truth: the UnAV-100 annotation file, read strictly.
+"""Ground truth: the UnAV-100 annotation file, read strictly, and other data sets' files brought into its layout.
 
     {"version": ..., "database": {video_id: {"duration": s, "subset": "train|validation|test",
         "annotations": [{"segment": [start_s, end_s], "label": str, "label_id": int}]}}}
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from runtime.annotation_styles import read_content
 from runtime.errors import AnnotationError
 from runtime.records import (
     BadRecord,
@@ -27,7 +28,6 @@ from runtime.records import (
     check_segment,
     check_video_id,
     get_values,
-    read_json,
 )
 from runtime.schema import show
 
@@ -68,7 +68,7 @@ class Annotations:
 
 
 def read_annotations(path: str | Path, labels: Sequence[str] | None = None) -> Annotations:
-    """Read and check an annotation file.
+    """Read and check an annotation file, or a folder of THUMOS14 (see `runtime.annotation_styles`).
 
     `labels` is the class list of a model or another file: every event must then fit it. Without it the list is
     gathered from the events, whose ids must be 0..C-1 without a gap.
@@ -80,18 +80,18 @@ def read_annotations(path: str | Path, labels: Sequence[str] | None = None) -> A
     path = Path(path)
     table = LabelTable(labels)
     try:
-        videos = {video_id: _read_video(video_id, record, table) for video_id, record in _database(path).items()}
+        videos = {
+            video_id: _read_video(video_id, record, table) for video_id, record in _database(path, labels).items()
+        }
         return Annotations(path, _class_names(table), videos)
     except FileNotFoundError:
         raise AnnotationError(f"{path}: no such annotation file") from None
-    except IsADirectoryError:
-        raise AnnotationError(f"{path}: got a folder, expected an annotation JSON file") from None
     except BadRecord as error:
         raise AnnotationError(f"{path}: {error}") from None
 
 
-def _database(path: Path) -> dict[str, Any]:
-    content = read_json(path, any_number=True)
+def _database(path: Path, labels: Sequence[str] | None) -> dict[str, Any]:
+    content = read_content(path, labels)
     database = content.get("database") if isinstance(content, dict) else None
     if not isinstance(database, dict):
         raise BadRecord('expected an object {"version": ..., "database": {video id: ...}}')

@@ -155,7 +155,12 @@ def _row_groups(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def read_events(path: str | Path, label_names: Sequence[str] | None = None) -> dict[str, Detections]:
-    """Read an events file. Returns the detections by video id, in file order.
+    """Read an events file. Returns the detections by video id, in file order; raises as `read_records`."""
+    return {video_id: detections for video_id, _, detections in read_records(path, label_names)}
+
+
+def read_records(path: str | Path, label_names: Sequence[str] | None = None) -> list[Record]:
+    """Read an events file. Returns (video id, duration in seconds, detections) in file order.
 
     With `label_names` (index = label id) every event must fit them; without, the names are gathered from the file, and
     ids that never occur are called `class <id>`. Events out of order are sorted, best first.
@@ -166,27 +171,27 @@ def read_events(path: str | Path, label_names: Sequence[str] | None = None) -> d
     """
     path = Path(path)
     table = LabelTable(label_names)
-    videos: dict[str, _Arrays] = {}
+    videos: dict[str, tuple[float, _Arrays]] = {}
     try:
         with open(path, "rb") as stream:
             for number, line in enumerate(iter(lambda: stream.readline(LARGEST_FILE), b""), 1):
                 try:
-                    video_id, arrays = _read_video(line, table)
+                    video_id, duration, arrays = _read_video(line, table)
                     if video_id in videos:
                         raise BadRecord(f"video {show(video_id)} occurs a second time")
                 except BadRecord as error:
                     raise PredictionError(f"{path}, line {number}: {error}") from None
-                videos[video_id] = arrays
+                videos[video_id] = duration, arrays
     except FileNotFoundError:
         raise PredictionError(f"{path}: no such events file; 'ccnet predict ... --out {path}' writes one") from None
     except IsADirectoryError:
         raise PredictionError(f"{path}: got a folder, expected an events file (.jsonl)") from None
     names = tuple(table.names.get(i, f"class {i}") for i in range(max(table.names, default=-1) + 1))
-    return {video_id: Detections(*arrays, names) for video_id, arrays in videos.items()}
+    return [(video_id, duration, Detections(*arrays, names)) for video_id, (duration, arrays) in videos.items()]
 
 
-def _read_video(line: bytes, table: LabelTable) -> tuple[str, _Arrays]:
-    """Return video id and segments [N, 2], scores [N], labels [N] of one line."""
+def _read_video(line: bytes, table: LabelTable) -> tuple[str, float, _Arrays]:
+    """Return video id, duration, and segments [N, 2], scores [N], labels [N] of one line."""
     video_id, duration, events = get_values(parse_json(line, any_number=True), ("video_id", "duration", "events"))
     video_id, duration = check_video_id(video_id), check_duration(duration)
     segments, scores, labels = [], [], []
@@ -204,4 +209,4 @@ def _read_video(line: bytes, table: LabelTable) -> tuple[str, _Arrays]:
     confidence = np.array(scores, np.float32)
     order = np.argsort(-confidence, kind="stable")
     boundaries = np.array(segments, np.float64).reshape(-1, 2)
-    return video_id, (boundaries[order], confidence[order], np.array(labels, np.int64)[order])
+    return video_id, duration, (boundaries[order], confidence[order], np.array(labels, np.int64)[order])

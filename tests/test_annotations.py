@@ -140,7 +140,7 @@ def test_bad_files_are_named(case: str, tmp_path: Path) -> None:
 def test_missing_file_and_not_text(tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match="no such annotation file"):
         read_annotations(tmp_path / "absent.json")
-    with pytest.raises(AnnotationError, match="got a folder"):
+    with pytest.raises(AnnotationError, match="a folder without durations.csv"):
         read_annotations(tmp_path)
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(AnnotationError, match="not valid JSON"):

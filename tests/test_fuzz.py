@@ -39,6 +39,8 @@ from runtime.detections import read_events
 from runtime.errors import CCNetError
 from runtime.features import read_video
 from runtime.files import sha256_file
+from runtime.formats.events import Event, Video
+from runtime.formats.registry import FORMATS, read_videos
 from runtime.records import BadRecord, parse_json
 
 COUNT = int(os.environ.get("CCNET_FUZZ", "300"))
@@ -398,3 +400,34 @@ def test_events(tmp_path: Path) -> None:
         tmp_path / "events.jsonl",
         lambda rng: b"\n".join(mutated_json(line, rng) for line in good),
     )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_of_other_tools(name: str, tmp_path: Path) -> None:
+    form = FORMATS[name]
+    if name == "parquet":
+        pytest.importorskip("pyarrow")
+    events = [Event(0.5 + i, 2.25 + i, LABELS[i % 3], 0.25 * i, i % 3) for i in range(4)]
+    path = tmp_path / f"v{form.suffix}"
+    form.write(path, [Video("v", events, 9.5, "test")])
+    good = path.read_bytes()
+    structured = form.suffix == ".json"
+
+    def mutate(rng: np.random.Generator) -> bytes:
+        return mutated_json(json.loads(good), rng) if structured else mutated_bytes(good, rng)
+
+    attack(lambda path: read_videos(path, form), path, mutate)
+
+
+def test_annotations_of_activitynet(tmp_path: Path) -> None:
+    events = [{"segment": [0.5, 2], "label": label} for label in LABELS]
+    good = {"database": {name: {"duration": 9.5, "subset": "training", "annotations": events} for name in ("v", "w")}}
+    attack(read_annotations, tmp_path / "annotations.json", lambda rng: mutated_json(good, rng))
+
+
+@pytest.mark.parametrize("name", ["dog_val.txt", "durations.csv"])
+def test_annotations_of_thumos(name: str, tmp_path: Path) -> None:
+    good = {"dog_val.txt": b"v 0.5 2\nw  1 2.5\n", "durations.csv": b"video_id,duration\nv,9.5\nw,7\n"}
+    for other, content in good.items():
+        (tmp_path / other).write_bytes(content)
+    attack(lambda path: read_annotations(path.parent), tmp_path / name, lambda rng: mutated_bytes(good[name], rng))

@@ -43,6 +43,9 @@ OPTIONS: dict[str, set[str]] = {
     "reference": {"--json", "--out", *PARITY_OPTIONS},
     "predict": {"--annotations", "--features", "--on-error", "--out", "--quiet", "--subset", *ENGINE_OPTIONS},
     "evaluate": {"--annotations", "--features", "--json", "--per-class", "--quiet", "--subset", *ENGINE_OPTIONS},
+    "convert": {
+        *("--annotations", "--durations", "--from", "--min-score", "--out", "--score", "--subset", "--to"),
+    },
     "inspect": {"--json"},
     "bench": {
         *("--backend", "--batches", "--calls", "--checkpoint", "--json", "--no-compile", "--plot", "--seconds"),

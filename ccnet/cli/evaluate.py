@@ -21,16 +21,20 @@ from ccnet.cli.options import (
 )
 from runtime.annotations import SUBSETS, read_annotations
 from runtime.bundle import read_bundle
-from runtime.detections import read_events
 from runtime.errors import ConfigError
 from runtime.evaluation import Evaluation, evaluate, evaluate_localizer
+from runtime.formats.registry import holds_events, read_predictions
 
 log = logging.getLogger(__name__)
 
 
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser("evaluate", help="mAP of predicted events, or of a bundle, on an annotated subset")
-    parser.add_argument("bundle", metavar="BUNDLE|EVENTS", help="bundle folder, or an events.jsonl")
+    parser.add_argument(
+        "bundle",
+        metavar="BUNDLE|EVENTS",
+        help="bundle folder, or events in any format that 'ccnet convert' reads and that has scores",
+    )
     parser.add_argument("--annotations", required=True, metavar="F", help="annotation file")
     parser.add_argument("--subset", default="test", choices=SUBSETS, help="default: test")
     parser.add_argument("--features", metavar="DIR", help="folder of feature files; needed with a bundle")
@@ -42,7 +46,7 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     source = Path(arguments.bundle)
-    evaluation = _score_bundle(arguments) if source.is_dir() else _score_events(arguments)
+    evaluation = _score_bundle(arguments) if source.is_dir() and not holds_events(source) else _score_events(arguments)
     text = evaluation.table()
     if arguments.per_class:
         text += f"\n\n{evaluation.per_class_table()}"
@@ -80,4 +84,4 @@ def _score_events(arguments: argparse.Namespace) -> Evaluation:
             f"{' '.join(given)}: {arguments.bundle} is not a bundle folder; events are scored as they are"
         )
     annotations = read_annotations(arguments.annotations)
-    return evaluate(read_events(arguments.bundle, annotations.labels), annotations, arguments.subset)
+    return evaluate(read_predictions(arguments.bundle, annotations.labels), annotations, arguments.subset)

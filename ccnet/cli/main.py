@@ -29,6 +29,7 @@ COMMANDS = (
     "reference",
     "predict",
     "evaluate",
+    "convert",
     "inspect",
     "bench",
     "doctor",

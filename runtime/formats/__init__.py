@@ -1,0 +1,1 @@
+"""Events in the files of other tools: one file a format, and `registry`, the table of them."""
