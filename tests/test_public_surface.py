@@ -44,7 +44,7 @@ OPTIONS: dict[str, set[str]] = {
     "predict": {"--annotations", "--features", "--on-error", "--out", "--quiet", "--subset", *ENGINE_OPTIONS},
     "evaluate": {"--annotations", "--features", "--json", "--per-class", "--quiet", "--subset", *ENGINE_OPTIONS},
     "convert": {
-        *("--annotations", "--durations", "--from", "--min-score", "--out", "--score", "--subset", "--to"),
+        *("--annotations", "--durations", "--from", "--json", "--min-score", "--out", "--score", "--subset", "--to"),
     },
     "inspect": {"--json"},
     "bench": {

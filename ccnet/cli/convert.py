@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ccnet.cli.options import add_json_argument, print_result
 from runtime.annotations import SUBSETS, read_annotations
 from runtime.errors import ConfigError, PredictionError
 from runtime.formats.events import Event, Video, clipped, parse_number
@@ -42,6 +43,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--subset", choices=SUBSETS, help="only this subset; or the subset of videos that have none")
     parser.add_argument("--min-score", type=score, metavar="X", help="leave out events with lower scores")
     parser.add_argument("--score", type=score, metavar="X", help="the score of events that have none")
+    add_json_argument(parser)
 
 
 def score(text: str) -> float:
@@ -70,13 +72,15 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             raise PredictionError(f"{arguments.source}: has no video of subset {arguments.subset}")
     videos = _scored(videos, arguments.min_score, arguments.score)
     videos = _inside(videos)
-    for text in losses(target, videos):
+    lost = losses(target, videos)
+    for text in lost:
         log.warning("%s: %s", target.title, text)
     files = write_videos(arguments.out, videos, target)
     if arguments.out != "-":
         count = sum(len(video.events) for video in videos)
         where = f"{len(files)} files" if len(files) > 1 else target.title
-        print(f"{arguments.out}: {where}, {len(videos)} videos, {count} events")
+        record = {"files": [str(file) for file in files], "videos": len(videos), "events": count, "lost": lost}
+        print_result(arguments, record, f"{arguments.out}: {where}, {len(videos)} videos, {count} events")
     return 0
 
 
