@@ -94,7 +94,10 @@ def test_events_read_back(name: str, tmp_path: Path) -> None:
 def test_events_without_scores_read_back(name: str, tmp_path: Path) -> None:
     """What people annotate: the class alone."""
     form = FORMATS[name]
-    videos = [Video(v.video_id, [Event(e.start, e.end, e.label, None, e.label_id) for e in v.events], v.duration, "train") for v in VIDEOS]
+    videos = [
+        Video(v.video_id, [Event(e.start, e.end, e.label, None, e.label_id) for e in v.events], v.duration, "train")
+        for v in VIDEOS
+    ]
     path = tmp_path / ("out" if form.one_video else f"out{form.suffix}")
     write_videos(path, videos, form)
     assert_same(read_videos(path, form), videos, name)
