@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from runtime.annotations import Annotations, VideoAnnotation
 from runtime.average_precision import average_precision
+from runtime.coverage import Gaps
 from runtime.detections import Detections
 from runtime.errors import AnnotationError, CCNetError, FeatureError, Interrupted, PredictionError
 from runtime.features import FeatureFiles
@@ -76,6 +77,8 @@ class Evaluation:
     """Predicted events that took part."""
     failed: Mapping[str, CCNetError] = field(default_factory=dict)
     """What is wrong with each video that a Localizer could not process; these are among `missing`."""
+    gaps: Mapping[str, Gaps] = field(default_factory=dict)
+    """What a Localizer did not see of a video, where that is something."""
 
     @property
     def map_at(self) -> dict[float, float]:
@@ -107,6 +110,8 @@ class Evaluation:
             counted += f"; {self.missing} without predictions"
         if self.outside:
             counted += f"; {self.outside} of other subsets left out"
+        if self.gaps:
+            counted += f"; {len(self.gaps)} not covered as annotated"
         return "\n".join([*lines, counted])
 
     def per_class_table(self) -> str:
@@ -134,6 +139,7 @@ class Evaluation:
             "outside": self.outside,
             "predictions": self.predictions,
             "failed": {video_id: str(error) for video_id, error in self.failed.items()},
+            "notes": {video_id: str(gaps) for video_id, gaps in self.gaps.items()},
         }
 
 
@@ -165,6 +171,7 @@ def evaluate_localizer(
     sources = ((video.video_id, FeatureFiles(features, video.video_id), video.duration) for video in videos)
     predictions: dict[str, Detections] = {}
     failed: dict[str, CCNetError] = {}
+    gaps: dict[str, Gaps] = {}
     with (
         contextlib.closing(localizer.stream(sources, batch_size=batch_size, workers=workers)) as stream,
         Progress(subset, total=len(videos), quiet=quiet) as progress,
@@ -172,6 +179,8 @@ def evaluate_localizer(
         for result in stream:
             if stop is not None and stop.requested:
                 raise Interrupted("interrupted", stop.signal_number)
+            if result.gaps is not None:
+                gaps[result.video_id] = result.gaps
             if result.detections is not None:
                 predictions[result.video_id] = result.detections
             elif result.error is not None:
@@ -182,7 +191,7 @@ def evaluate_localizer(
     if not predictions:
         video_id, error = next(iter(failed.items()))
         raise FeatureError(f"none of the {len(videos)} videos could be used; the first, {video_id}: {error}")
-    return dataclasses.replace(evaluate(predictions, annotations, subset), failed=failed)
+    return dataclasses.replace(evaluate(predictions, annotations, subset), failed=failed, gaps=gaps)
 
 
 def evaluate(predictions: Mapping[str, Detections], annotations: Annotations, subset: str) -> Evaluation:

@@ -5,6 +5,7 @@ Shapes: n steps of one video   Cv, Ca visual / audio feature width
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import tokenize
@@ -16,7 +17,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from runtime.coverage import files_note, length_note
 from runtime.errors import FeatureError
+from runtime.files import open_regular
 from runtime.kernels.library import OUT_OF_MEMORY, address, kernels
 from runtime.records import BadRecord, check_video_id
 from runtime.schema import quote, show
@@ -24,10 +27,6 @@ from runtime.spec import FeatureLayout, ModelSpec
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
-
-# Two modalities that differ by more than this share, and by more than this many steps, are worth a note.
-_NOTED_SHARE = 0.1
-_NOTED_STEPS = 2
 
 NOT_REGULAR, TOO_LONG = -1, -2
 """Why `read_into` gave a video no row."""
@@ -228,24 +227,40 @@ def _read_regular(prefix: str, layout: FeatureLayout, visual_dim: int, audio_dim
 
 def _read_array(path: Path) -> npt.NDArray[Any]:
     """Read one `.npy` file as a finite float32 [n, C] array. The header is checked before any data are read."""
+    with _opened(path) as (stream, shape, fortran, dtype):
+        data = stream.read(math.prod(shape) * dtype.itemsize)
+        array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+    return _finite_float32(array, str(path))
+
+
+def feature_header(path: Path) -> tuple[tuple[int, int], np.dtype[Any]]:
+    """Return shape (steps, width) and dtype of a feature file of which only header and size are looked at.
+
+    Raises FeatureError for everything that reading the file would, but for values that are not finite.
+    """
+    with _opened(path) as (_, shape, _, dtype):
+        return (shape[0], shape[1]), dtype
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype[Any]]]:
+    """Open a `.npy` file of floats [n, C] that is as long as its header says: stream, shape, Fortran order, dtype."""
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             shape, fortran, dtype = _read_header(stream, path)
             _check_shape(shape, dtype, str(path))
-            expected = math.prod(shape) * dtype.itemsize
             present = os.fstat(stream.fileno()).st_size - stream.tell()
-            data = stream.read(expected) if present >= expected else b""
+            expected = math.prod(shape) * dtype.itemsize
+            if present < expected:
+                raise FeatureError(
+                    f"{path}: truncated: {present} bytes of data, its header says {expected} for "
+                    f"{shape[0]} x {shape[1]} {dtype.name}; extract or copy it again"
+                )
+            yield stream, shape, fortran, dtype
     except FileNotFoundError as error:
         raise FeatureError(f"{path}: no such feature file") from error
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         raise FeatureError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})") from error
-    if len(data) != expected:
-        raise FeatureError(
-            f"{path}: truncated: {present} bytes of data, its header says {expected} for "
-            f"{shape[0]} x {shape[1]} {dtype.name}; extract or copy it again"
-        )
-    array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
-    return _finite_float32(array, str(path))
 
 
 def _read_header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -314,20 +329,3 @@ def _join(arrays: Sequence[Float32], steps: int) -> Float32:
     if len(arrays) == 1:
         return arrays[0][:steps]
     return np.concatenate([array[:steps] for array in arrays], axis=1)
-
-
-def files_note(prefix: str, layout: FeatureLayout, steps: Sequence[int]) -> str | None:
-    """Return the `length_note` of the files of one video, given the steps of each."""
-    if max(steps) - min(steps) <= _NOTED_STEPS:
-        return None
-    names = (f"{os.path.basename(prefix)}{suffix}.npy" for suffix in (*layout.visual, *layout.audio))
-    return length_note(dict(zip(names, steps, strict=True)))
-
-
-def length_note(lengths: dict[str, int]) -> str | None:
-    """Say what was cut where the lengths, in steps by file or modality, clearly differ."""
-    shortest, longest = min(lengths.values()), max(lengths.values())
-    if longest - shortest <= max(_NOTED_STEPS, _NOTED_SHARE * longest):
-        return None
-    found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-    return f"lengths differ: {found} steps; cut to {shortest}"

@@ -65,6 +65,15 @@ def is_stream(path: str | os.PathLike[str]) -> bool:
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a file for reading. Raises OSError for a pipe, a device or a folder, and does not wait for any of them."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return os.fdopen(handle, "rb")
+
+
 def check_output_file(path: str | os.PathLike[str]) -> None:
     """Raise OSError now where `atomic_file(path)` would later: a folder, or no place that can be written to."""
     if is_stream(path):

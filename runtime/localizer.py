@@ -5,6 +5,7 @@ Shapes:  n steps of one video   Cv, Ca visual / audio feature width   T steps of
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from runtime.pipeline import Item, Localized, LongVideos, Pipeline, Results, Tas
 from runtime.schema import require
 from runtime.spec import ModelSpec, PostProcessing
 from runtime.stream import stream_videos
+
+log = logging.getLogger(__name__)
 
 
 class Localizer:
@@ -94,6 +97,7 @@ class Localizer:
     def batch(self, videos: Sequence[Video]) -> list[Detections]:
         """Localize the events of several videos, in their order, in batches as large as the engine takes.
 
+        What is not covered of a video (see `runtime.coverage`) is logged as a warning; `stream` returns it instead.
         Raises as `__call__`, for the first video that fails.
         """
         backend = self.backends[0]
@@ -108,7 +112,10 @@ class Localizer:
             backend.infer,
             self._workspace,
         )
-        results = (task.result for task in tasks if isinstance(task.result, Localized))
+        results = [task.result for task in tasks if isinstance(task.result, Localized)]
+        for result in results:
+            if result.gaps is not None:
+                log.warning("%s: %s", result.video_id, result.gaps)
         return [result.detections for result in results if result.detections is not None]
 
     def stream(self, videos: Iterable[Item], *, batch_size: int | None = None, workers: int | None = None) -> Results:

@@ -16,10 +16,11 @@ from typing import Any, Literal, TypeAlias
 
 from runtime.backends.base import Float32, Int32
 from runtime.batches import Allocate, Batch
+from runtime.coverage import Gaps, files_note, find_gaps
 from runtime.decode import Candidates
 from runtime.detections import Detections
 from runtime.errors import CCNetError, FeatureError
-from runtime.features import FeatureFiles, VideoFeatures, check_shapes, copy_rows, files_note
+from runtime.features import FeatureFiles, VideoFeatures, check_shapes, copy_rows
 from runtime.postprocess import PostProcessor
 from runtime.spec import ModelSpec, PostProcessing
 from runtime.windows import Window, decode_window, merge_windows, plan_windows
@@ -40,8 +41,13 @@ class Localized:
     """Seconds; None where the video could not be read and no duration was given."""
     detections: Detections | None
     error: CCNetError | None = None
-    note: str | None = None
-    """What a person should know about the features, see `VideoFeatures.note`."""
+    gaps: Gaps | None = None
+    """What of the video its features or the network do not cover."""
+
+    @property
+    def note(self) -> str | None:
+        """What a person should know about the features: `gaps` as text."""
+        return None if self.gaps is None else str(self.gaps)
 
 
 Results: TypeAlias = Generator[Localized, None, None]
@@ -56,7 +62,7 @@ class Task:
     source: Source | None
     """None once it was opened: a result may wait long, and should not keep the features."""
     duration: float | None = None
-    note: str | None = None
+    gaps: Gaps | None = None
     windows: Sequence[Window] = ()
     """Empty for a video that is one row of a batch."""
     found: list[Candidates] = field(default_factory=list)
@@ -66,9 +72,9 @@ class Task:
     def settle(self, found: Detections | CCNetError) -> None:
         """Make detections, or an error of the video's own, the result."""
         if isinstance(found, CCNetError):
-            self.result = Localized(self.video_id, self.duration, None, found, self.note)
+            self.result = Localized(self.video_id, self.duration, None, found, self.gaps)
         else:
-            self.result = Localized(self.video_id, self.duration, found, None, self.note)
+            self.result = Localized(self.video_id, self.duration, found, None, self.gaps)
 
 
 Take: TypeAlias = Callable[[int, bool], Sequence[Task]]
@@ -178,8 +184,7 @@ class _Run:
         looked_at = self._batch.read([video for _, video in files], crop=crop)
         for (task, video), (row, steps) in zip(files, looked_at, strict=True):
             if row >= 0:
-                task.note = files_note(video.video_id, spec.layout, steps)
-                self._settle_duration(task, min(steps))
+                self._settle(task, min(steps), files_note(video.video_id, spec.layout, steps))
                 self._rows.append((task, 0))
         for (task, video), (row, _) in zip(files, looked_at, strict=True):
             if row < 0:
@@ -212,8 +217,7 @@ class _Run:
     def _plan(self, task: Task, features: VideoFeatures) -> None:
         """Cut a video that is in memory: into windows, or to its first T steps."""
         pipeline, length = self._pipeline, self._pipeline.spec.length
-        task.note = features.note
-        self._settle_duration(task, features.steps)
+        self._settle(task, features.steps, features.note)
         if pipeline.long_videos == "windows" and features.steps > length:
             task.windows = plan_windows(features.steps, length, pipeline.window_overlap)
             self._waiting.extend((task, features, index) for index in range(len(task.windows)))
@@ -260,9 +264,13 @@ class _Run:
         except CCNetError as error:
             task.settle(error)
 
-    def _settle_duration(self, task: Task, steps: int) -> None:
+    def _settle(self, task: Task, steps: int, lengths: str | None) -> None:
+        """Note what is not covered of a video of so many steps, and take what is for its duration if none was given."""
+        spec, crop = self._pipeline.spec, self._pipeline.long_videos == "crop"
+        longest = spec.length if crop else None
+        task.gaps = find_gaps(steps, lengths, time_base=spec.time_base, duration=task.duration, longest=longest)
         if task.duration is None:
-            task.duration = self._pipeline.spec.time_base.covered_seconds(steps)
+            task.duration = spec.time_base.covered_seconds(steps)
 
     def _fail(self, task: Task, error: BaseException) -> None:
         """Make an error of a video's own its result; any other one ends the stream."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from ccnet.training.dataset import (
 )
 from runtime.annotations import VideoAnnotation
 from runtime.errors import FeatureError
+from runtime.features import read_video
 from runtime.spec import TimeBase
 
 MODEL = ModelConfig(length=64, visual_dim=6, audio_dim=4, dim=8, heads=2, num_classes=3, head_dim=8, tdm_dim=4)
@@ -184,6 +187,43 @@ def test_damaged_files_are_found_before_training(folder: Folder) -> None:
     assert "7 wide, expected 6" in str(caught.value)
 
 
+def write_npz(path: Path) -> None:
+    with path.open("wb") as stream:
+        np.savez(stream, x=np.ones((4, 3), np.float32))
+
+
+def cut_header(path: Path) -> None:
+    np.save(path, np.ones((4, 3), np.float32))
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (write_npz, "not a .npy file"),
+        (cut_header, "not a .npy file, or one cut inside its header"),
+        (lambda path: path.write_bytes(b"PK\3\4" + bytes(200)), "not a .npy file"),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "not a .npy file"),
+        (lambda path: np.save(path, np.zeros((0, 3), np.float32)), "there is no content"),
+        (lambda path: np.save(path, np.zeros((20, 3), np.longdouble)), "got dtype float128"),
+        (replace_by_pipe, "not a regular file"),
+    ],
+)
+def test_the_check_refuses_what_reading_refuses(folder: Folder, spoil: Callable[[Path], Any], reason: str) -> None:
+    path, videos = folder
+    bad = path / "video1_rgb.npy"
+    spoil(bad)
+    with pytest.raises(FeatureError, match=f"1 unusable: {bad.name}: .*{reason}"):
+        check_folder(path, videos, configured())
+    with pytest.raises(FeatureError, match=f"{bad.name}: .*{reason}"):
+        read_video(path, "video1", configured().layout, 6, 4)
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path, folder: Folder) -> None:
     with pytest.raises(FeatureError, match="no such feature folder"):
         check_folder(tmp_path / "absent", folder[1], configured())
@@ -221,8 +261,8 @@ from ccnet.training.dataset import TrainingLoader
 from runtime.annotations import VideoAnnotation
 
 model = ModelConfig(length=64, visual_dim=6, audio_dim=4, dim=8, heads=2, num_classes=3, head_dim=8, tdm_dim=4)
-names = {[video.video_id for video in videos]!r}
-videos = [VideoAnnotation(name, 30.0, "train", np.array([[0.5, 2.0]]), np.array([1])) for name in names]
+seconds = { {video.video_id: video.duration for video in videos}!r}
+videos = [VideoAnnotation(i, s, "train", np.array([[0.5, 2.0]]), np.array([1])) for i, s in seconds.items()]
 loader = TrainingLoader(sys.argv[1], videos, Config(model=model, train=TrainConfig(batch_size=4, workers=1)))
 list(loader.epoch(0))
 """

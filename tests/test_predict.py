@@ -121,7 +121,7 @@ def test_features_with_a_note_are_used_and_reported(bundle: Path, features: Path
     np.save(features / "v2_heard.npy", np.zeros((40, 3), np.float32))
     assert predict(bundle, features, tmp_path / "events.jsonl") == 0
     report = capsys.readouterr().err
-    assert "warning: 1 of 6 videos processed with warnings:" in report
+    assert "warning: 1 of 6 videos are not covered as a whole:" in report
     assert "v2_heard.npy has 40" in report
 
 

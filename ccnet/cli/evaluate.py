@@ -21,6 +21,7 @@ from ccnet.cli.options import (
 )
 from runtime.annotations import SUBSETS, read_annotations
 from runtime.bundle import read_bundle
+from runtime.coverage import report_gaps
 from runtime.errors import ConfigError
 from runtime.evaluation import Evaluation, evaluate, evaluate_localizer
 from runtime.formats.registry import holds_events, read_predictions
@@ -66,7 +67,7 @@ def _score_bundle(arguments: argparse.Namespace) -> Evaluation:
         raise ConfigError(f"--features is missing: {arguments.bundle} is a bundle, which needs videos to run on")
     annotations = read_annotations(arguments.annotations, labels=read_bundle(arguments.bundle).spec.labels)
     with open_localizer(arguments) as localizer:
-        return evaluate_localizer(
+        evaluation = evaluate_localizer(
             localizer,
             arguments.features,
             annotations,
@@ -75,6 +76,8 @@ def _score_bundle(arguments: argparse.Namespace) -> Evaluation:
             workers=arguments.workers,
             quiet=arguments.quiet,
         )
+    report_gaps(evaluation.gaps, evaluation.videos, localizer.spec.time_base)
+    return evaluation
 
 
 def _score_events(arguments: argparse.Namespace) -> Evaluation:

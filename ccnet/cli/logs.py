@@ -10,11 +10,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+
+from runtime.coverage import video_list as video_list
 
 _LOGGERS = ("ccnet", "runtime", "export", "benchmarks")
-_SHOWN = 20
-"""Videos that a list of many names."""
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +30,6 @@ def reporting(*, quiet: bool = False) -> Iterator[None]:
         # Not logging.captureWarnings, which logs the file and the source line of each warning too.
         warnings.showwarning = _log_warning
         yield
-
-
-def video_list(videos: Mapping[str, object], *, limit: int = _SHOWN) -> str:
-    """Return one indented line for each of the first `limit` videos: its id and what there is to say about it."""
-    lines = [f"  {video_id}: {text}" for video_id, text in list(videos.items())[:limit]]
-    if len(videos) > limit:
-        lines.append(f"  ... and {len(videos) - limit} more")
-    return "\n".join(lines)
 
 
 class _Handler(logging.Handler):

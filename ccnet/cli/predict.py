@@ -19,6 +19,7 @@ from ccnet.cli.logs import video_list
 from ccnet.cli.options import add_engine_arguments, open_localizer, output_file
 from runtime.annotations import read_annotations
 from runtime.bundle import read_bundle
+from runtime.coverage import Gaps, report_gaps
 from runtime.detections import Detections, write_events, write_parquet
 from runtime.errors import CCNetError, ConfigError, Interrupted, VideoFailed
 from runtime.features import FeatureFiles, find_videos
@@ -48,11 +49,12 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    videos = _videos(arguments, read_bundle(arguments.bundle).spec)
+    spec = read_bundle(arguments.bundle).spec
+    videos = _videos(arguments, spec)
     write = write_parquet if arguments.out.endswith(".parquet") else write_events
     streamed = is_stream(arguments.out)  # a pipe or device has its lines as they come
     partial = arguments.out if streamed else Path(f"{os.path.realpath(arguments.out)}.partial")
-    warned: dict[str, str] = {}
+    gaps: dict[str, Gaps] = {}
     failed: dict[str, CCNetError] = {}
     ended: CCNetError | None = None
     events = 0
@@ -64,8 +66,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             for result in stream:
                 if stop.requested:
                     raise Interrupted("interrupted", stop.signal_number)
-                if result.note is not None:
-                    warned[result.video_id] = result.note
+                if result.gaps is not None:
+                    gaps[result.video_id] = result.gaps
                 if result.error is not None:
                     failed[result.video_id] = result.error
                     if arguments.on_error == "stop":
@@ -85,8 +87,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     ):
         done = write(partial, records())
         engine = localizer.describe()
-    if warned:
-        log.warning("%d of %d videos processed with warnings:\n%s", len(warned), len(videos), video_list(warned))
+    report_gaps(gaps, done + len(failed), spec.time_base)
     if failed:
         log.warning("%d of %d videos failed:\n%s", len(failed), len(videos), video_list(failed, limit=len(failed)))
     if ended is not None:

@@ -22,6 +22,7 @@ from ccnet.config import Config
 from ccnet.synthetic.features import FeatureSynthesizer, SynthesisSettings
 from runtime.annotations import Annotations, VideoAnnotation
 from runtime.errors import ConfigError, FeatureError, Interrupted
+from runtime.features import feature_header
 from runtime.files import atomic_file, sha256_file, write_json
 from runtime.progress import Progress
 from runtime.records import BadRecord, read_json
@@ -120,10 +121,10 @@ class _Job:
         steps = self.synthesizer.steps(video.duration)
         for suffix, width in self.files:
             try:
-                array = np.load(self.folder / f"{video.video_id}{suffix}.npy", mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError):
+                found, dtype = feature_header(self.folder / f"{video.video_id}{suffix}.npy")
+            except FeatureError:
                 return False
-            if array.shape != (steps, width) or array.dtype != self.dtype:
+            if found != (steps, width) or dtype != self.dtype:
                 return False
         return True
 

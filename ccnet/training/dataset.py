@@ -29,8 +29,9 @@ from ccnet.network.model import released_inputs
 from ccnet.training.targets import Targets, build_targets
 from runtime.annotations import VideoAnnotation
 from runtime.batches import pack
+from runtime.coverage import Gaps, common_gaps, files_note, find_gaps, report_gaps, video_list
 from runtime.errors import CCNetError, FeatureError, TrainingError
-from runtime.features import VideoFeatures, read_video
+from runtime.features import VideoFeatures, feature_header, read_video
 from runtime.schema import quote
 from runtime.signals import STOP_SIGNALS
 from runtime.spec import TimeBase, point_grid
@@ -79,7 +80,8 @@ class Sample(NamedTuple):
 def check_folder(folder: str | os.PathLike[str], videos: Sequence[VideoAnnotation], config: Config) -> None:
     """Check that every file of `videos` is there, whole and of the configured width. Only headers and sizes are read.
 
-    Raises FeatureError with the number of bad files, the first few of them and what is wrong with each.
+    What the features do not cover of the videos is logged. Raises FeatureError with the number of bad files, the first
+    few of them and what is wrong with each; and where nearly all videos are not covered as they are annotated.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -88,38 +90,55 @@ def check_folder(folder: str | os.PathLike[str], videos: Sequence[VideoAnnotatio
         raise FeatureError(f"{folder}: got no videos, expected at least one")
     missing: list[str] = []
     damaged: list[str] = []
-    layout, model = config.layout, config.model
+    gaps: dict[str, Gaps] = {}
     for video in videos:
-        for suffixes, expected in ((layout.visual, model.visual_dim), (layout.audio, model.audio_dim)):
-            width = 0
-            for suffix in suffixes:
-                path = folder / f"{video.video_id}{suffix}.npy"
-                try:
-                    width += _width(path)
-                except FileNotFoundError:
-                    missing.append(path.name)
-                    break
-                except (ValueError, EOFError, OSError) as error:
-                    damaged.append(f"{path.name} ({error})")
-                    break
-            else:
-                if width != expected:
-                    files = " + ".join(f"{video.video_id}{suffix}.npy" for suffix in suffixes)
-                    damaged.append(f"{files} ({width} wide, expected {expected})")
+        try:
+            if found := _check_video(folder, video, config):
+                gaps[video.video_id] = found
+        except _MissingFile as error:  # noqa: PERF203
+            missing.append(str(error))
+        except FeatureError as error:
+            damaged.append(str(error).removeprefix(f"{folder}{os.sep}"))
     if missing or damaged:
         parts = [_listed(kind, names) for kind, names in (("missing", missing), ("unusable", damaged)) if names]
         raise FeatureError(
             f"{folder}: of the files that {len(videos)} videos need, {'; '.join(parts)}. "
             "Add or replace them, or take their videos out of the annotation file"
         )
+    wrong = common_gaps(gaps, len(videos), config.time_base, cropped=False)
+    if wrong:
+        raise FeatureError(f"{folder}: {'; '.join(wrong)}. For example:\n{video_list(gaps, limit=_NAMED_PROBLEMS)}")
+    report_gaps(gaps, len(videos), config.time_base, limit=_NAMED_PROBLEMS, cropped=False)
 
 
-def _width(path: Path) -> int:
-    """Return the channels of an array file. Raises ValueError when it is cut off, pickled or not a float [n, C]."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
-        raise ValueError(f"got {array.dtype} {array.shape}, expected floats [steps, width]")
-    return int(array.shape[1])
+class _MissingFile(FeatureError):
+    """The name of a file that is not there."""
+
+
+def _check_video(folder: Path, video: VideoAnnotation, config: Config) -> Gaps | None:
+    """Check the headers of a video's files, and return what they do not cover of it."""
+    layout, model = config.layout, config.model
+    lengths: list[int] = []
+    for suffixes, expected in ((layout.visual, model.visual_dim), (layout.audio, model.audio_dim)):
+        width = 0
+        for suffix in suffixes:
+            path = folder / f"{video.video_id}{suffix}.npy"
+            if not path.exists():
+                raise _MissingFile(path.name)
+            (steps, channels), _ = feature_header(path)
+            lengths.append(steps)
+            width += channels
+        if width != expected:
+            files = " + ".join(f"{video.video_id}{suffix}.npy" for suffix in suffixes)
+            raise FeatureError(f"{files} ({width} wide, expected {expected})")
+    return find_gaps(
+        min(lengths),
+        files_note(video.video_id, layout, lengths),
+        time_base=config.time_base,
+        duration=video.duration,
+        longest=model.length,
+        hint="training crops at random places, validation keeps the first T",
+    )
 
 
 def _listed(kind: str, names: list[str]) -> str:

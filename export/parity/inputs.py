@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ccnet.synthetic.annotations import draw_duration, draw_events
 from ccnet.synthetic.features import FeatureSynthesizer, SynthesisSettings
 from runtime.annotations import Annotations, VideoAnnotation, read_annotations
+from runtime.coverage import Gaps, find_gaps, report_gaps
 from runtime.errors import ConfigError
 from runtime.features import VideoFeatures, find_videos, read_video
 from runtime.spec import ModelSpec
@@ -150,14 +151,26 @@ def folder_inputs(
         ids = [video_id for video_id in ids if video_id in annotations.videos] or ids
     chosen = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(int))]
     videos = []
+    gaps: dict[str, Gaps] = {}
     for video_id in chosen:
         features = read_video(folder, video_id, spec.layout, spec.visual_dim, spec.audio_dim)
         known = None if annotations is None else annotations.videos.get(video_id)
+        found = find_gaps(
+            features.steps,
+            features.note,
+            time_base=spec.time_base,
+            duration=None if known is None else known.duration,
+            longest=spec.length,
+            hint="the parity check compares those",
+        )
+        if found is not None:
+            gaps[video_id] = found
         if known is None:
             videos.append(_without_events(video_id, _cut(features, spec), spec, stress=False))
         else:
             cut = _cut(features, spec)
             videos.append(ParityVideo(video_id, cut, known.duration, False, known.segments, known.labels))
+    report_gaps(gaps, len(chosen), spec.time_base)
     return videos
 
 
