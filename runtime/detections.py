@@ -12,11 +12,12 @@ Shapes:  N events of one video
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -106,11 +107,22 @@ def write_parquet(path: str | Path, records: Iterable[Record]) -> int:
     Columns: video_id, duration, start, end (seconds), label, label_id, score. Needs the extra `parquet`
     (MissingDependency otherwise).
     """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ModuleNotFoundError:
-        raise missing("pyarrow", "writing Parquet") from None
+    check_parquet()
+    with atomic_file(path, "wb") as stream:
+        return write_parquet_to(stream, records)
+
+
+def check_parquet() -> None:
+    """Raise MissingDependency where Parquet can't be written."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise missing("pyarrow", "writing Parquet")
+
+
+def write_parquet_to(stream: IO[bytes], records: Iterable[Record]) -> int:
+    """Write what `write_parquet` writes, to an open file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     kinds = (pa.string(), pa.float64(), pa.float64(), pa.float64(), pa.string(), pa.int64(), pa.float32())
     names = ("video_id", "duration", "start", "end", "label", "label_id", "score")
     schema = pa.schema(list(zip(names, kinds, strict=True)))
@@ -133,11 +145,30 @@ def write_parquet(path: str | Path, records: Iterable[Record]) -> int:
         return pa.Table.from_arrays(arrays, schema=schema)
 
     count = 0
-    with atomic_file(path, "wb") as stream, pq.ParquetWriter(stream, schema) as writer:
+    with pq.ParquetWriter(stream, schema) as writer:
         for group in _row_groups(records):
             writer.write_table(table(group))
             count += len(group)
     return count
+
+
+def join_parquet(stream: IO[bytes], parts: Iterable[bytes]) -> None:
+    """Write the rows of Parquet files that `write_parquet_to` made as one file, in row groups of about the usual size.
+
+    There must be at least one part.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tables = (pq.read_table(pa.BufferReader(part)) for part in parts)
+    group = [next(tables)]
+    with pq.ParquetWriter(stream, group[0].schema) as writer:
+        for table in tables:
+            if sum(part.num_rows for part in group) >= _ROW_GROUP:
+                writer.write_table(pa.concat_tables(group))
+                group = []
+            group.append(table)
+        writer.write_table(pa.concat_tables(group))
 
 
 def _row_groups(records: Iterable[Record]) -> Iterator[list[Record]]:

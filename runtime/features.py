@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -200,16 +200,18 @@ def find_videos(folder: str | Path, layout: FeatureLayout) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FeatureError(f"{folder}: no such feature folder")
+    return videos_of_files(os.listdir(folder), layout, where=str(folder))
+
+
+def videos_of_files(names: Iterable[str], layout: FeatureLayout, *, where: str) -> list[str]:
+    """Return the ids of the videos that file names belong to, sorted; raises FeatureError when there is none."""
     endings = tuple(f"{suffix}.npy" for suffix in (*layout.visual, *layout.audio))
     ids = {
-        path.name.removesuffix(ending)
-        for path in folder.iterdir()
-        for ending in endings
-        if path.name.endswith(ending) and path.name != ending
+        name.removesuffix(ending) for name in names for ending in endings if name.endswith(ending) and name != ending
     }
     if not ids:
         expected = ", ".join(f"<video id>{ending}" for ending in endings)
-        raise FeatureError(f"{folder}: no feature files; expected {expected}")
+        raise FeatureError(f"{where}: no feature files; expected {expected}")
     return sorted(ids)
 
 

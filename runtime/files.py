@@ -14,6 +14,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,36 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def create_file(path: Path, data: bytes) -> bool:
+    """Write a file, whole, unless there is one of that name. Returns whether it was written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        os.chmod(name, 0o666 & ~_umask())
+        return link_exclusively(Path(name), path)
+    finally:
+        os.unlink(name)
+
+
+def link_exclusively(written: Path, path: Path) -> bool:
+    """Give a file a second name, unless that is taken. Returns whether it got it."""
+    try:
+        os.link(written, path)  # unlike a rename, fails where the name is taken
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        try:  # a file system without hard links
+            with open(path, "xb") as stream:
+                stream.write(written.read_bytes())
+        except FileExistsError:
+            return False
+    return True
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
@@ -166,6 +197,15 @@ def _tidy_files(folder: Path) -> None:
     for orphan in _orphans(folder, ".*"):
         with contextlib.suppress(OSError):
             orphan.unlink()  # a folder stays: `recover_folder` may have to put it back
+
+
+def remove_abandoned(folder: Path, *, older_than: float) -> None:
+    """Remove temporary files in a folder whose process is gone, and those untouched for so many seconds."""
+    _tidy_files.__wrapped__(folder)
+    for path in folder.glob(".*.partial"):
+        with contextlib.suppress(OSError):
+            if path.is_file() and time.time() - path.stat().st_mtime > older_than:
+                path.unlink()
 
 
 def _prefix(path: Path) -> str:

@@ -38,8 +38,19 @@ def features(tmp_path: Path) -> Path:
     return folder
 
 
+def kept(out: Path) -> list[str]:
+    """Return the ids of the videos that an unfinished run has."""
+    shards = sorted(Path(f"{out}.partial").glob("shards/*.jsonl"))
+    return [row["video_id"] for shard in shards for row in lines(shard)]
+
+
 def predict(bundle: Path, features: Path, out: Path, *options: str) -> int:
     return main(["predict", str(bundle), "--features", str(features), "--out", str(out), *options])
+
+
+def features_of_many(folder: Path, count: int) -> None:
+    for i in range(count):
+        write_features(folder, f"w{i:03d}", features_with(12, [(2, 8, i % 4, 3.0)]))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -104,17 +115,22 @@ def test_bad_videos_are_reported_at_the_end_and_the_good_ones_are_kept(
     assert "v3_seen.npy: nan at step 0, channel 0" in report
 
 
-def test_stopping_at_a_bad_video_keeps_the_good_ones_under_another_name(
+def test_stopping_at_a_bad_video_keeps_the_good_ones_for_the_next_run(
     bundle: Path, features: Path, tmp_path: Path, capsys: Any
 ) -> None:
     spoil(features)
     out = tmp_path / "events.jsonl"
-    assert predict(bundle, features, out, "--on-error", "stop") == 1
+    assert predict(bundle, features, out, "--on-error", "stop", "--shard-size", "1") == 1
     assert not out.exists()
-    assert [row["video_id"] for row in lines(tmp_path / "events.jsonl.partial")] == ["v0"]
+    assert kept(out) == ["v0"]
     report = capsys.readouterr().err
     assert "stopped at video v1 (--on-error stop)" in report
-    assert f"the events of 1 of 6 videos are in {out}.partial" in report
+    assert f"the events of 1 of 6 videos are in {out}.partial; run the same command again to go on" in report
+    for i in (1, 3):
+        write_features(features, f"v{i}", features_with(12 + i, [(2, 8, i % 4, 3.0)]))
+    assert predict(bundle, features, out, "--on-error", "stop", "--shard-size", "1") == 0
+    assert [row["video_id"] for row in lines(out)] == [f"v{i}" for i in range(6)]
+    assert not Path(f"{out}.partial").exists()
 
 
 def test_features_with_a_note_are_used_and_reported(bundle: Path, features: Path, tmp_path: Path, capsys: Any) -> None:
@@ -174,9 +190,9 @@ def test_an_engine_failure_keeps_the_good_ones_and_is_raised(
 
     monkeypatch.setattr("runtime.backends.onnxruntime.OnnxRuntimeBackend.infer", failing)
     out = tmp_path / "events.jsonl"
-    assert predict(bundle, features, out) == 2
+    assert predict(bundle, features, out, "--shard-size", "1") == 2
     assert not out.exists()
-    assert len(lines(tmp_path / "events.jsonl.partial")) == 3
+    assert kept(out) == ["v0", "v1", "v2"]
     assert "fell off the bus" in capsys.readouterr().err
 
 
@@ -192,18 +208,19 @@ def test_an_interrupt_keeps_the_good_ones(
 ) -> None:
     seen = []
 
-    def interrupting(self: Any) -> None:
-        seen.append(1)
-        if len(seen) == 2:
+    def interrupting(self: Any, count: int = 1) -> None:
+        seen.append(count)
+        if sum(seen) == 2:
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr("ccnet.cli.predict.Progress.advance", interrupting)
     out = tmp_path / "events.jsonl"
-    assert predict(bundle, features, out) == status
+    features_of_many(features, 200)
+    assert predict(bundle, features, out, "--shard-size", "1") == status
     assert not out.exists()
-    kept = lines(tmp_path / "events.jsonl.partial")
-    assert [row["video_id"] for row in kept] == [f"v{i}" for i in range(len(kept))]
-    assert 2 <= len(kept) < 6
+    ids = kept(out)
+    assert ids == sorted(path.name[: -len("_seen.npy")] for path in features.glob("*_seen.npy"))[: len(ids)]
+    assert 1 <= len(ids) < 200
     assert "ccnet predict: interrupted" in capsys.readouterr().err
 
 
@@ -270,8 +287,8 @@ def test_a_link_stays_and_its_target_is_written(bundle: Path, features: Path, tm
     assert len(lines(tmp_path / "there" / "events.jsonl")) == 6
 
 
-@pytest.mark.parametrize("out", ["", "new/", "file/x.jsonl"])
-def test_a_place_for_no_file_is_refused_before_the_work(
+@pytest.mark.parametrize("out", ["file/x.jsonl", "file/", "file/new/"])
+def test_a_place_for_no_output_is_refused_before_the_work(
     bundle: Path, features: Path, tmp_path: Path, out: str, capsys: Any
 ) -> None:
     (tmp_path / "file").write_text("")

@@ -41,7 +41,10 @@ OPTIONS: dict[str, set[str]] = {
     "rebuild": {"--json"},
     "verify": {"--backend", "--checkpoint", "--json", "--polygraphy", "--precision", "--reference", *PARITY_OPTIONS},
     "reference": {"--json", "--out", *PARITY_OPTIONS},
-    "predict": {"--annotations", "--features", "--on-error", "--out", "--quiet", "--subset", *ENGINE_OPTIONS},
+    "predict": {
+        *("--annotations", "--features", "--format", "--on", "--on-error", "--out", "--processes", "--quiet"),
+        *("--shard", "--shard-size", "--subset", *ENGINE_OPTIONS),
+    },
     "evaluate": {"--annotations", "--features", "--json", "--per-class", "--quiet", "--subset", *ENGINE_OPTIONS},
     "convert": {
         *("--annotations", "--durations", "--from", "--json", "--min-score", "--out", "--score", "--subset", "--to"),

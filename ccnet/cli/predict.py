@@ -1,4 +1,6 @@
-"""`ccnet predict`: find the events of every video in a feature folder with a bundle, without PyTorch.
+"""`ccnet predict`: find the events of videos with a bundle, without PyTorch: into one file, a pipe, or a run's folder.
+
+What goes to a file or folder is a run that can be resumed (`runtime.corpus`): the same command does what is missing.
 
 Exit status: 0 when every video was processed, 1 when some failed (the others are written), 2 when it could not be done
 at all, 130 or 143 when it was interrupted.
@@ -12,19 +14,22 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ccnet.cli.logs import video_list
-from ccnet.cli.options import add_engine_arguments, open_localizer, output_file
-from runtime.annotations import read_annotations
-from runtime.bundle import read_bundle
-from runtime.coverage import Gaps, report_gaps
-from runtime.detections import Detections, write_events, write_parquet
+from ccnet.cli.options import add_engine_arguments, open_localizer, output_file, positive
+from runtime.bundle import Bundle, read_bundle
+from runtime.corpus.plan import DONE, FAILED, PLAN, SHARDS, Format, Settings, make_plan, settle_plan
+from runtime.corpus.pools import ProcessPool, ThreadPool, visible_devices
+from runtime.corpus.run import Part, Run, Summary
+from runtime.corpus.sources import Entry, SourceOptions, find_entries, open_source
+from runtime.corpus.store import is_url, join_location, local_path, open_store
+from runtime.corpus.worker import EngineOptions, Job
+from runtime.coverage import report_gaps
+from runtime.detections import Detections, check_parquet, write_events, write_parquet
 from runtime.errors import CCNetError, ConfigError, Interrupted, VideoFailed
-from runtime.features import FeatureFiles, find_videos
 from runtime.files import is_stream
-from runtime.pipeline import Item
+from runtime.machine import usable_cores
 from runtime.progress import Progress
 from runtime.signals import StopRequest
 from runtime.spec import ModelSpec
@@ -33,11 +38,26 @@ log = logging.getLogger(__name__)
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("predict", help="find the events of videos from their feature files")
+    parser = subparsers.add_parser(
+        "predict",
+        help="find the events of videos from their feature files",
+        description="Finds the events of videos. Interrupted, or killed, it goes on where it was when the same command "
+        "is run again. docs/corpora.md explains runs over many videos and on several machines.",
+    )
     parser.add_argument("bundle", help="bundle folder")
-    parser.add_argument("--features", required=True, metavar="DIR", help="folder of feature files")
     parser.add_argument(
-        "--out", required=True, type=output_file, metavar="FILE", help="events.jsonl, a .parquet file, or - for stdout"
+        "--features",
+        required=True,
+        metavar="DIR|MANIFEST",
+        help="folder of feature files, or a .jsonl file that lists videos and where their files are; paths or URLs",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=_output,
+        metavar="OUT",
+        help="one file (events.jsonl, events.parquet), - for stdout, or a folder for shards (any name without an "
+        "extension); path or URL",
     )
     parser.add_argument("--annotations", metavar="F", help="take video ids and durations from this annotation file")
     parser.add_argument("--subset", help="only this subset of the annotation file (train, validation, test)")
@@ -45,35 +65,92 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--on-error", choices=("skip", "stop"), default="skip", help="after a bad video: go on, or stop (default: skip)"
     )
+    parser.add_argument("--format", choices=("jsonl", "parquet"), help="default: by the extension of OUT, else jsonl")
+    parser.add_argument("--shard", type=_part, metavar="I/N", help="only every N-th shard from the I-th on, from 0")
+    parser.add_argument("--shard-size", type=positive, metavar="N", help="videos per shard (default: by their number)")
+    parser.add_argument(
+        "--processes", type=positive, metavar="N", help="worker processes, or actors on Ray, each with an engine"
+    )
+    parser.add_argument("--on", choices=("ray",), help="run the workers on a Ray cluster")
     add_engine_arguments(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    spec = read_bundle(arguments.bundle).spec
-    videos = _videos(arguments, spec)
-    write = write_parquet if arguments.out.endswith(".parquet") else write_events
-    streamed = is_stream(arguments.out)  # a pipe or device has its lines as they come
-    partial = arguments.out if streamed else Path(f"{os.path.realpath(arguments.out)}.partial")
-    gaps: dict[str, Gaps] = {}
-    failed: dict[str, CCNetError] = {}
+    bundle = read_bundle(arguments.bundle)
+    spec = bundle.spec
+    if arguments.annotations is None and arguments.subset is not None:
+        raise ConfigError("--subset needs --annotations, which says what the subsets are")
+    form: Format = arguments.format or ("parquet" if arguments.out.endswith(".parquet") else "jsonl")
+    if form == "parquet":
+        check_parquet()
+    folder, entries = find_entries(arguments.features, spec, annotations=arguments.annotations, subset=arguments.subset)
+    if not is_url(arguments.out) and is_stream(arguments.out):
+        return _stream(arguments, spec, form, folder, entries)
+    return _resumable(arguments, bundle, form, folder, entries)
+
+
+def _part(text: str) -> Part:
+    try:
+        return Part.parse(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _output(text: str) -> str:
+    """Take the name of a file, a folder, a stream or a URL to write to; a bad one is refused before the work."""
+    if is_url(text):
+        return text
+    path = local_path(text)
+    if not path:
+        raise argparse.ArgumentTypeError("got nothing, expected the name of a file or a folder")
+    if _is_folder(path):
+        output_file(os.path.join(path, PLAN))
+        return path
+    return output_file(path)
+
+
+def _is_folder(out: str) -> bool:
+    """Return whether the output is a folder: there already, or by its name, which then has no extension."""
+    name = out.rpartition("/")[2]
+    if is_url(out):
+        return "." not in name
+    return os.path.isdir(out) or not name or ("." not in name and not os.path.exists(out))
+
+
+def _run_folder(out: str) -> str:
+    """Return where a run is kept: in the folder that it fills, or beside the file that it will become."""
+    if _is_folder(out):
+        return out
+    return f"{out if is_url(out) else os.path.realpath(out)}.partial"
+
+
+# Into a pipe, a device or standard output.
+
+
+def _stream(arguments: argparse.Namespace, spec: ModelSpec, form: Format, folder: str, entries: list[Entry]) -> int:
+    """Write the events as they come; nothing can be resumed."""
+    for option in ("shard", "shard_size", "processes", "on"):
+        if getattr(arguments, option) is not None:
+            raise ConfigError(f"--{option.replace('_', '-')}: {arguments.out} is a stream; name a file or a folder")
+    write = write_parquet if form == "parquet" else write_events
+    source = open_source(SourceOptions(folder=folder), spec)
+    summary = Summary(videos=len(entries))
     ended: CCNetError | None = None
-    events = 0
 
     def records() -> Iterator[tuple[str, float, Detections]]:
         """Yield the processed videos; what ends the run early goes to `ended`, so that those before it are written."""
-        nonlocal ended, events
+        nonlocal ended
         try:
             for result in stream:
-                if stop.requested:
-                    raise Interrupted("interrupted", stop.signal_number)
+                _check(stop)
                 if result.gaps is not None:
-                    gaps[result.video_id] = result.gaps
+                    summary.gaps[result.video_id] = result.gaps
                 if result.error is not None:
-                    failed[result.video_id] = result.error
+                    summary.failed[result.video_id] = str(result.error)
                     if arguments.on_error == "stop":
                         raise VideoFailed(f"stopped at video {result.video_id} (--on-error stop)")
                 if result.detections is not None and result.duration is not None:
-                    events += len(result.detections)
+                    summary.events += len(result.detections)
                     yield result.video_id, result.duration, result.detections
                 progress.advance()
         except CCNetError as error:
@@ -81,40 +158,150 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     with (
         open_localizer(arguments) as localizer,
-        contextlib.closing(localizer.stream(videos, batch_size=arguments.batch, workers=arguments.workers)) as stream,
-        Progress("predict", total=len(videos), quiet=arguments.quiet) as progress,
+        contextlib.closing(
+            localizer.stream(map(source.item, entries), batch_size=arguments.batch, workers=arguments.workers)
+        ) as stream,
+        Progress("predict", total=len(entries), quiet=arguments.quiet) as progress,
         StopRequest() as stop,
     ):
-        done = write(partial, records())
+        summary.written = write(arguments.out, records())
         engine = localizer.describe()
-    report_gaps(gaps, done + len(failed), spec.time_base)
-    if failed:
-        log.warning("%d of %d videos failed:\n%s", len(failed), len(videos), video_list(failed, limit=len(failed)))
+    summary.engine, summary.status = engine["engine"], engine["status"]
+    _report(summary, spec)
     if ended is not None:
-        if streamed:
-            log.warning("the events of %d of %d videos were written", done, len(videos))
-        elif done:
-            log.warning("the events of %d of %d videos are in %s", done, len(videos), partial)
-        else:
-            partial.unlink()
+        log.warning("the events of %d of %d videos were written", summary.written, len(entries))
         raise ended
-    if not streamed:
-        os.replace(partial, os.path.realpath(arguments.out))
-    print(
-        f"{arguments.out}: {done} videos, {events} events, by {engine['engine']} (parity check: {engine['status']})\n"
-        f"next: ccnet evaluate {arguments.out} --annotations F --subset S",
-        file=sys.stderr if streamed else sys.stdout,
+    print(f"{arguments.out}: {_counts(summary)}", file=sys.stderr)
+    return 1 if summary.failed else 0
+
+
+# Into a file or a folder.
+
+
+def _resumable(
+    arguments: argparse.Namespace, bundle: Bundle, form: Format, folder: str, entries: list[Entry]) -> int:
+    """Begin or resume a run, and put it together when nothing is missing any more."""
+    spec = bundle.spec
+    one_file = not _is_folder(arguments.out)
+    if one_file and arguments.shard is not None:
+        raise ConfigError(f"--shard: the parts of a run share a folder; {arguments.out} is a file")
+    store = open_store(_run_folder(arguments.out))
+    settings = Settings(
+        format=form,
+        backend=arguments.backend,
+        precision=arguments.precision,
+        long_videos=arguments.long_videos,
+        window_overlap=arguments.window_overlap,
     )
-    return 1 if failed else 0
+    planned, videos = make_plan(entries, bundle, settings, arguments.shard_size)
+    try:
+        plan, begun_before = settle_plan(store, planned, videos, any_shard_size=arguments.shard_size is None)
+    except OSError:
+        if one_file and store.size(PLAN) is None:
+            store.remove()
+        raise
+    corpus = Run(store, plan, arguments.shard)
+    if begun_before:
+        log.info("%s: %d of %d videos are done", store.location, corpus.videos - corpus.videos_left, corpus.videos)
+    try:
+        try:
+            _drive(arguments, corpus, folder)
+        finally:
+            store.tidy("", SHARDS, DONE)  # workers that died left what they were writing
+    except (CCNetError, OSError) as error:
+        summary = corpus.summary()
+        _report(summary, spec)
+        if one_file and not summary.shards:
+            store.remove()
+        else:
+            hint = "run the same command again to go on"
+            log.warning(
+                "the events of %d of %d videos are in %s; %s", summary.written, plan.videos, store.location, hint
+            )
+        raise error
+    summary = corpus.summary()
+    _report(summary, spec)
+    if one_file and not summary.gave_up:
+        corpus.join(arguments.out)
+        store.remove()
+    elif corpus.complete:
+        corpus.finish(folder)
+    _print_result(arguments.out, summary, corpus)
+    return 1 if summary.failed or summary.gave_up else 0
 
 
-def _videos(arguments: argparse.Namespace, spec: ModelSpec) -> list[Item]:
-    """Return (video id, source, duration in seconds) of the videos that were asked for."""
-    folder = arguments.features
-    if arguments.annotations is None:
-        if arguments.subset is not None:
-            raise ConfigError("--subset needs --annotations, which says what the subsets are")
-        return [(video_id, FeatureFiles(folder, video_id)) for video_id in find_videos(folder, spec.layout)]
-    annotations = read_annotations(arguments.annotations, labels=spec.labels)
-    videos = annotations.subset(arguments.subset) if arguments.subset else annotations.videos.values()
-    return [(video.video_id, FeatureFiles(folder, video.video_id), video.duration) for video in videos]
+def _drive(arguments: argparse.Namespace, corpus: Run, folder: str) -> None:
+    """Do what is left of a run, if anything is."""
+    if not corpus.left:
+        return
+    before = corpus.videos - corpus.videos_left
+    with (
+        StopRequest() as stop,
+        contextlib.closing(_pool(arguments, corpus, folder)) as pool,
+        Progress("predict", total=corpus.videos, initial=before, quiet=arguments.quiet) as progress,
+    ):
+        corpus.drive(pool, advance=progress.advance, check=lambda: _check(stop))
+
+
+def _pool(arguments: argparse.Namespace, corpus: Run, folder: str) -> Any:
+    """Return the workers that the command line asks for."""
+    processes = arguments.processes
+    threads = arguments.threads
+    if threads is None and processes is not None and arguments.on is None:
+        threads = max(1, usable_cores() // processes)  # each engine would take all cores
+    options = EngineOptions(
+        backend=arguments.backend,
+        precision=arguments.precision,
+        on_mismatch=arguments.on_mismatch,
+        threads=threads,
+        long_videos=arguments.long_videos,
+        window_overlap=arguments.window_overlap,
+        batch=arguments.batch,
+        workers=arguments.workers,
+    )
+    job = Job(
+        bundle=os.path.abspath(arguments.bundle),
+        source=SourceOptions(folder=folder),
+        out=corpus.store.location,
+        engine=options,
+        stop_on_error=arguments.on_error == "stop",
+    )
+    if arguments.on == "ray":
+        from runtime.corpus.ray_pool import RayPool
+
+        return RayPool(job, processes)
+    if processes is None:
+        return ThreadPool(job)
+    return ProcessPool(job, processes, visible_devices())
+
+
+def _print_result(out: str, summary: Summary, corpus: Run) -> None:
+    part, plan = corpus.part, corpus.plan
+    whole = part.count == 1
+    print(f"{out if whole else f'{out}, part {part.index}/{part.count}'}: {_counts(summary)}")
+    if summary.gave_up:
+        print(f"{len(summary.gave_up)} of {plan.shards} shards were given up; the same command tries them again")
+    if not _is_folder(out):
+        if not summary.gave_up:
+            print(f"next: ccnet evaluate {out} --annotations F --subset S")
+    elif not corpus.complete:
+        print("other parts of the run are not done yet")
+    elif summary.failed or summary.gave_up:
+        print(f"bad videos: {join_location(out, FAILED)}")
+
+
+def _counts(summary: Summary) -> str:
+    return f"{summary.written} videos, {summary.events} events, by {summary.engine} (parity check: {summary.status})"
+
+
+def _report(summary: Summary, spec: ModelSpec) -> None:
+    """Log what a person should know about single videos."""
+    report_gaps(summary.gaps, summary.written + len(summary.failed), spec.time_base)
+    if summary.failed:
+        text = video_list(summary.failed, limit=len(summary.failed))
+        log.warning("%d of %d videos failed:\n%s", len(summary.failed), summary.videos, text)
+
+
+def _check(stop: StopRequest) -> None:
+    if stop.requested:
+        raise Interrupted("interrupted", stop.signal_number)

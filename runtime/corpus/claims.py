@@ -1,0 +1,196 @@
+"""Claims: who is at which shard, so that processes that share a run's folder don't do the same work twice.
+
+A claim is a small file that its owner touches now and then. It is void when its owner is a process of this machine that
+is gone, or was not seen for `EXPIRES_SECONDS`; then whoever comes next takes it over. Nothing that is written depends
+on claims being right: two processes at one shard write the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any, Protocol
+
+from runtime.files import link_exclusively
+
+BEAT_SECONDS = 20.0
+EXPIRES_SECONDS = 180.0
+"""More than a network file system may show an old time of a file (60 s by default) and some missed beats."""
+
+
+class Claims(Protocol):
+    """What a run needs of claims."""
+
+    def acquire(self, shard: int) -> int | None:
+        """Claim a shard. Returns how many owners died at it before; None where a living one has it."""
+
+    def release(self, shard: int) -> None:
+        """Give up the claim of a shard."""
+
+    def attempts(self) -> dict[int, int]:
+        """Return how many owners died at a shard, of those where any did and nobody is now."""
+
+    def close(self) -> None:
+        """Release all claims."""
+
+
+class NoClaims:
+    """For stores where a file can't be created exclusively. Processes there need parts of their own."""
+
+    def acquire(self, shard: int) -> int | None:
+        return 0
+
+    def release(self, shard: int) -> None:
+        pass
+
+    def attempts(self) -> dict[int, int]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+class FileClaims:
+    """Claims as files of a local or shared folder, by shard number."""
+
+    def __init__(
+        self, folder: Path, *, beat_seconds: float = BEAT_SECONDS, expires_seconds: float = EXPIRES_SECONDS
+    ) -> None:
+        self._folder = folder
+        self._expires = expires_seconds
+        self._owner = {"token": os.urandom(8).hex(), **_this_process()}
+        self._held: set[int] = set()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._beat_seconds = beat_seconds
+        self._thread = threading.Thread(target=self._beat, name="ccnet-claims", daemon=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+
+    def acquire(self, shard: int) -> int | None:
+        path = self._path(shard)
+        temporary = self._folder / f".{path.name}.{self._owner['token']}"
+        attempts = 0
+        try:
+            while True:
+                temporary.write_text(json.dumps({**self._owner, "attempts": attempts}))
+                if link_exclusively(temporary, path):
+                    break
+                found = self._void(path, now=temporary.stat().st_mtime)
+                if found is None:
+                    return None
+                attempts = max(attempts, found)
+        finally:
+            temporary.unlink(missing_ok=True)
+        with self._lock:
+            self._held.add(shard)
+        return attempts
+
+    def release(self, shard: int) -> None:
+        with self._lock:
+            self._held.discard(shard)
+        path = self._path(shard)
+        with contextlib.suppress(OSError):  # it may have been taken over, and be gone
+            if _read(path).get("token") == self._owner["token"]:
+                path.unlink()
+
+    def attempts(self) -> dict[int, int]:
+        now_file = self._folder / f".now.{self._owner['token']}"
+        found = {}
+        try:
+            now_file.write_bytes(b"")
+            now = now_file.stat().st_mtime
+            for path in self._folder.iterdir():
+                if path.name.isdecimal() and self._is_void(path, now):
+                    found[int(path.name)] = _attempts(_read(path)) + 1
+        finally:
+            now_file.unlink(missing_ok=True)
+        return found
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        for shard in sorted(self._held):
+            self.release(shard)
+
+    def _path(self, shard: int) -> Path:
+        return self._folder / f"{shard:06d}"
+
+    def _void(self, path: Path, now: float) -> int | None:
+        """Move a void claim out of the way. Returns the attempts made by then; None where its owner lives."""
+        if not self._is_void(path, now):
+            return None
+        before = _read(path)
+        aside = path.with_name(f".{path.name}.{self._owner['token']}.void")
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:
+            return 0  # released, or taken over by somebody who is about to claim it
+        moved = _read(aside)
+        if moved.get("token") != before.get("token"):  # somebody else was faster, and this is his claim
+            with contextlib.suppress(OSError):
+                os.link(aside, path)
+            aside.unlink(missing_ok=True)
+            return None
+        aside.unlink(missing_ok=True)
+        return _attempts(moved) + 1
+
+    def _is_void(self, path: Path, now: float) -> bool:
+        try:
+            age = now - path.stat().st_mtime  # both times are of the file system's own clock
+        except FileNotFoundError:
+            return False
+        return age > self._expires or _is_gone(_read(path))
+
+    def _beat(self) -> None:
+        while not self._closed.wait(self._beat_seconds):
+            with self._lock:
+                held = sorted(self._held)
+            for shard in held:
+                with contextlib.suppress(OSError):
+                    os.utime(self._path(shard))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _attempts(claim: dict[str, Any]) -> int:
+    value = claim.get("attempts", 0)
+    return value if isinstance(value, int) else 0
+
+
+def _this_process() -> dict[str, Any]:
+    """Return what tells this process from all others: its machine since it was booted, its namespace, id and start."""
+    return {"host": os.uname().nodename, "machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _machine() -> str | None:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process started, in clock ticks since the boot; None where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _is_gone(claim: dict[str, Any]) -> bool:
+    """Return whether a claim's owner is known to be gone: a process of this machine that does not run any more."""
+    machine, pid = claim.get("machine"), claim.get("pid")
+    if machine is None or machine != _machine() or not isinstance(pid, int):
+        return False
+    return _started(pid) != claim.get("started")

@@ -1,0 +1,141 @@
+"""Workers as actors on a Ray cluster, one engine each."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from typing import Any
+
+from runtime.corpus.schedule import Died, Done, Event, Ready
+from runtime.corpus.worker import Job, ShardWorker
+from runtime.errors import CCNetError, EngineError
+from runtime.packages import import_package
+
+_WAIT_SECONDS = 0.2
+
+
+class RayActor:
+    """What runs in an actor's process: a `ShardWorker` in a thread, and methods that hand it shards.
+
+    The actor takes as many calls at a time as a worker has shards, so that the next one's videos are under way while
+    one is finished.
+    """
+
+    def __init__(self, job: str) -> None:
+        self._worker = ShardWorker(Job.from_json(job))
+        self._shards: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._finished = threading.Condition()
+        self._receipts: dict[int, dict[str, Any]] = {}
+        self._error: BaseException | None = None
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def engine(self) -> dict[str, Any]:
+        """Return what the worker runs, see `Localizer.describe`."""
+        return self._worker.engine
+
+    def process(self, shard: int) -> dict[str, Any]:
+        """Process a shard and return its receipt; raises what ended the worker."""
+        self._shards.put(shard)
+        with self._finished:
+            while shard not in self._receipts:
+                if self._error is not None:
+                    raise self._error
+                self._finished.wait()
+            return self._receipts.pop(shard)
+
+    def _work(self) -> None:
+        try:
+            self._worker.run(self._take, on_video=lambda: None, on_shard=self._on_shard)
+        except BaseException as error:  # noqa: BLE001  raised to the driver by `process`
+            with self._finished:
+                self._error = error
+                self._finished.notify_all()
+
+    def _take(self, wait: bool) -> int | None:
+        try:
+            return self._shards.get(block=wait)
+        except queue.Empty:
+            return None
+
+    def _on_shard(self, shard: int, receipt: dict[str, Any]) -> None:
+        with self._finished:
+            self._receipts[shard] = receipt
+            self._finished.notify_all()
+
+
+class RayPool:
+    """Actors of a cluster. Ray places them; one that dies, with its node or alone, is replaced by a new one."""
+
+    restarts = True
+
+    def __init__(self, job: Job, size: int | None) -> None:
+        """Connect to the cluster that RAY_ADDRESS names or that runs on this machine, or start one here.
+
+        `size`: actors; None: one for every GPU of the cluster, or for every core where it has none. Raises
+        MissingDependency without Ray, EngineError when the cluster can't be reached.
+        """
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        self._ray = import_package("ray", "--on ray")
+        try:
+            self._began = not self._ray.is_initialized()
+            if self._began:
+                self._ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
+            resources = self._ray.cluster_resources()
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise EngineError(f"--on ray: no cluster ({error})") from None
+        gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        self.size = size or gpus or max(1, cores // (job.engine.threads or 1))
+        share = min(1.0, gpus / self.size)
+        self._actor = self._ray.remote(
+            num_cpus=0 if gpus else 1, num_gpus=share, max_concurrency=4, max_restarts=0, max_task_retries=0
+        )(RayActor)
+        self._job = job.to_json()
+        self._actors: dict[int, Any] = {}
+        self._calls: dict[Any, tuple[int, int | None]] = {}  # reference -> worker, shard
+
+    def start(self, worker: int) -> None:
+        actor = self._actors[worker] = self._actor.remote(self._job)
+        self._calls[actor.engine.remote()] = worker, None
+
+    def give(self, worker: int, shard: int) -> None:
+        self._calls[self._actors[worker].process.remote(shard)] = worker, shard
+
+    def wait(self) -> list[Event]:
+        if not self._calls:
+            time.sleep(_WAIT_SECONDS)
+            return []
+        calls = list(self._calls)
+        ready, _ = self._ray.wait(calls, num_returns=1, timeout=_WAIT_SECONDS)
+        if ready:
+            ready, _ = self._ray.wait(calls, num_returns=len(calls), timeout=0)
+        # Of a worker that is found dead, further calls are forgotten on the way.
+        return [self._event(call) for call in ready if call in self._calls]
+
+    def _event(self, call: Any) -> Event:
+        worker, shard = self._calls.pop(call)
+        try:
+            result = self._ray.get(call)
+        except self._ray.exceptions.RayError as error:
+            self._forget(worker)
+            cause = getattr(error, "cause", None)
+            known = cause if isinstance(cause, CCNetError) else None
+            return Died(worker, str(known) if known else f"an actor died: {_first_line(error)}", known)
+        return Ready(worker, result) if shard is None else Done(worker, shard, result)
+
+    def _forget(self, worker: int) -> None:
+        self._ray.kill(self._actors.pop(worker))
+        self._calls = {call: (of, shard) for call, (of, shard) in self._calls.items() if of != worker}
+
+    def close(self) -> None:
+        """End the actors, and the cluster where it was started here."""
+        for actor in self._actors.values():
+            self._ray.kill(actor)
+        if self._began:
+            self._ray.shutdown()
+
+
+def _first_line(error: BaseException) -> str:
+    lines: list[str] = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

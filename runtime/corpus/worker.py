@@ -1,0 +1,209 @@
+"""A worker: takes shards, runs their videos through one engine, and writes each shard whole, then its receipt."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from runtime.bundle import read_bundle
+from runtime.corpus.plan import Plan, done_file, pin_engine, pinned_engine, read_plan
+from runtime.corpus.sources import SourceOptions, open_source
+from runtime.corpus.store import open_store
+from runtime.detections import Record, event_line, write_parquet_to
+from runtime.errors import ConfigError, VideoFailed
+from runtime.localizer import Localizer
+from runtime.pipeline import Item, Localized
+from runtime.schema import section_from_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How to open the bundle and run it, see `Localizer.load` and `Localizer.stream`."""
+
+    backend: str = "auto"
+    precision: str | None = None
+    on_mismatch: str = "error"
+    threads: int | None = None
+    long_videos: str = "crop"
+    window_overlap: float = 0.5
+    batch: int | None = None
+    workers: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that a worker needs to know; as JSON it travels to other processes and machines."""
+
+    bundle: str
+    source: SourceOptions
+    out: str
+    """The run's folder, in which the plan lies."""
+    engine: EngineOptions
+    stop_on_error: bool = False
+    """End at the first bad video."""
+
+    def to_json(self) -> str:
+        return orjson.dumps(dataclasses.asdict(self)).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        return section_from_json(cls, orjson.loads(text), where="job")
+
+
+Take = Callable[[bool], "int | None"]
+"""(wait): the next shard; None where no more will come, or without `wait` where there is none now."""
+
+
+@dataclass
+class _Open:
+    """A shard whose videos are on their way."""
+
+    shard: int
+    videos: int
+    results: list[Localized]
+
+
+class ShardWorker:
+    """One engine, and the shards that go through it."""
+
+    def __init__(self, job: Job) -> None:
+        """Open the bundle, with the engine that the run has, or else the one that then becomes the run's.
+
+        Raises what `Localizer.load` raises, and ConfigError where this machine's engine is another one than the run's.
+        """
+        self._job = job
+        self._store = open_store(job.out)
+        plan = read_plan(self._store)
+        if plan is None:
+            raise ConfigError(f"{job.out}: there is no plan; the folder was deleted")
+        self._plan: Plan = plan
+        options = job.engine
+        backend, precision = options.backend, options.precision
+        pinned = pinned_engine(self._store)
+        if pinned is not None and backend == "auto":
+            backend, precision = pinned
+        self._localizer = Localizer.load(
+            job.bundle,
+            backend,
+            precision=precision,
+            on_mismatch=options.on_mismatch,  # type: ignore[arg-type]
+            threads=options.threads,
+            long_videos=options.long_videos,  # type: ignore[arg-type]
+            window_overlap=options.window_overlap,
+        )
+        try:
+            self.engine = self._localizer.describe()
+            """See `Localizer.describe`."""
+            (chosen,) = (e for e in read_bundle(job.bundle).manifest.engines if e.name == self.engine["engine"])
+            pin_engine(self._store, chosen.name, chosen.backend, chosen.precision)
+        except BaseException:
+            self._localizer.close()
+            raise
+        self._source = open_source(job.source, self._localizer.spec)
+
+    def run(
+        self,
+        take: Take,
+        *,
+        on_video: Callable[[], None],
+        on_shard: Callable[[int, dict[str, Any]], None],
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Process shards until there are none any more, or until `stopped`.
+
+        Videos of the next shard are under way while those of one before are finished. `on_video` is called for every
+        video, `on_shard` with the receipt of a shard that is written. Raises VideoFailed for a job that stops at the
+        first bad video, and what ends `Localizer.stream`.
+        """
+        while not stopped() and (shard := take(True)) is not None:
+            self._run_from(shard, take, on_video, on_shard, stopped)
+
+    def _run_from(
+        self,
+        first: int,
+        take: Take,
+        on_video: Callable[[], None],
+        on_shard: Callable[[int, dict[str, Any]], None],
+        stopped: Callable[[], bool],
+    ) -> None:
+        """Process a shard and those that can be had right behind it as one stream."""
+        opened: deque[_Open] = deque()
+        options = self._job.engine
+
+        def items() -> Iterator[Item]:
+            shard: int | None = first
+            while shard is not None:
+                entries = self._plan.entries(self._store, shard)
+                opened.append(_Open(shard, len(entries), []))
+                yield from map(self._source.item, entries)
+                shard = take(False)
+
+        begun = time.monotonic()
+        stream = self._localizer.stream(items(), batch_size=options.batch, workers=options.workers)
+        with contextlib.closing(stream):
+            for result in stream:
+                if stopped():
+                    return
+                if result.error is not None and self._job.stop_on_error:
+                    raise VideoFailed(f"stopped at video {result.video_id} (--on-error stop): {result.error}")
+                current = opened[0]
+                current.results.append(result)
+                on_video()
+                if len(current.results) == current.videos:
+                    now = time.monotonic()
+                    on_shard(current.shard, self._write(current, now - begun))
+                    begun = now
+                    opened.popleft()
+
+    def _write(self, finished: _Open, seconds: float) -> dict[str, Any]:
+        """Write the events of a shard, and then its receipt, which is returned."""
+        records: list[Record] = [
+            (result.video_id, result.duration, result.detections)
+            for result in finished.results
+            if result.detections is not None and result.duration is not None
+        ]
+        if self._plan.settings.format == "parquet":
+            stream = io.BytesIO()
+            write_parquet_to(stream, records)
+            data = stream.getvalue()
+        else:
+            data = b"".join(event_line(*record) for record in records)
+        self._store.write(self._plan.shard_file(finished.shard), data)
+        receipt = {
+            "shard": finished.shard,
+            "videos": finished.videos,
+            "written": len(records),
+            "events": sum(len(detections) for _, _, detections in records),
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "failed": {
+                result.video_id: {"error": type(result.error).__name__, "message": str(result.error)}
+                for result in finished.results
+                if result.error is not None
+            },
+            "gaps": {
+                result.video_id: dataclasses.asdict(result.gaps)
+                for result in finished.results
+                if result.gaps is not None
+            },
+            "engine": self.engine["engine"],
+            "status": self.engine["status"],
+            "seconds": round(seconds, 3),
+            "host": os.uname().nodename,
+        }
+        self._store.write(done_file(finished.shard), orjson.dumps(receipt, option=orjson.OPT_APPEND_NEWLINE))
+        return receipt
+
+    def close(self) -> None:
+        """Close the engine."""
+        self._localizer.close()
