@@ -174,7 +174,7 @@ def settle_plan(store: Store, plan: Plan, videos: bytes, *, any_shard_size: bool
                 "Repeat the command that began it, name another folder, or delete this one"
             )
         store.remove(ENGINE)  # a run in which nothing was done, such as one of a mistaken command
-    ours = {VIDEOS, ENGINE, SHARDS, DONE, CLAIMS}
+    ours = {PLAN, VIDEOS, ENGINE, SHARDS, DONE, CLAIMS}
     foreign = [name for name in store.names() if name not in ours and not name.startswith(".")]
     if foreign:
         raise ConfigError(f"{store.location}: holds other files, such as {show(foreign[0])}; name a new folder")
