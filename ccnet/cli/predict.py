@@ -178,8 +178,7 @@ def _stream(arguments: argparse.Namespace, spec: ModelSpec, form: Format, folder
 # Into a file or a folder.
 
 
-def _resumable(
-    arguments: argparse.Namespace, bundle: Bundle, form: Format, folder: str, entries: list[Entry]) -> int:
+def _resumable(arguments: argparse.Namespace, bundle: Bundle, form: Format, folder: str, entries: list[Entry]) -> int:
     """Begin or resume a run, and put it together when nothing is missing any more."""
     spec = bundle.spec
     one_file = not _is_folder(arguments.out)
