@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from runtime.blocks import BlockLayout
 from runtime.features import NOT_REGULAR, FeatureFiles, Float32, Int32, VideoFeatures, copy_rows, read_into
 from runtime.records import BadRecord, check_video_id
-from runtime.spec import ModelSpec
+from runtime.spec import AUDIO, INPUT_TYPES, LENGTHS, VISUAL, ModelSpec
 
 Allocate: TypeAlias = Callable[[tuple[int, ...], Any], npt.NDArray[Any]]
 """(shape, dtype) -> an array of any content."""
@@ -27,7 +28,10 @@ class Batch:
     """
 
     def __init__(self, spec: ModelSpec, size: int, allocate: Allocate | None = None) -> None:
-        """Allocate the arrays when the first row needs them, by `allocate` where an engine has memory of its own."""
+        """Allocate the arrays when the first row needs them, by `allocate` where an engine has memory of its own.
+
+        They lie in one block, so that an engine can take a full batch by one copy.
+        """
         self.size = size
         self.rows = 0
         self._spec = spec
@@ -89,12 +93,9 @@ class Batch:
 
     def _buffers(self) -> tuple[Float32, Float32, Int32]:
         if self._arrays is None:
-            allocate, spec = self._allocate or np.empty, self._spec
-            self._arrays = (
-                allocate((self.size, spec.length, spec.visual_dim), np.float32),
-                allocate((self.size, spec.length, spec.audio_dim), np.float32),
-                allocate((self.size,), np.int32),
-            )
+            layout = BlockLayout.of(self._spec.input_shapes(self.size), INPUT_TYPES)
+            arrays = layout.arrays((self._allocate or np.empty)((layout.nbytes,), np.uint8))
+            self._arrays = arrays[VISUAL], arrays[AUDIO], arrays[LENGTHS]
         return self._arrays
 
     def _is_batch(self, pieces: Sequence[npt.NDArray[Any]]) -> bool:
@@ -105,13 +106,15 @@ class Batch:
         )
 
 
-def pack(videos: Sequence[VideoFeatures], spec: ModelSpec) -> tuple[Float32, Float32, Int32]:
-    """Return videos as one batch: visual [B, T, Cv], audio [B, T, Ca], lengths [B].
+def pack(
+    videos: Sequence[VideoFeatures], spec: ModelSpec, allocate: Allocate | None = None
+) -> tuple[Float32, Float32, Int32]:
+    """Return videos as one batch: visual [B, T, Cv], audio [B, T, Ca], lengths [B]; `allocate` as for `Batch`.
 
     Shorter videos are padded with zeros, longer ones cropped to their first T steps (the paper's crop). Every value is
     copied once, into arrays that are the caller's. Raises FeatureError for a value that is not finite.
     """
-    batch = Batch(spec, len(videos), np.empty)
+    batch = Batch(spec, len(videos), allocate or np.empty)
     for i, video in enumerate(videos):
         batch.add(video, 0, min(video.steps, spec.length), f"video {i}")
     return batch.inputs()

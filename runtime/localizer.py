@@ -143,6 +143,7 @@ class Localizer:
 
     def close(self) -> None:
         """Close the engines. Safe to call twice."""
+        self._workspace = None  # which may be in memory of an engine
         for backend in self.backends:
             backend.close()
 

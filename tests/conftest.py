@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from builders import Exported, random_network, shared_path
+from tensorrt_simulation import Simulation, install, write_engine
 
 if TYPE_CHECKING:
     from benchmarks.networks import Networks
@@ -76,3 +77,17 @@ def six_levels(session_folder: Path) -> Exported:
         if not path.exists():
             export_onnx(fused_network(network), spec, path, max_batch=4)
     return Exported(network, spec, path)
+
+
+@pytest.fixture
+def sim(monkeypatch: pytest.MonkeyPatch) -> Simulation:
+    """TensorRT and CUDA as stand-ins."""
+    simulation = Simulation()
+    install(monkeypatch, simulation)
+    return simulation
+
+
+@pytest.fixture
+def engine_path(tmp_path: Path) -> Path:
+    """An engine of the stand-in."""
+    return write_engine(tmp_path / "bundle" / "e.engine")

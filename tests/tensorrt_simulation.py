@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
+import mmap
 import sys
 import threading
 import time
@@ -51,11 +52,17 @@ class Simulation:
 
     device_memory: dict[int, np.ndarray] = field(default_factory=dict)
     pinned: dict[int, np.ndarray] = field(default_factory=dict)
+    registered: dict[int, int] = field(default_factory=dict)
+    """Page-locked memory of the host that CUDA did not allocate: address -> bytes."""
+    copies: list[tuple[str, int]] = field(default_factory=list)
+    """Direction (`in` or `out`) and bytes of each copy that was made."""
     streams: dict[int, list[Operation]] = field(default_factory=dict)
     graphs: dict[int, list[Operation]] = field(default_factory=dict)
     events: dict[int, float] = field(default_factory=dict)
     captures: dict[int, tuple[int, list[Operation]]] = field(default_factory=dict)
     """Stream -> the thread that captures it, and the graph so far."""
+    priorities: list[int] = field(default_factory=list)
+    """Of the streams that were made with one."""
     contexts: int = 0
     broken: int = 0
     """Runtimes that could not start and are still there."""
@@ -76,17 +83,20 @@ class Simulation:
         (self.captures[stream][1] if stream in self.captures else self.streams[stream]).append(operation)
 
     def bytes_at(self, pointer: int, nbytes: int) -> np.ndarray:
-        """Return memory of the device (bounds checked) or of the host."""
+        """Return memory of the device or page-locked memory of the host, bounds checked."""
         for base, memory in self.device_memory.items():
             if base <= pointer < base + len(memory):
                 assert pointer + nbytes <= base + len(memory), "copy beyond the end of a buffer"
                 return memory[pointer - base : pointer - base + nbytes]
+        locked = self.registered | {base: len(memory) for base, memory in self.pinned.items()}
+        inside = [base <= pointer and pointer + nbytes <= base + size for base, size in locked.items()]
+        assert any(inside), "an asynchronous copy of memory that is not page-locked"
         return np.ctypeslib.as_array((ctypes.c_ubyte * nbytes).from_address(pointer))
 
     @property
     def held(self) -> dict[str, int]:
         """Return what is still allocated, without what there is none of."""
-        names = ("device_memory", "pinned", "streams", "graphs", "events")
+        names = ("device_memory", "pinned", "registered", "streams", "graphs", "events")
         counts = {name: len(getattr(self, name)) for name in names}
         counts |= {"contexts": self.contexts, "engines": self.engines}
         return {name: count for name, count in counts.items() if count}
@@ -96,12 +106,14 @@ class Cuda:
     """The CUDA runtime calls; `bindings` wraps each so that it returns (status, *results)."""
 
     cudaStreamNonBlocking = 1
+    cudaHostRegisterPortable = 1
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal="thread-local")
 
     def __init__(self, sim: Simulation) -> None:
         self._sim = sim
         self.cudaFree, self.cudaFreeHost = sim.device_memory.pop, sim.pinned.pop
+        self.cudaHostUnregister = sim.registered.pop
         self.cudaGraphDestroy = self.cudaGraphExecDestroy = sim.graphs.pop
         self.cudaEventDestroy = sim.events.pop
 
@@ -132,14 +144,38 @@ class Cuda:
         self._sim.pinned[memory.ctypes.data] = memory
         return int(memory.ctypes.data)
 
+    def cudaHostRegister(self, pointer: int, nbytes: int, flags: int) -> None:
+        assert not self._sim.captures, "memory is registered while a stream is captured, by any thread"
+        assert pointer % mmap.PAGESIZE == nbytes % mmap.PAGESIZE == 0
+        assert pointer not in self._sim.registered
+        self._sim.registered[pointer] = nbytes
+
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: Any, stream: int) -> None:
         sim = self._sim
-        sim.put(stream, lambda: np.copyto(sim.bytes_at(target, nbytes), sim.bytes_at(source, nbytes)))
+
+        def copy() -> None:
+            sim.copies.append(("in" if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice else "out", nbytes))
+            np.copyto(sim.bytes_at(target, nbytes), sim.bytes_at(source, nbytes))
+
+        sim.put(stream, copy)
 
     def cudaMemsetAsync(self, pointer: int, byte: int, nbytes: int, stream: int) -> None:
         self._sim.put(stream, lambda: self._sim.bytes_at(pointer, nbytes).fill(byte))
 
+    def cudaMemset2DAsync(self, pointer: int, pitch: int, byte: int, width: int, height: int, stream: int) -> None:
+        def fill() -> None:
+            self._sim.bytes_at(pointer, pitch * height).reshape(height, pitch)[:, :width] = byte
+
+        self._sim.put(stream, fill)
+
     def cudaStreamCreateWithFlags(self, flags: int) -> int:
+        return self._hold("streams", [])
+
+    def cudaDeviceGetStreamPriorityRange(self) -> tuple[int, int]:
+        return 0, -5
+
+    def cudaStreamCreateWithPriority(self, flags: int, priority: int) -> int:
+        self._sim.priorities.append(priority)
         return self._hold("streams", [])
 
     def cudaStreamSynchronize(self, stream: int) -> None:
@@ -278,7 +314,8 @@ class Context:
 
     def set_tensor_address(self, name: str, pointer: int) -> bool:
         self._addresses[name] = pointer
-        return pointer in self._sim.device_memory and pointer % 256 == 0
+        inside = any(base <= pointer < base + len(memory) for base, memory in self._sim.device_memory.items())
+        return inside and pointer % 256 == 0
 
     def report_to_profiler(self) -> bool:
         self.profiler.report_layer_time("slow", 2.0)
@@ -305,6 +342,8 @@ class Context:
             dtype, shape = np.dtype(np.int32 if kind == "INT32" else np.float32), self._shapes[name]
             memory = self._sim.bytes_at(self._addresses[name], int(np.prod(shape)) * dtype.itemsize)
             inputs[name] = memory.view(dtype).reshape(shape)
+        assert inputs["lengths"].min() >= 1, "a row without a valid step"
+        assert np.isfinite(inputs["visual"]).all(), "memory that nobody wrote"
         shapes = {name: self.get_tensor_shape(name) for name in self._plan["outputs"]}
         for name, values in expected_outputs(inputs, shapes).items():
             self._sim.bytes_at(self._addresses[name], values.nbytes)[:] = values.reshape(-1).view(np.uint8)
@@ -397,3 +436,20 @@ def write_engine(path: Path, magic: bytes = b"ftrt") -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(magic + json.dumps(plan).encode())
     return path
+
+
+def inputs(batch: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw inputs of the simulated network, values behind the valid steps too."""
+    draw = np.random.default_rng(seed)
+    shapes = ENGINE_SPEC.input_shapes(batch)
+    visual, audio = (draw.standard_normal(shapes[name], dtype=np.float32) for name in ("visual", "audio"))
+    return visual, audio, draw.integers(1, ENGINE_SPEC.length + 1, shapes["lengths"], dtype=np.int32)
+
+
+def assert_right(outputs: tuple[np.ndarray, np.ndarray], arrays: tuple[np.ndarray, ...]) -> None:
+    """Assert that outputs are what the simulated network computes of these inputs."""
+    named = dict(zip(("visual", "audio", "lengths"), arrays, strict=True))
+    expected = expected_outputs(named, ENGINE_SPEC.output_shapes(len(arrays[0])))
+    for got, name in zip(outputs, ("logits", "offsets"), strict=True):
+        assert got.dtype == np.float32
+        np.testing.assert_array_equal(got, expected[name])

@@ -27,6 +27,7 @@ from export.tensorrt.build import EngineInfo
 from export.tensorrt.options import EngineOptions
 from runtime.backends.tensorrt import cuda
 from runtime.backends.tensorrt.backend import TensorRTBackend
+from runtime.backends.tensorrt.context import RunOptions
 from runtime.bundle import ModelFile, read_bundle
 from runtime.errors import BackendUnavailable, BundleError, CCNetError, EngineError, EngineMismatch, ExportError
 
@@ -148,7 +149,7 @@ def test_cuda_graph_against_plain_run(built: EngineInfo) -> None:
     model_file = model_file_of(built)
     with (
         TensorRTBackend.open(built.path, model_file, ATTENTION_SPEC) as replayed,
-        TensorRTBackend.open(built.path, model_file, ATTENTION_SPEC, cuda_graph=False) as plain,
+        TensorRTBackend.open(built.path, model_file, ATTENTION_SPEC, running=RunOptions(cuda_graph=False)) as plain,
     ):
         for batch in (1, 4, MAX_BATCH):
             for name, arrays in stress(batch, seed=batch).items():

@@ -16,9 +16,11 @@ import pytest
 from tensorrt_simulation import ENGINE_FILE, ENGINE_SPEC, Simulation, install, write_engine
 
 from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import running as gpu_running
 from benchmarks.gpu import stages as gpu_stages
 from benchmarks.gpu.page import measurements, page
 from benchmarks.gpu.report import Stage
+from benchmarks.gpu.settings import Absent
 from benchmarks.networks import Networks
 from export.parity.inputs import stress_inputs, synthetic_inputs
 from export.parity.reference import Reference, record, save_reference
@@ -258,6 +260,13 @@ def test_speed_and_layers_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path
         assert row["graph"] == "replayed"
         assert row["device_ms"]["p50"] == row["device_ms_without_graph"]["p50"] == pytest.approx(0.5)
         assert row["stream_videos_per_second"]["per_second"] > 0
+    copies = gpu_running.copies(settings | {"batches": [2]})
+    assert [row["candidate"] for row in copies["ways"]] == ["stream", "graph", "steps"]
+    assert copies["fastest"]["2"].keys() == {"latency", "throughput"}
+    contexts = gpu_running.contexts(settings | {"seconds": 0.01})
+    assert contexts["videos_per_second"].keys() == {"1", "2"}
+    assert all(rate > 0 for rates in contexts["videos_per_second"].values() for rate in rates.values())
+    assert contexts["under_load_ms"].keys() == {"normal", "high priority"}
     layers = gpu_stages.layers(settings)
     assert layers["1"] == {"total_ms": 2.5, "layers": 2, "slowest": [("slow", 2.0), ("quick", 0.5)]}
     assert sim.held == {}
@@ -290,6 +299,11 @@ DONE: dict[str, Any] = {
     "tensorrt fp16 parity check": {"status": "done", "result": {"passed": True}},
     "tensorrt fp16 speed": {"status": "done", "result": {
         "rows": [ROW], "describe": {"scratch_bytes": 80 << 20}}},
+    "tensorrt fp16 copies": {"status": "done", "result": {"fastest": {"1": {"latency": "graph", "throughput": "steps"}},
+        "ways": [{"candidate": way, "batch": 1, "engine_ms": summary(ms), **RATE}
+                 for way, ms in (("stream", 1.5), ("graph", 1.4), ("steps", 1.6))]}},
+    "tensorrt fp16 contexts": {"status": "done", "result": {"videos_per_second": {"1": {"1": 700.0, "2": 900.0,
+        "3": 950.0}}, "under_load_ms": {"normal": summary(3.0), "high priority": summary(1.5)}}},
     "tensorrt fp16 layers": {"status": "done", "result": {
         "1": {"total_ms": 1.0, "layers": 2, "slowest": [["conv", 0.75], ["norm", 0.25]]}}},
     "tensorrt bf16 build": {"status": "failed", "error": "ExportError: tensorrt 8.6.0 does not support | bfloat16"},
@@ -301,6 +315,9 @@ def test_page() -> None:
     text = page({"commit": "abc"}, DONE)
     assert "| tensorrt fp16 | 58 s | 500 MiB | 80 MiB | {'fp16': 300} | verified |" in text
     assert "| batch 1, tensorrt fp16 | 1.000 / 2.000 |  | 1.500 / 3.000 |  | 800 | replayed |" in text
+    assert "| batch 1, tensorrt fp16 | 1.500 / 800 | 1.400 / 800 | 1.600 / 800 | graph | steps |" in text
+    assert "| batch 1, tensorrt fp16 | 700 | 900 | 950 |" in text
+    assert "high priority, beside its largest batches: 1.500 / 3.000 ms" in text
     assert "3900 GB/s" in text
     assert "| tensorrt fp16 build | done | 60.0 | 345 to 1980, unsteady |" in text
     assert "fp16 matmul of 8192 x 8192: 790.0 TFLOP/s" in text
@@ -343,7 +360,7 @@ def test_the_torch_side(
         assert [row["batch"] for row in found["rows"]] == [1, 4]
     found = gpu_stages.onnxruntime(settings | {"precision": "fp32"})
     assert found["status"]["passed"], found["status"]
-    with pytest.raises(gpu_stages.Absent, match="no bf16 graph"):
+    with pytest.raises(Absent, match="no bf16 graph"):
         gpu_stages.onnxruntime(settings | {"precision": "bf16"})
 
 

@@ -35,7 +35,7 @@ OPTIONS: dict[str, set[str]] = {
     "export": {
         *("--compute-capability", "--format", "--graph", "--hardware-compatible", "--json", "--max-batch"),
         *("--opset", "--opt-batch", "--optimization-level", "--out", "--precision", "--timing-cache"),
-        *("--version-compatible", "--workspace-mib"),
+        *("--version-compatible", "--workspace-mib", "--copies", "--high-priority"),
         *PARITY_OPTIONS,
     },
     "rebuild": {"--json"},

@@ -37,6 +37,8 @@ def page(facts: Mapping[str, Any], done: Outcomes) -> str:
         f"# Engines on a GPU\n\nCommit {facts['commit']}. Written by `python -m benchmarks.gpu.report`.",
         _engines(done),
         _speeds(done),
+        _copies(done),
+        _contexts(done),
         _roofline(done),
         _layers(done),
         _stages(done),
@@ -97,6 +99,43 @@ def _speeds(done: Outcomes) -> str:
         "to end: features to events. Videos/s of `Localizer.stream`, where these overlap."
     )
     return f"## Speed\n\n{note}\n\n" + markdown_table(header, rows)
+
+
+def _copies(done: Outcomes) -> str:
+    """Say how batches get to the GPU fastest; `runtime.backends.tensorrt.context.Copies` explains the ways."""
+    rows = []
+    for name in done:
+        if name.endswith(" copies"):
+            result = _result(done, name)
+            for batch, fastest in result.get("fastest", {}).items():
+                ways = {row["candidate"]: row for row in result["ways"] if str(row["batch"]) == batch}
+                shown = [
+                    f"{row['engine_ms']['p50']:.3f} / {row['stream_videos_per_second']['per_second']:.0f}"
+                    for row in ways.values()
+                ]
+                engine = f"batch {batch}, {name.removesuffix(' copies')}"
+                rows.append([engine, *shown, fastest["latency"], fastest["throughput"]])
+    if not rows:
+        return ""
+    header = ["Batch and engine", "stream", "graph", "steps", "fastest", "most videos/s"]
+    note = "Engine p50 in ms / videos per second. Recorded in a bundle by `ccnet export --copies`."
+    return f"## Copies before the graph, within it, of valid steps alone\n\n{note}\n\n" + markdown_table(header, rows)
+
+
+def _contexts(done: Outcomes) -> str:
+    rows, lines = [], []
+    for name in done:
+        if name.endswith(" contexts"):
+            result, engine = _result(done, name), name.removesuffix(" contexts")
+            for batch, rates in result.get("videos_per_second", {}).items():
+                rows.append([f"batch {batch}, {engine}", *(f"{rate:.0f}" for rate in rates.values())])
+            for priority, times in result.get("under_load_ms", {}).items():
+                shown = f"{times['p50']:.3f} / {times['p99']:.3f} ms"
+                lines.append(f"- one video on {engine}, {priority}, beside its largest batches: {shown} (p50 / p99)")
+    if not rows:
+        return ""
+    table = markdown_table(["Batch and engine", "1 context", "2", "3"], rows)
+    return "## Videos per second of contexts that share the GPU\n\n" + "\n\n".join([table, "\n".join(lines)])
 
 
 def _roofline(done: Outcomes) -> str:

@@ -75,6 +75,11 @@ def plan(options: argparse.Namespace) -> list[Stage]:
                 stages.append(Stage(f"{name} build", "tensorrt", "build", 600, chosen, graphs))
                 stages.append(Stage(f"{name} parity check", "tensorrt", "status", 120, chosen, (f"{name} build",)))
                 stages.append(Stage(f"{name} speed", "tensorrt", "speed", 240, chosen, (f"{name} parity check",)))
+                if precision == options.precisions[0]:  # how an engine is run is a matter of the machine
+                    few = {"batches": sorted({batches[0], batches[-1]})}
+                    checked = (f"{name} parity check",)
+                    stages.append(Stage(f"{name} copies", "tensorrt", "copies", 180, chosen | few, checked))
+                    stages.append(Stage(f"{name} contexts", "tensorrt", "contexts", 90, chosen, checked))
                 stages.append(Stage(f"{name} layers", "tensorrt", "layers", 60, chosen, (f"{name} parity check",)))
     if torch and options.checkpoint is not None:
         for form, precision in (

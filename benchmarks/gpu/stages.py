@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu.running import contexts, copies
+from benchmarks.gpu.settings import Absent, Settings, bench_plan, engine_of, engine_path, graph_of
 from export.parity.compare import compare
 from export.parity.reference import load_reference
 from export.tensorrt.build import EngineInfo, build_engine
@@ -27,24 +29,15 @@ from export.tensorrt.options import CURRENT, EngineOptions
 from runtime.backends.base import Backend
 from runtime.backends.tensorrt import cuda
 from runtime.backends.tensorrt.backend import TensorRTBackend
+from runtime.backends.tensorrt.context import RunOptions
 from runtime.backends.tensorrt.library import load_library
-from runtime.bundle import Bundle, ModelFile, read_bundle
+from runtime.bundle import ModelFile
 from runtime.errors import BackendUnavailable, CCNetError, EngineError, EngineMismatch, ExportError, MissingDependency
 from runtime.files import write_json
 from runtime.machine import machine_facts
-from runtime.profiling.bench import Candidate, Plan, bench
+from runtime.profiling.bench import Candidate, bench
 from runtime.profiling.timing import Rules, Timing, measure
-from runtime.schema import section_from_json
 from runtime.spec import ModelSpec
-
-Settings = dict[str, Any]
-"""`bundle`, `reference`, `work` (folders and files), `batches`, `seconds` (per measurement), `device` (cuda or cpu),
-and for engines `format`, `precision`, `kind` (latency or throughput)."""
-
-
-class Absent(CCNetError):
-    """The bundle does not hold what the stage is about."""
-
 
 COPY_BYTES = 1 << 30
 SLOWEST = 10
@@ -96,10 +89,10 @@ def build(settings: Settings) -> dict[str, Any]:
 
     Of kind `latency`: for batch 1 alone, with all the time that the builder wants; `throughput`: tuned for batch 32.
     """
-    bundle, graph = _graph(settings)
+    bundle, graph = graph_of(settings)
     format, precision = settings["format"], settings["precision"]
     largest = max(settings["batches"])
-    path = _engine_path(settings)
+    path = engine_path(settings)
     full = format == "tensorrt"
     options = EngineOptions(
         format=format,
@@ -127,7 +120,7 @@ def build_here(graph: Path, out: Path, options: EngineOptions, *, gpu: bool = Tr
 
 def status(settings: Settings) -> dict[str, Any]:
     """Compare a built engine with the recorded outputs of the eager network."""
-    path, model_file, spec = _engine(settings)
+    path, model_file, spec = engine_of(settings)
     return check_engine_file(path, model_file, spec, Path(settings["reference"]), settings["batches"])
 
 
@@ -150,11 +143,11 @@ def check_backend(backend: Backend, reference: Path, batches: Sequence[int] | No
 
 def speed(settings: Settings) -> dict[str, Any]:
     """Time a built engine at every batch size, on the device alone both with CUDA graphs and without."""
-    path, model_file, spec = _engine(settings)
+    path, model_file, spec = engine_of(settings)
     begin = time.perf_counter()
     with TensorRTBackend.open(path, model_file, spec) as backend:
         found = {"load_seconds": time.perf_counter() - begin, **time_backend(backend, settings, verified=True)}
-    with TensorRTBackend.open(path, model_file, spec, cuda_graph=False) as backend:
+    with TensorRTBackend.open(path, model_file, spec, running=RunOptions(cuda_graph=False)) as backend:
         for row in found["rows"]:
             row["device_ms_without_graph"] = _device_time(backend, row["batch"], settings["seconds"])
     return found
@@ -162,7 +155,7 @@ def speed(settings: Settings) -> dict[str, Any]:
 
 def layers(settings: Settings) -> dict[str, Any]:
     """Profile a built engine: its slowest layers at batch 1 and at the largest batch."""
-    path, model_file, spec = _engine(settings)
+    path, model_file, spec = engine_of(settings)
     found: dict[str, Any] = {}
     with TensorRTBackend.open(path, model_file, spec) as backend:
         for batch in sorted({min(settings["batches"]), max(settings["batches"])}):
@@ -177,7 +170,7 @@ def onnxruntime(settings: Settings) -> dict[str, Any]:
     """Verify and time ONNX Runtime on the same graph: its CUDA provider, or the CPU where the stages run on one."""
     from runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-    bundle, graph = _graph(settings)
+    bundle, graph = graph_of(settings)
     begin = time.perf_counter()
     with OnnxRuntimeBackend.open(
         bundle.path(graph),
@@ -206,9 +199,8 @@ def time_backend(backend: Backend, settings: Settings, *, verified: bool) -> dic
     engine = backend if isinstance(backend, TensorRTBackend) else None
     seconds = settings["seconds"]
     device = {batch: _device_time(engine, batch, seconds) for batch in batches} if engine else {}
-    plan = Plan(rules=Rules(warmup_seconds=min(0.3, seconds), seconds=seconds), batches=batches)
     candidate = Candidate(name=backend.name, open=lambda: backend, status="verified" if verified else "failed")
-    report = bench(backend.spec, [candidate], plan)
+    report = bench(backend.spec, [candidate], bench_plan(settings, backend.max_batch))
     (entry,) = report["candidates"]
     if verified and entry["not_measured"]:
         raise EngineError(f"{backend.name}: not measured: {entry['not_measured']}")
@@ -226,29 +218,8 @@ def _device_time(backend: TensorRTBackend, batch: int, seconds: float) -> dict[s
     return Timing(backend.engine_milliseconds(batch, repeats, warmup_seconds=0) / 1e3).summary()
 
 
-def _graph(settings: Settings) -> tuple[Bundle, ModelFile]:
-    bundle = read_bundle(settings["bundle"])
-    wanted = "fp32" if settings["precision"] == "tf32" else settings["precision"]
-    for model_file in bundle.manifest.model_files:
-        if model_file.format == "onnx" and model_file.precision == wanted:
-            return bundle, model_file
-    raise Absent(f"{bundle.folder}: has no {wanted} graph; export it with --precision {wanted}")
-
-
-def _engine_path(settings: Settings) -> Path:
-    return Path(settings["work"]) / f"{settings['format']}-{settings['precision']}-{settings['kind']}.engine"
-
-
-def _engine(settings: Settings) -> tuple[Path, ModelFile, ModelSpec]:
-    path = _engine_path(settings)
-    if not path.is_file():
-        raise ExportError(f"{path}: was not built")
-    model_file = section_from_json(ModelFile, json.loads(path.with_suffix(".json").read_text()), where=path.name)
-    return path, model_file, read_bundle(settings["bundle"]).spec
-
-
 STAGES: dict[str, Callable[[Settings], dict[str, Any]]] = {
-    stage.__name__: stage for stage in (machine, copy, build, status, speed, layers, onnxruntime)
+    stage.__name__: stage for stage in (machine, copy, build, status, speed, copies, contexts, layers, onnxruntime)
 }
 
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.gpu.stages import Settings, check_and_time, main
+from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.stages import check_and_time, main
 from runtime.bundle import ModelFile
 from runtime.errors import ExportError
 from runtime.machine import library_versions

@@ -52,6 +52,16 @@ def register(subparsers: Any) -> None:
     engine.add_argument(
         "--timing-cache", type=Path, metavar="FILE", help="timings of earlier builds, kept beside the bundle"
     )
+    engine.add_argument(
+        "--copies",
+        default="stream",
+        choices=["stream", "graph", "steps"],
+        help="how batches get to the GPU: whole rows before the CUDA graph, within it, or valid steps alone before it; "
+        "'python -m benchmarks.gpu.report' measures which is fastest (default: stream)",
+    )
+    engine.add_argument(
+        "--high-priority", action="store_true", help="run before other engines that share the GPU in one process"
+    )
     engine.add_argument("--hardware-compatible", action="store_true", help="run on any Ampere or newer GPU")
     engine.add_argument("--version-compatible", action="store_true", help="run on newer TensorRT releases too")
     add_json_argument(parser)
@@ -105,6 +115,8 @@ def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
         compute_capabilities=tuple(arguments.compute_capability),
         workspace_bytes=None if mib is None else mib << 20,
         optimization_level=arguments.optimization_level,
+        copies=arguments.copies,
+        high_priority=arguments.high_priority,
         hardware_compatible=arguments.hardware_compatible,
         version_compatible=arguments.version_compatible,
         timing_cache=arguments.timing_cache,

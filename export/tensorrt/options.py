@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from export.tensorrt import legacy
+from runtime.backends.tensorrt.context import Copies
 from runtime.backends.tensorrt.library import TensorRTFormat
 from runtime.errors import ExportError
 
@@ -37,6 +38,10 @@ class EngineOptions:
     """Full TensorRT only: run on any Ampere or newer GPU, slower."""
     version_compatible: bool = False
     """Full TensorRT only: run on newer releases too, with code of the library inside the engine."""
+    copies: Copies = "stream"
+    """How batches get to the GPU, see `Copies`. No matter of the build: recorded for whoever opens the engine."""
+    high_priority: bool = False
+    """Of its work on the GPU, before that of other engines of a process; recorded, as `copies`."""
     timing_cache: Path | None = None
     """Full TensorRT only: a file on this machine that makes later builds quicker; only ever a hint."""
 
@@ -47,6 +52,7 @@ class EngineOptions:
             ("precision", self.precision in get_args(EnginePrecision), f"one of {get_args(EnginePrecision)}"),
             ("profile", ascending, "batch sizes 1 <= min <= opt <= max"),
             ("workspace_bytes", self.workspace_bytes is None or self.workspace_bytes > 0, "a number of bytes above 0"),
+            ("copies", self.copies in get_args(Copies), f"one of {get_args(Copies)}"),
             ("optimization_level", self.optimization_level in (None, *range(6)), "0 to 5"),
         )
         for name, good, expected in checks:

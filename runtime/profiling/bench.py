@@ -33,7 +33,7 @@ from runtime.features import VideoFeatures
 from runtime.machine import machine_facts
 from runtime.profiling.cold_start import measure_cold_start
 from runtime.profiling.timing import Rules, Timing, measure_interleaved, ratio, steady_rate
-from runtime.profiling.workload import sample_videos
+from runtime.profiling.workload import sample_batches
 from runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -186,12 +186,14 @@ def _measure(
         log.info("batch %d: no candidate takes so many videos at once", batch)
         return []
     log.info("batch %d: %s", batch, ", ".join(watches))
-    videos = sample_videos(spec, batch)
-    inputs = pack(videos, spec)
+    batches = sample_batches(spec, batch)
     calls: dict[str, Callable[[], Any]] = {}
     for name, watch in watches.items():
-        calls[f"engine {name}"] = partial(opened[name].infer, *inputs)
-        calls[f"end_to_end {name}"] = partial(_localize, Localizer([watch], spec), watch, videos)
+        allocate = getattr(opened[name], "allocate", None)  # memory of its own, which is where a Localizer has them
+        inputs = [(pack(videos, spec, allocate),) for videos in batches]
+        localizer = Localizer([watch], spec)
+        calls[f"engine {name}"] = _rotating(partial(_infer, opened[name]), inputs)
+        calls[f"end_to_end {name}"] = _rotating(partial(_localize, localizer, watch), [(videos,) for videos in batches])
     timings = measure_interleaved(calls, rules)
     first = next(iter(watches))
     rows = []
@@ -204,7 +206,7 @@ def _measure(
             "engine_ms": engine.summary(),
             "end_to_end_ms": whole.summary(),
             "outside_engine_ms": outside.summary(),
-            "stream_videos_per_second": _stream_rate(opened[name], videos, batch, rules),
+            "stream_videos_per_second": _stream_rate(opened[name], batches, batch, rules),
             "engine_ratio": {"to": first, **ratio(engine, timings[f"engine {first}"]).to_json()},
         }
         if peers.get(name) in watches:
@@ -213,17 +215,30 @@ def _measure(
     return rows
 
 
+def _rotating(call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:
+    """Return a function that makes a call with the next arguments each time, so that no cache holds all of them."""
+    turns = itertools.cycle(arguments)
+    return lambda: call(*next(turns))
+
+
+def _infer(backend: Backend, inputs: tuple[Float32, Float32, Int32]) -> Any:
+    return backend.infer(*inputs)
+
+
 def _localize(localizer: Localizer, watch: Stopwatch, videos: list[VideoFeatures]) -> None:
     """Turn host features into events; what part of it was spent inside the engine goes to `watch.inside_ns`."""
     watch.inside_ns.append(0)
     localizer.batch(videos)
 
 
-def _stream_rate(backend: Backend, videos: list[VideoFeatures], batch: int, rules: Rules) -> dict[str, float | int]:
+def _stream_rate(
+    backend: Backend, batches: list[list[VideoFeatures]], batch: int, rules: Rules
+) -> dict[str, float | int]:
     """Count videos per second of an endless stream, on the backend itself: a stream may fork it."""
     from runtime.localizer import Localizer
 
-    endless = ((f"video {i}", video) for i, video in enumerate(itertools.cycle(videos)))
+    videos = itertools.cycle(itertools.chain.from_iterable(batches))
+    endless = ((f"video {i}", video) for i, video in enumerate(videos))
     stream = Localizer([backend], backend.spec).stream(endless, batch_size=batch)
     with contextlib.closing(stream):
         # The last video of each batch is what is counted: those of one batch come out together.
@@ -247,6 +262,8 @@ class Stopwatch:
         self.spec, self.max_batch = backend.spec, backend.max_batch
         self.inside_ns: list[int] = []
         """Nanoseconds in `infer` of each end-to-end call."""
+        if hasattr(backend, "allocate"):
+            self.allocate = backend.allocate
 
     def infer(self, visual: Float32, audio: Float32, lengths: Int32) -> tuple[Float32, Float32]:
         begin = time.perf_counter_ns()

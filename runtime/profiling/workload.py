@@ -10,6 +10,10 @@ import numpy as np
 from runtime.features import VideoFeatures
 from runtime.spec import ModelSpec
 
+ROTATED_BYTES = 256 << 20
+"""Inputs that a measurement goes through before it comes back to the first: more than processors keep in a cache."""
+MOST_ROTATED = 8
+
 
 def sample_videos(spec: ModelSpec, count: int, *, steps: int | None = None, seed: int = 0) -> list[VideoFeatures]:
     """Return `count` different videos of `steps` (default T, the longest that is not cropped) grid steps.
@@ -24,3 +28,10 @@ def sample_videos(spec: ModelSpec, count: int, *, steps: int | None = None, seed
         audio = np.maximum(random.standard_normal((n, spec.audio_dim), np.float32), 0)
         videos.append(VideoFeatures(visual, audio))
     return videos
+
+
+def sample_batches(spec: ModelSpec, batch: int) -> list[list[VideoFeatures]]:
+    """Return 2 to `MOST_ROTATED` batches of different videos, large ones of about `ROTATED_BYTES` together."""
+    size = 4 * batch * spec.length * (spec.visual_dim + spec.audio_dim)
+    count = min(max(2, ROTATED_BYTES // size), MOST_ROTATED)
+    return [sample_videos(spec, batch, seed=seed) for seed in range(count)]

@@ -9,7 +9,7 @@ import contextlib
 import threading
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from runtime.backends.base import BaseBackend, Float32, Int32, Outputs, check_graph
 from runtime.backends.tensorrt import cuda
 from runtime.backends.tensorrt import engine as loaded
-from runtime.backends.tensorrt.context import ExecutionContext
+from runtime.backends.tensorrt.context import Copies, ExecutionContext, RunOptions
 from runtime.backends.tensorrt.engine import LoadedEngine
 from runtime.backends.tensorrt.library import load_library
 from runtime.bundle import ModelFile
@@ -50,13 +50,13 @@ def probe(name: str) -> str:
 class TensorRTBackend(BaseBackend):
     """A TensorRT engine. One thread at a time; `fork` gives each further thread a backend on the same engine."""
 
-    def __init__(self, engine: LoadedEngine, model_file: ModelFile, spec: ModelSpec, *, cuda_graph: bool) -> None:
+    def __init__(self, engine: LoadedEngine, model_file: ModelFile, spec: ModelSpec, running: RunOptions) -> None:
         """Use `open`. Takes over one use of `engine`."""
         super().__init__(model_file.format, model_file.precision, spec, model_file.max_batch)
         self._min_batch = model_file.profile[0] if model_file.profile else 1
         self._model_file = model_file
         self._engine = engine
-        self._cuda_graph = cuda_graph
+        self._running = running
         self._context: ExecutionContext | None = None
         self._thread: int | None = None
 
@@ -68,22 +68,23 @@ class TensorRTBackend(BaseBackend):
         spec: ModelSpec,
         *,
         device: int = 0,
-        cuda_graph: bool = True,
+        running: RunOptions | None = None,
         cache_folder: str | Path | None = None,
     ) -> TensorRTBackend:
         """Load an engine and run it once, so that the first request is as quick as the others.
 
         `model_file`: the engine's entry in the manifest; it is compared with this machine before the file is read.
-        `spec`: shapes of this engine. `cuda_graph`: capture each batch size and replay it. `cache_folder`: where RTX
-        keeps compiled kernels; None puts them in a folder beside the bundle.
+        `spec`: shapes of this engine. `running`: None takes what the manifest says. `cache_folder`: where RTX keeps
+        compiled kernels; None puts them in a folder beside the bundle.
 
         Raises what `engine.check_engine` raises; BundleError for a file that is missing, cut short, of the other
         format, or whose tensors are not those of `spec`; EngineError when the library can't load or run it.
         """
         path = Path(path)
+        running = running or _recorded(path, model_file)
         folder = Path(cache_folder) if cache_folder else path.parent.with_name(path.parent.name + ".cache")
         engine = LoadedEngine(path, model_file, device, folder)
-        backend = cls(engine, model_file, spec, cuda_graph=cuda_graph)
+        backend = cls(engine, model_file, spec, running)
         try:
             fixed = check_graph(_shapes(engine.inputs), _shapes(engine.outputs), spec, str(path))
             if fixed not in (None, backend.max_batch):
@@ -98,14 +99,24 @@ class TensorRTBackend(BaseBackend):
         """Return a backend for another thread: its own execution context, stream and buffers on the same engine."""
         if self.closed:
             raise EngineError(f"{self.name}: the backend is closed")
-        return TensorRTBackend(self._engine.retain(), self._model_file, self.spec, cuda_graph=self._cuda_graph)
+        return TensorRTBackend(self._engine.retain(), self._model_file, self.spec, self._running)
+
+    def allocate(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Return an array of any content that batches are copied to the GPU from without one more copy.
+
+        It may be used by all forks, from any thread, and is an array like others once the engine is closed. Raises
+        EngineError when it is closed already.
+        """
+        if self.closed:
+            raise EngineError(f"{self.name}: the backend is closed")
+        return self._engine.pinned.allocate(shape, dtype)
 
     def _infer(self, visual: Float32, audio: Float32, lengths: Int32) -> Outputs:
         context = self._ready_context()
         known = len(context.graphs)
         batch = self._batch_size(len(visual))
         outputs = context.infer({VISUAL: visual, AUDIO: audio, LENGTHS: lengths}, batch)
-        if self._cuda_graph and len(context.graphs) > known:
+        if self._running.cuda_graph and len(context.graphs) > known:
             self._warn_without_graph(batch, context.graphs[batch])
         logits, offsets = (outputs[name].astype(np.float32, copy=False) for name in (LOGITS, OFFSETS))
         return logits, offsets
@@ -138,6 +149,10 @@ class TensorRTBackend(BaseBackend):
             "profile": self._model_file.profile,
             "scratch_bytes": self._context.scratch_bytes if self._context else 0,
             "largest_scratch_bytes": engine.scratch_bytes,
+            "pinned_bytes": engine.pinned.nbytes,
+            "pinned_refusal": engine.pinned.refusal or None,
+            "copies": self._running.copies,
+            "high_priority": self._running.high_priority,
             "cuda_graphs": dict(self._context.graphs) if self._context else {},
         }
 
@@ -162,7 +177,7 @@ class TensorRTBackend(BaseBackend):
             raise EngineError(f"{self.name}: the backend is closed")
         self._select_device()
         if self._context is None:
-            self._context = ExecutionContext(self._engine, self.spec, cuda_graph=self._cuda_graph)
+            self._context = ExecutionContext(self._engine, self.spec, self._running)
         return self._context
 
     def _select_device(self) -> None:
@@ -181,6 +196,14 @@ class TensorRTBackend(BaseBackend):
     def _warn_without_graph(self, batch: int, state: str) -> None:
         if state != "replayed":
             warnings.warn(f"{self.name}: batch {batch} runs without a CUDA graph, slower: {state}", stacklevel=3)
+
+
+def _recorded(path: Path, model_file: ModelFile) -> RunOptions:
+    """Return how the manifest wants an engine to be run."""
+    copies = model_file.options.get("copies", "stream")
+    if copies not in get_args(Copies):
+        raise BundleError(f"{path}: copies: got {copies!r}, expected one of {', '.join(get_args(Copies))}")
+    return RunOptions(copies=copies, high_priority=model_file.options.get("high_priority") is True)
 
 
 def _shapes(bindings: dict[str, Any]) -> dict[str, tuple[int, ...]]:

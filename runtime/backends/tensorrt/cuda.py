@@ -149,25 +149,35 @@ class PinnedArray:
 class Stream:
     """A stream that does not wait for the default stream; TensorRT synchronizes the whole device on the default one."""
 
-    def __init__(self) -> None:
-        self.handle = call("cudaStreamCreateWithFlags", bindings().cudaStreamNonBlocking)
+    def __init__(self, *, high_priority: bool = False) -> None:
+        """Create it; waiting work of `high_priority` goes before that of other streams on the GPU."""
+        flags = bindings().cudaStreamNonBlocking
+        if high_priority:
+            _, greatest = call("cudaDeviceGetStreamPriorityRange")
+            self.handle = call("cudaStreamCreateWithPriority", flags, greatest)
+        else:
+            self.handle = call("cudaStreamCreateWithFlags", flags)
 
     def __int__(self) -> int:
         return int(self.handle)
 
-    def upload(self, pointer: int, host: npt.NDArray[Any]) -> None:
-        """Copy a contiguous host array to the device, asynchronously."""
+    def upload(self, pointer: int, host: int, nbytes: int) -> None:
+        """Copy page-locked memory of the host to the device, asynchronously."""
         kind = bindings().cudaMemcpyKind.cudaMemcpyHostToDevice
-        call("cudaMemcpyAsync", pointer, host.ctypes.data, host.nbytes, kind, self.handle)
+        call("cudaMemcpyAsync", pointer, host, nbytes, kind, self.handle)
 
-    def download(self, host: npt.NDArray[Any], pointer: int) -> None:
-        """Copy device memory into a contiguous host array, asynchronously."""
+    def download(self, host: int, pointer: int, nbytes: int) -> None:
+        """Copy device memory to page-locked memory of the host, asynchronously."""
         kind = bindings().cudaMemcpyKind.cudaMemcpyDeviceToHost
-        call("cudaMemcpyAsync", host.ctypes.data, pointer, host.nbytes, kind, self.handle)
+        call("cudaMemcpyAsync", host, pointer, nbytes, kind, self.handle)
 
     def fill(self, pointer: int, nbytes: int, byte: int) -> None:
         """Set device memory to one byte's value, asynchronously."""
         call("cudaMemsetAsync", pointer, byte, nbytes, self.handle)
+
+    def fill_ones(self, pointer: int, count: int, itemsize: int) -> None:
+        """Make integers one, whose bytes must be zero, asynchronously: the lowest byte of each comes first."""
+        call("cudaMemset2DAsync", pointer, itemsize, 1, 1, count, self.handle)
 
     def synchronize(self) -> None:
         """Wait for all work on the stream."""

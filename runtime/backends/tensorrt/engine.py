@@ -24,6 +24,7 @@ from runtime.backends.tensorrt.library import (
     numpy_type,
     start,
 )
+from runtime.backends.tensorrt.pinned import PinnedPool
 from runtime.bundle import ModelFile
 from runtime.errors import BackendUnavailable, BundleError, EngineError, EngineMismatch
 from runtime.files import atomic_file
@@ -130,6 +131,8 @@ class LoadedEngine:
                 self._runtime.engine_host_code_allowed = True
             self._engine: Any = self._deserialize(model_file)
         self.inputs, self.outputs = self._bindings()
+        self.pinned = PinnedPool(device)
+        """Memory for the batches of its users."""
         self.scratch_bytes = legacy.scratch_bytes(self._engine)
         """What the largest batch of the profile works in."""
         self._config: Any = None
@@ -223,12 +226,15 @@ class LoadedEngine:
             self._users -= 1
             if self._users > 0 or self._engine is None:
                 return
-            self.save_cache()
-            # all before what made them, or what they refer to
-            self._config = None
-            self._engine = None
-            self._runtime = None
-            self._cache = None
+            try:
+                self.pinned.close()
+            finally:
+                self.save_cache()
+                # all before what made them, or what they refer to
+                self._config = None
+                self._engine = None
+                self._runtime = None
+                self._cache = None
 
 
 @dataclass(frozen=True)
