@@ -5,6 +5,8 @@ Shapes:  N predictions   M ground-truth events   C classes   K thresholds
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -41,6 +43,68 @@ def average_precision(
     Raises PredictionError or AnnotationError for arrays whose shapes, types or values do not fit (not finite, a
     segment that ends before it starts, a label outside 0..C-1), ConfigError for thresholds outside (0, 1].
     """
+    predictions = (pred_video, pred_segments, pred_scores, pred_labels)
+    return match(*predictions, gt_video, gt_segments, gt_labels, num_classes, tiou_thresholds).average_precision()
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Which predictions find an event: what average precision follows from, however often a video counts.
+
+    Predictions stand by class, best first. Events that duplicate another one are left out.
+    """
+
+    hit: npt.NDArray[np.bool_]
+    """[K, N] whether a prediction takes an event at a threshold."""
+    video: npt.NDArray[np.int64]
+    """[N]"""
+    scores: npt.NDArray[np.float64]
+    """[N]"""
+    labels: npt.NDArray[np.int64]
+    """[N], ascending."""
+    truth_video: npt.NDArray[np.int64]
+    """[M]"""
+    truth_labels: npt.NDArray[np.int64]
+    """[M]"""
+    num_classes: int
+
+    def average_precision(self, counts: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.float64]:
+        """Return AP [K, C]; see `average_precision`. `counts` [V]: how often each video counts, 0 or more; None: once.
+
+        Video ids then are 0..V-1. A video that counts twice is as good as two videos with the same content.
+        """
+        if counts is None:
+            return self.weighted(np.ones(len(self.video), np.int64), np.ones(len(self.truth_video), np.int64))
+        return self.weighted(counts[self.video], counts[self.truth_video])
+
+    def weighted(self, weights: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Return AP [K, C] where predictions count `weights` [N] and events `truth` [M] times."""
+        positives = np.zeros(self.num_classes, np.int64)
+        np.add.at(positives, self.truth_labels, truth)
+        begin = np.searchsorted(self.labels, np.arange(self.num_classes + 1)).astype(np.int64)
+        result = np.empty((len(self.hit), self.num_classes), np.float64)
+        weights = np.ascontiguousarray(weights, np.int64)
+        kernels().ccnet_average_precision(
+            self.num_classes,
+            len(self.hit),
+            len(self.video),
+            *(address(array) for array in (self.hit, weights, begin, positives, result)),
+        )
+        return result
+
+
+def match(
+    pred_video: npt.ArrayLike,
+    pred_segments: npt.ArrayLike,
+    pred_scores: npt.ArrayLike,
+    pred_labels: npt.ArrayLike,
+    gt_video: npt.ArrayLike,
+    gt_segments: npt.ArrayLike,
+    gt_labels: npt.ArrayLike,
+    num_classes: int,
+    tiou_thresholds: npt.ArrayLike,
+) -> Matches:
+    """Match predictions with events as `average_precision` does, which says what it takes and raises."""
     thresholds = _check_thresholds(tiou_thresholds)
     video, segments, labels = _check("pred", pred_video, pred_segments, pred_labels, num_classes, PredictionError)
     scores = np.asarray(pred_scores)
@@ -51,26 +115,21 @@ def average_precision(
     gt = _check("gt", gt_video, gt_segments, gt_labels, num_classes, AnnotationError)
 
     order = np.lexsort((-scores.astype(np.float64), labels))
-    truth = _GroundTruth(*gt, num_classes)
-    result = np.empty((len(thresholds), num_classes), np.float64)
-    predictions, begin = segments[order], np.searchsorted(labels[order], np.arange(num_classes + 1))
-    groups = truth.groups_of(video[order], labels[order])
+    truth = _GroundTruth(*gt)
+    predictions, groups = segments[order], truth.groups_of(video[order], labels[order])
     taken = np.zeros((len(thresholds), len(truth.segments)), np.bool_)
     hit = np.zeros((len(thresholds), len(order)), np.bool_)
-    kernels().ccnet_average_precision(
-        num_classes,
-        len(thresholds),
-        len(order),
-        len(truth.segments),
-        *(
-            address(array)
-            for array in (
-                *(predictions, groups, begin, truth.segments, truth.real, truth.begin, truth.positives),
-                *(thresholds, taken, hit, result),
-            )
-        ),
+    arrays = (predictions, groups, truth.segments, truth.real, truth.begin, thresholds, taken, hit)
+    kernels().ccnet_match(len(thresholds), len(order), len(truth.segments), *map(address, arrays))
+    return Matches(
+        hit=hit,
+        video=video[order],
+        scores=scores[order].astype(np.float64),
+        labels=labels[order],
+        truth_video=truth.video[truth.real],
+        truth_labels=truth.labels[truth.real],
+        num_classes=num_classes,
     )
-    return result
 
 
 class _GroundTruth:
@@ -81,19 +140,17 @@ class _GroundTruth:
         video: npt.NDArray[np.int64],
         segments: npt.NDArray[np.float64],
         labels: npt.NDArray[np.int64],
-        num_classes: int,
     ) -> None:
         self.videos, index = np.unique(video, return_inverse=True)
         keys = labels * len(self.videos) + index
         order = np.argsort(keys, kind="stable")
-        self.segments = segments[order]
+        self.segments, self.video, self.labels = segments[order], video[order], labels[order]
         self.keys, first = np.unique(keys[order], return_index=True)
         self.begin = np.append(first, len(keys)).astype(np.int64)
         self.real = np.empty(len(keys), np.bool_)
         kernels().ccnet_mark_duplicates(
             len(self.keys), address(self.segments), address(self.begin), DUPLICATE_SECONDS, address(self.real)
         )
-        self.positives = np.bincount(labels[order][self.real], minlength=num_classes)
 
     def groups_of(self, video: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the group of each (video, label), -1 where there is no such ground truth."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.annotations import Annotations, VideoAnnotation
-from runtime.average_precision import average_precision
+from runtime.average_precision import match
 from runtime.coverage import Gaps
 from runtime.detections import Detections
 from runtime.errors import AnnotationError, CCNetError, FeatureError, Interrupted, PredictionError
@@ -25,6 +25,7 @@ from runtime.features import FeatureFiles
 from runtime.progress import Progress
 from runtime.schema import show
 from runtime.signals import StopRequest
+from runtime.significance import VideoScores
 
 if TYPE_CHECKING:
     from runtime.localizer import Localizer
@@ -155,26 +156,61 @@ def evaluate_localizer(
     quiet: bool = True,
     stop: StopRequest | None = None,
 ) -> Evaluation:
-    """Run a Localizer on every video of a subset and score what it finds.
+    """Run a Localizer on every video of a subset and score what it finds. Takes and raises as `find_events`."""
+    found = find_events(
+        localizer,
+        features,
+        annotations.subset(subset),
+        strict=strict,
+        batch_size=batch_size,
+        workers=workers,
+        quiet=quiet,
+        stop=stop,
+    )
+    evaluation = evaluate(found.predictions, annotations, subset)
+    return dataclasses.replace(evaluation, failed=found.failed, gaps=found.gaps)
+
+
+@dataclass(frozen=True)
+class FoundEvents:
+    """What a Localizer found in some videos, by video id."""
+
+    predictions: Mapping[str, Detections]
+    failed: Mapping[str, CCNetError]
+    """What is wrong with each video that could not be processed."""
+    gaps: Mapping[str, Gaps]
+    """What was not seen of a video, where that is something."""
+
+
+def find_events(
+    localizer: Localizer,
+    features: str | Path,
+    videos: Sequence[VideoAnnotation],
+    *,
+    strict: bool = False,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    quiet: bool = True,
+    stop: StopRequest | None = None,
+) -> FoundEvents:
+    """Run a Localizer on annotated videos, one or more.
 
     Args:
         features: folder of the videos' feature files.
-        strict: raise the error of a bad video. Otherwise it counts as a video in which nothing was found, and
-            `Evaluation.failed` names it.
+        strict: raise the error of a bad video. Otherwise it counts as a video in which nothing was found.
         batch_size, workers: see `Localizer.stream`.
         quiet: show no progress.
         stop: asked before every video whether to raise Interrupted.
 
     Raises FeatureError when no video could be processed, and what `evaluate` and the engine raise.
     """
-    videos = annotations.subset(subset)
     sources = ((video.video_id, FeatureFiles(features, video.video_id), video.duration) for video in videos)
     predictions: dict[str, Detections] = {}
     failed: dict[str, CCNetError] = {}
     gaps: dict[str, Gaps] = {}
     with (
         contextlib.closing(localizer.stream(sources, batch_size=batch_size, workers=workers)) as stream,
-        Progress(subset, total=len(videos), quiet=quiet) as progress,
+        Progress(videos[0].subset, total=len(videos), quiet=quiet) as progress,
     ):
         for result in stream:
             if stop is not None and stop.requested:
@@ -191,7 +227,7 @@ def evaluate_localizer(
     if not predictions:
         video_id, error = next(iter(failed.items()))
         raise FeatureError(f"none of the {len(videos)} videos could be used; the first, {video_id}: {error}")
-    return dataclasses.replace(evaluate(predictions, annotations, subset), failed=failed, gaps=gaps)
+    return FoundEvents(predictions, failed, gaps)
 
 
 def evaluate(predictions: Mapping[str, Detections], annotations: Annotations, subset: str) -> Evaluation:
@@ -201,6 +237,29 @@ def evaluate(predictions: Mapping[str, Detections], annotations: Annotations, su
     subsets are left out; both are counted in the result. Raises PredictionError for a video that the annotation file
     does not have, or a class that is not one of its classes; AnnotationError for an unknown subset or one without
     events.
+    """
+    videos = annotations.subset(subset)
+    scores = score_videos(predictions, annotations, subset)
+    present = sum(video.video_id in predictions for video in videos)
+    labels = np.concatenate([video.labels for video in videos])
+    counts = zip(BUCKETS, scores.events.sum(axis=0).tolist(), scores.found.sum(axis=0).tolist(), strict=True)
+    return Evaluation(
+        subset=subset,
+        labels=annotations.labels,
+        ap=scores.matches.average_precision(),
+        class_events=tuple(np.bincount(labels, minlength=len(annotations.labels)).tolist()),
+        buckets=tuple(Bucket(*edges, events, found) for edges, events, found in counts),
+        videos=len(videos),
+        missing=len(videos) - present,
+        outside=len(predictions) - present,
+        predictions=len(scores.matches.video),
+    )
+
+
+def score_videos(predictions: Mapping[str, Detections], annotations: Annotations, subset: str) -> VideoScores:
+    """Match predictions with the events of every video of a subset, at `TIOU` and in `BUCKETS`. Raises as `evaluate`.
+
+    Video i of the result is the i-th of `Annotations.subset`.
     """
     videos = annotations.subset(subset)
     _check_videos(predictions, annotations)
@@ -213,7 +272,7 @@ def evaluate(predictions: Mapping[str, Detections], annotations: Annotations, su
     pred = _flatten([d.segments for _, d in present], [d.labels for _, d in present])
     scores = np.concatenate([np.empty(0, np.float32), *(d.scores for _, d in present)])
     number_of = np.array([index for index, _ in present], np.int64)
-    ap = average_precision(
+    matches = match(
         number_of[pred.video],
         pred.segments,
         scores,
@@ -224,17 +283,8 @@ def evaluate(predictions: Mapping[str, Detections], annotations: Annotations, su
         len(annotations.labels),
         TIOU,
     )
-    return Evaluation(
-        subset=subset,
-        labels=annotations.labels,
-        ap=ap,
-        class_events=tuple(np.bincount(truth.labels, minlength=len(annotations.labels)).tolist()),
-        buckets=_buckets(videos, predictions),
-        videos=len(videos),
-        missing=len(videos) - len(present),
-        outside=len(predictions) - len(present),
-        predictions=len(scores),
-    )
+    counts = [_count_buckets(video, predictions.get(video.video_id)) for video in videos]
+    return VideoScores(matches, *np.array(counts, np.int64).transpose(1, 0, 2))
 
 
 @dataclass(frozen=True)
@@ -274,17 +324,11 @@ def _check_labels(detections: Detections, annotations: Annotations, video_id: st
             )
 
 
-def _buckets(videos: Sequence[VideoAnnotation], predictions: Mapping[str, Detections]) -> tuple[Bucket, ...]:
-    lengths, found = [], []
-    for video in videos:
-        lengths.append(video.segments[:, 1] - video.segments[:, 0])
-        found.append(_found(video, predictions.get(video.video_id)))
-    length, hit = np.concatenate(lengths), np.concatenate(found)
-    buckets = []
-    for above, up_to in BUCKETS:
-        inside = (length > above) & (length <= up_to)
-        buckets.append(Bucket(above, up_to, int(inside.sum()), int(hit[inside].sum())))
-    return tuple(buckets)
+def _count_buckets(video: VideoAnnotation, predicted: Detections | None) -> tuple[list[int], list[int]]:
+    """Return the events of a video in each bucket, and those that are found."""
+    length, hit = video.segments[:, 1] - video.segments[:, 0], _found(video, predicted)
+    inside = [(length > above) & (length <= up_to) for above, up_to in BUCKETS]
+    return [int(rows.sum()) for rows in inside], [int(hit[rows].sum()) for rows in inside]
 
 
 def _found(video: VideoAnnotation, predicted: Detections | None) -> npt.NDArray[np.bool_]:

@@ -49,6 +49,7 @@ OPTIONS: dict[str, set[str]] = {
     "convert": {
         *("--annotations", "--durations", "--from", "--json", "--min-score", "--out", "--score", "--subset", "--to"),
     },
+    "compare": {"--annotations", "--draws", "--features", "--json", "--quiet", "--seed", "--subset", *ENGINE_OPTIONS},
     "inspect": {"--json"},
     "bench": {
         *("--backend", "--batches", "--calls", "--checkpoint", "--json", "--no-compile", "--plot", "--seconds"),

@@ -30,6 +30,7 @@ COMMANDS = (
     "predict",
     "evaluate",
     "convert",
+    "compare",
     "inspect",
     "bench",
     "doctor",

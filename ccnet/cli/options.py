@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 from runtime.backends.registry import BACKENDS
@@ -117,10 +118,10 @@ def engine_options_given(arguments: argparse.Namespace) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(arguments, name) != value]
 
 
-def open_localizer(arguments: argparse.Namespace) -> Localizer:
-    """Load the bundle of the command line as its engine options say."""
+def open_localizer(arguments: argparse.Namespace, bundle: str | Path | None = None) -> Localizer:
+    """Load a bundle, by default `arguments.bundle`, as the engine options of the command line say."""
     return Localizer.load(
-        arguments.bundle,
+        bundle or arguments.bundle,
         arguments.backend,
         precision=arguments.precision,
         on_mismatch=arguments.on_mismatch,

@@ -1,7 +1,7 @@
 /* The loops of `runtime.average_precision`.
 
    Letters:  N predictions   M ground-truth events   G (class, video) pairs with ground truth   C classes
-             K thresholds */
+             K thresholds. Predictions stand by class, best first. */
 
 #include "kernels.h"
 
@@ -29,30 +29,33 @@ static int64_t best_match(const double *prediction, const double *truth, const u
 }
 
 /* Area under the interpolated precision-recall curve, from the last prediction of a class to the first: the precision
-   there, and the best one from there on. */
-static double area_under_curve(const uint8_t *hit, int64_t count, int64_t positives) {
-    int64_t hits = 0;
-    for (int64_t i = 0; i < count; i++) hits += hit[i];
+   there, and the best one from there on. Each prediction counts `weight` times. */
+static double area_under_curve(const uint8_t *hit, const int64_t *weight, int64_t count, int64_t positives) {
+    int64_t hits = 0, seen = 0;
+    for (int64_t i = 0; i < count; i++) {
+        hits += hit[i] * weight[i];
+        seen += weight[i];
+    }
     double area = 0.0, best_precision = 0.0;
     for (int64_t i = count - 1; i >= 0; i--) {
-        if (!hit[i]) continue;
-        const double precision = (double)hits / (double)(i + 1);
-        if (precision > best_precision) best_precision = precision;
-        area += best_precision;
-        hits--;
+        if (hit[i] && weight[i]) {
+            const double precision = (double)hits / (double)seen;
+            if (precision > best_precision) best_precision = precision;
+            area += (double)weight[i] * best_precision;
+            hits -= weight[i];
+        }
+        seen -= weight[i];
     }
     return area / (double)positives;
 }
 
-/* Match all predictions and fill result [K, C].
+/* Fill hit [K, N]: whether a prediction takes an event.
 
-   predictions [N, 2] by class, best first; group [N] of each, or -1; class_begin [C + 1]; truth [M, 2] by group; real
-   [M] false for duplicates; group_begin [G + 1]; positives [C]. Work space, all zero: taken [K, M], hit [K, N]. */
-EXPORT void ccnet_average_precision(int64_t classes, int64_t count_thresholds, int64_t count, int64_t count_truth,
-                                    const double *predictions, const int64_t *group, const int64_t *class_begin,
-                                    const double *truth, const uint8_t *real, const int64_t *group_begin,
-                                    const int64_t *positives, const double *thresholds, uint8_t *taken, uint8_t *hit,
-                                    double *result) {
+   predictions [N, 2]; group [N] of each, or -1; truth [M, 2] by group; real [M] false for duplicates; group_begin
+   [G + 1]. All zero before: hit, and the work space taken [K, M]. */
+EXPORT void ccnet_match(int64_t count_thresholds, int64_t count, int64_t count_truth, const double *predictions,
+                        const int64_t *group, const double *truth, const uint8_t *real, const int64_t *group_begin,
+                        const double *thresholds, uint8_t *taken, uint8_t *hit) {
     for (int64_t i = 0; i < count; i++)
         for (int64_t k = 0; group[i] >= 0 && k < count_thresholds; k++) {
             const int64_t begin = group_begin[group[i]], end = group_begin[group[i] + 1];
@@ -62,11 +65,17 @@ EXPORT void ccnet_average_precision(int64_t classes, int64_t count_thresholds, i
             taken[k * count_truth + best] = 1;
             hit[k * count + i] = 1;
         }
+}
+
+/* Fill result [K, C] from hit [K, N], weight [N], class_begin [C + 1] and positives [C], which are weighted, too. */
+EXPORT void ccnet_average_precision(int64_t classes, int64_t count_thresholds, int64_t count, const uint8_t *hit,
+                                    const int64_t *weight, const int64_t *class_begin, const int64_t *positives,
+                                    double *result) {
     for (int64_t c = 0; c < classes; c++)
         for (int64_t k = 0; k < count_thresholds; k++) {
-            const uint8_t *hits = hit + k * count + class_begin[c];
-            const int64_t number = class_begin[c + 1] - class_begin[c];
-            result[k * classes + c] = positives[c] ? area_under_curve(hits, number, positives[c]) : NAN;
+            const int64_t begin = class_begin[c], number = class_begin[c + 1] - begin;
+            const uint8_t *hits = hit + k * count + begin;
+            result[k * classes + c] = positives[c] ? area_under_curve(hits, weight + begin, number, positives[c]) : NAN;
         }
 }
 

@@ -64,7 +64,8 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
         *(c_int64, c_char_p, c_int64, c_char_p, *[c_int64] * 6),
         *(*[c_void_p] * 3, c_int64, c_void_p),
     ),
-    "ccnet_average_precision": (None, *[c_int64] * 4, *[c_void_p] * 11),
+    "ccnet_match": (None, *[c_int64] * 3, *[c_void_p] * 8),
+    "ccnet_average_precision": (None, *[c_int64] * 3, *[c_void_p] * 5),
     "ccnet_mark_duplicates": (None, c_int64, *[c_void_p] * 2, c_double, c_void_p),
 }
 """Result and arguments of each function."""
