@@ -30,6 +30,10 @@ class FeatureError(CCNetError):
     """A feature file or array can't be used: missing, truncated, wrong rank, dtype, width, or not finite."""
 
 
+class VideoError(CCNetError):
+    """A video file can't be used: no such file, no picture, no sound, too short, without time stamps, or not a video."""
+
+
 class AnnotationError(CCNetError):
     """An annotation file is invalid: not JSON, wrong structure, end <= start, unknown label, duplicate id."""
 

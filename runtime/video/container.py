@@ -1,0 +1,185 @@
+"""Opening a video file, and the packets of one of its streams, whatever state the file is in.
+
+What comes from outside is bounded before it is decoded: which formats FFmpeg may take the file for (none that refers to
+other files), the size of a picture, the length. What is damaged is counted, left out and reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+from runtime.errors import VideoError
+from runtime.packages import import_package
+from runtime.schema import quote, require
+
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,mxf,h264,hevc,m4v,gif,nut,ivf,dv,rm,"
+    "wav,mp3,aac,flac"
+)
+"""Demuxers of FFmpeg that a file may be read with. Playlists (hls, concat, dash) are not among them."""
+LARGEST_PICTURE = 8192 * 4608
+"""Pixels of a frame; a few bytes of a damaged or hostile file ask for as much memory as they like."""
+_SCHEMES = ("http", "https", "ftp", "ftps", "rtmp", "rtsp", "rtp", "tcp", "udp", "tls", "s3", "gs", "hls", "sftp", "smb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How a video file is read where there is a choice."""
+
+    missing_audio: Literal["error", "silence"] = "error"
+    """A video without sound: an error, or as if it were silent; silence also follows a sound that ends early."""
+    timestamps: Literal["file", "count"] = "file"
+    """Times of the frames: as the file says, or frame number / average rate for a file whose time stamps are wrong."""
+    remote: bool = False
+    """Whether a URL may be opened."""
+    longest_seconds: float = 4 * 3600.0
+    """A file that lasts, or says that it lasts, longer is refused."""
+    threads: int | None = None
+    """Decoding threads of a file; None: one for each core, at most 16."""
+
+    def __post_init__(self) -> None:
+        require(self.missing_audio in ("error", "silence"), "missing_audio", self.missing_audio, "error or silence")
+        require(self.timestamps in ("file", "count"), "timestamps", self.timestamps, "file or count")
+        require(self.longest_seconds > 0, "longest_seconds", self.longest_seconds, "seconds above 0")
+        require(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
+
+    @property
+    def decoding_threads(self) -> int:
+        return self.threads or min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+
+
+@dataclass
+class ReadReport:
+    """What was found while a stream was read; filled as it goes on."""
+
+    warnings: list[str] = field(default_factory=list)
+    """For people: what was wrong with the file and what was done about it."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Codec, sizes, counts, for the record beside the features."""
+    damaged_packets: int = 0
+
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a URL of a protocol that reaches beyond this machine."""
+    scheme, colon, _ = os.fspath(path).partition("://")
+    return bool(colon) and (scheme.lower() in _SCHEMES or "+" in scheme)
+
+
+@contextlib.contextmanager
+def open_container(path: str | os.PathLike[str], options: ReadOptions) -> Iterator[Any]:
+    """Open a media file with PyAV.
+
+    Raises VideoError for what is not a readable media file, and for a URL unless `options.remote`; MissingDependency
+    without PyAV.
+    """
+    av = import_package("av", "reading video files")
+    name = os.fspath(path)
+    if is_remote(name):
+        if not options.remote:
+            raise VideoError(f"{name}: is a URL; it is opened only when that is asked for (--remote)")
+        protocols = "http,https,tcp,tls,crypto"
+    else:
+        _check_file(name)
+        protocols = "file"
+        name = os.path.abspath(name)  # a colon in a relative path would be taken for a protocol
+    try:
+        container = av.open(
+            name, options={"protocol_whitelist": protocols, "format_whitelist": FORMATS}, timeout=(30.0, 30.0)
+        )
+    except (av.error.FFmpegError, ValueError, OSError) as error:
+        raise VideoError(f"{path}: not a video file that FFmpeg can read ({_reason(error)})") from None
+    with container:
+        yield container
+
+
+def start_seconds(container: Any) -> Fraction:
+    """Return the time stamp of the container's start, in seconds: time 0 of what is read from it."""
+    return Fraction(container.start_time or 0, 1_000_000)
+
+
+def stated_seconds(stream: Any, container: Any) -> Fraction | None:
+    """Return how long a stream lasts by what the file says; None where it does not say."""
+    if stream.duration:
+        return Fraction(stream.duration) * stream.time_base
+    return Fraction(container.duration, 1_000_000) if container.duration else None
+
+
+def picture_stream(container: Any, path: object) -> Any:
+    """Return the video stream to read, never cover art. Raises VideoError when there is none."""
+    for stream in container.streams.video:
+        if not int(stream.disposition) & 0x400:  # AV_DISPOSITION_ATTACHED_PIC
+            return stream
+    kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no streams"
+    raise VideoError(f"{path}: has no picture (it holds {kinds}); expected a video stream")
+
+
+def sound_stream(container: Any) -> Any | None:
+    """Return the sound stream to read, or None."""
+    streams = container.streams.audio
+    usable = [stream for stream in streams if stream.codec_context is not None and stream.codec_context.sample_rate]
+    return usable[0] if usable else None
+
+
+def decoded_frames(container: Any, stream: Any, report: ReadReport) -> Iterator[Any]:
+    """Yield what a stream's packets decode to; packets that don't are counted and left out.
+
+    A file that ends, or can't be read any more, in the middle of a packet gives what comes before.
+    """
+    av = import_package("av", "reading video files")
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except av.error.FFmpegError as error:
+            report.warn(f"the file can't be read to its end ({_reason(error)}); what comes before was used")
+            return
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError:
+            report.damaged_packets += 1
+            continue
+        for frame in frames:
+            if getattr(frame, "is_corrupt", False):
+                report.facts["corrupt_frames"] = report.facts.get("corrupt_frames", 0) + 1
+            yield frame
+
+
+def check_length(seconds: Fraction | float, path: object, options: ReadOptions) -> None:
+    """Raise VideoError for a time beyond the longest video that is read."""
+    if seconds > options.longest_seconds:
+        raise VideoError(
+            f"{path}: has a time of {float(seconds):.0f} s, more than the longest video that is read "
+            f"({options.longest_seconds:.0f} s); --max-duration raises the limit"
+        )
+
+
+def _check_file(name: str) -> None:
+    """Raise VideoError unless a path is a regular file with content; a pipe or a device might never end."""
+    try:
+        mode, size = os.stat(name).st_mode, os.stat(name).st_size
+        if stat.S_ISREG(mode):
+            with open(name, "rb"):
+                pass
+    except (OSError, ValueError) as error:
+        raise VideoError(f"{name}: can't be read ({getattr(error, 'strerror', None) or error})") from None
+    if not stat.S_ISREG(mode):
+        raise VideoError(f"{Path(name)}: is not a regular file; expected a video file")
+    if size == 0:
+        raise VideoError(f"{name}: is empty; copy or download it again")
+
+
+def _reason(error: Exception) -> str:
+    return quote(getattr(error, "strerror", None) or error, 120)
