@@ -31,7 +31,7 @@ class FeatureError(CCNetError):
 
 
 class VideoError(CCNetError):
-    """A video file can't be used: no such file, no picture, no sound, too short, without time stamps, or not a video."""
+    """A video file can't be used: no picture, no sound, too short, no time stamps, or no video at all."""
 
 
 class AnnotationError(CCNetError):

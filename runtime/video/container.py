@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ FORMATS = (
 """Demuxers of FFmpeg that a file may be read with. Playlists (hls, concat, dash) are not among them."""
 LARGEST_PICTURE = 8192 * 4608
 """Pixels of a frame; a few bytes of a damaged or hostile file ask for as much memory as they like."""
-_SCHEMES = ("http", "https", "ftp", "ftps", "rtmp", "rtsp", "rtp", "tcp", "udp", "tls", "s3", "gs", "hls", "sftp", "smb")
+_URL = re.compile(r"(https?|ftps?|rtmps?|rtsp|rtp|tcp|udp|tls|s3|gs|hls|sftp|smb|\w+\+\w+):/", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +73,7 @@ class ReadReport:
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Return whether a path is a URL of a protocol that reaches beyond this machine."""
-    scheme, colon, _ = os.fspath(path).partition("://")
-    return bool(colon) and (scheme.lower() in _SCHEMES or "+" in scheme)
+    return _URL.match(os.fspath(path)) is not None
 
 
 @contextlib.contextmanager
@@ -111,7 +111,7 @@ def start_seconds(container: Any) -> Fraction:
 def stated_seconds(stream: Any, container: Any) -> Fraction | None:
     """Return how long a stream lasts by what the file says; None where it does not say."""
     if stream.duration:
-        return Fraction(stream.duration) * stream.time_base
+        return Fraction(stream.duration) * Fraction(stream.time_base)
     return Fraction(container.duration, 1_000_000) if container.duration else None
 
 

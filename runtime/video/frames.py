@@ -103,6 +103,8 @@ def read_frames(path: str, side: int, fps: Fraction, options: ReadOptions, repor
         report.facts |= {"frames": count, "source_frames": source.decoded, "damaged_packets": report.damaged_packets}
         if report.damaged_packets:
             report.warn(f"{report.damaged_packets} damaged packets of the picture were left out")
+        if corrupt := report.facts.get("corrupt_frames"):
+            report.warn(f"{corrupt} of {source.decoded} frames are damaged; they were used as the decoder mended them")
 
 
 class Converter:
@@ -225,12 +227,12 @@ class _Source:
                 f"{self._path}: frame {self.decoded} has no time stamp; '--timestamps count' takes frame number / "
                 f"average rate ({float(self._rate):g} a second) instead"
             )
-        return Fraction(frame.pts) * frame.time_base - self._start
+        return Fraction(frame.pts) * Fraction(frame.time_base) - self._start
 
     def _seconds_of(self, frame: Any) -> Fraction:
         """Return how long a frame says that it is shown; else one frame of the average rate."""
-        if self._options.timestamps == "file" and getattr(frame, "duration", 0):
-            return Fraction(frame.duration) * frame.time_base
+        if self._options.timestamps == "file" and frame.duration:
+            return Fraction(frame.duration) * Fraction(frame.time_base)
         return 1 / self._rate if self._rate else Fraction(0)
 
     def _end(self) -> Fraction:
@@ -238,7 +240,7 @@ class _Source:
         own = self._last + self._frame_seconds
         stated = None
         if self._options.timestamps == "file" and self._stream.duration and self._first is not None:
-            stated = self._first + Fraction(self._stream.duration) * self._stream.time_base
+            stated = self._first + Fraction(self._stream.duration) * Fraction(self._stream.time_base)
         if stated is None or stated > own + _MISSING_TAIL:
             return own
         return stated
@@ -264,8 +266,8 @@ class _Source:
             self._report.facts |= {"stated_seconds": round(float(stated), 3)}
             if self._stream.duration and stated > found + _MISSING_TAIL:
                 self._report.warn(
-                    f"the file states {float(stated):.2f} s of picture, {float(found):.2f} s could be decoded: it is cut "
-                    "off or damaged"
+                    f"the file states {float(stated):.2f} s of picture, {float(found):.2f} s could be decoded: it is "
+                    "cut off or damaged"
                 )
 
 

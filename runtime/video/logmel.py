@@ -45,7 +45,7 @@ def filterbank() -> Float64:
     edges = np.linspace(low, high, BANDS + 2)
     rising = (mel[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - mel[:, None]) / (edges[2:] - edges[1:-1])
-    filters = np.maximum(0.0, np.minimum(rising, falling))
+    filters: Float64 = np.maximum(0.0, np.minimum(rising, falling))
     filters[0] = 0.0
     return filters
 
