@@ -97,6 +97,17 @@ class EngineError(CCNetError):
     """An engine failed while it was loaded or run; the message carries the library's own log."""
 
 
+class RequestError(CCNetError):
+    """A request to a server can't be answered: it is malformed, too large, or comes when there is no room."""
+
+    def __init__(self, message: str, *, status: int = 400, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        """HTTP status code."""
+        self.retry_after = retry_after
+        """Seconds."""
+
+
 class ExportError(CCNetError):
     """The network could not be exported or an engine could not be built."""
 

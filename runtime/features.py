@@ -6,10 +6,11 @@ Shapes: n steps of one video   Cv, Ca visual / audio feature width
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +28,9 @@ from runtime.spec import FeatureLayout, ModelSpec
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
+
+_LARGEST_HEADER = 1 << 17
+"""Bytes that a `.npy` header is looked for in; numpy reads none above 10,000."""
 
 NOT_REGULAR, TOO_LONG = -1, -2
 """Why `read_into` gave a video no row."""
@@ -83,22 +87,45 @@ def read_video(
     regular = _read_regular(prefix, layout, visual_dim, audio_dim)
     if regular is not None:
         return regular
-    visual = [_read_array(Path(folder) / f"{video_id}{suffix}.npy") for suffix in layout.visual]
-    audio = [_read_array(Path(folder) / f"{video_id}{suffix}.npy") for suffix in layout.audio]
-    for modality, arrays, suffixes, expected in (
-        ("visual", visual, layout.visual, visual_dim),
-        ("audio", audio, layout.audio, audio_dim),
-    ):
-        width = sum(array.shape[1] for array in arrays)
+    visual, audio = (
+        {f"{video_id}{suffix}.npy": _read_array(Path(folder) / f"{video_id}{suffix}.npy") for suffix in suffixes}
+        for suffixes in (layout.visual, layout.audio)
+    )
+    return join_files(visual, audio, visual_dim, audio_dim, where=str(folder))
+
+
+def join_files(
+    visual: Mapping[str, Float32], audio: Mapping[str, Float32], visual_dim: int, audio_dim: int, *, where: str
+) -> VideoFeatures:
+    """Return the features of one video, given the arrays [n, C] of its files by name.
+
+    See `read_video`, which also says what is cut. Raises FeatureError, with `where` in front, for a wrong width.
+    """
+    for modality, arrays, expected in (("visual", visual, visual_dim), ("audio", audio, audio_dim)):
+        width = sum(array.shape[1] for array in arrays.values())
         if width != expected:
-            files = " + ".join(f"{video_id}{s}.npy ({a.shape[1]})" for s, a in zip(suffixes, arrays, strict=True))
+            files = " + ".join(f"{name} ({array.shape[1]})" for name, array in arrays.items())
             raise FeatureError(
-                f"{folder}: {modality} features {files} are {width} wide, expected {expected}; "
+                f"{where}: {modality} features {files} are {width} wide, expected {expected}; "
                 "they come from another extractor than the network was trained on"
             )
-    lengths = [len(array) for array in (*visual, *audio)]
-    steps = min(lengths)
-    return VideoFeatures(_join(visual, steps), _join(audio, steps), files_note(prefix, layout, lengths))
+    lengths = {name: len(array) for name, array in (*visual.items(), *audio.items())}
+    steps = min(lengths.values())
+    seen, heard = (_join(list(arrays.values()), steps) for arrays in (visual, audio))
+    return VideoFeatures(seen, heard, length_note(lengths))
+
+
+def parse_npy(data: bytes | memoryview, name: str) -> Float32:
+    """Return the finite float32 array [n, C] of a `.npy` file in memory; a view where its content allows.
+
+    Raises FeatureError, with `name` in front, as `read_video` does for a file.
+    """
+    try:
+        start, shape, fortran, dtype = _checked_header(io.BytesIO(data[:_LARGEST_HEADER]), len(data), name)
+    except ValueError as error:
+        raise FeatureError(f"{name}: can't be read ({error})") from error
+    array = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order="F" if fortran else "C")
+    return _finite_float32(array, name)
 
 
 def check_features(visual: Any, audio: Any, spec: ModelSpec, *, name: str = "features") -> VideoFeatures:
@@ -249,15 +276,8 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.d
     """Open a `.npy` file of floats [n, C] that is as long as its header says: stream, shape, Fortran order, dtype."""
     try:
         with open_regular(path) as stream:
-            shape, fortran, dtype = _read_header(stream, path)
-            _check_shape(shape, dtype, str(path))
-            present = os.fstat(stream.fileno()).st_size - stream.tell()
-            expected = math.prod(shape) * dtype.itemsize
-            if present < expected:
-                raise FeatureError(
-                    f"{path}: truncated: {present} bytes of data, its header says {expected} for "
-                    f"{shape[0]} x {shape[1]} {dtype.name}; extract or copy it again"
-                )
+            size = os.fstat(stream.fileno()).st_size
+            _, shape, fortran, dtype = _checked_header(stream, size, str(path))
             yield stream, shape, fortran, dtype
     except FileNotFoundError as error:
         raise FeatureError(f"{path}: no such feature file") from error
@@ -265,7 +285,20 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.d
         raise FeatureError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def _read_header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _checked_header(stream: IO[bytes], size: int, name: str) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]]:
+    """Return where the data of a `.npy` file of `size` bytes start, their shape, whether in Fortran order, and dtype."""
+    shape, fortran, dtype = _read_header(stream, name, empty=size == 0)
+    _check_shape(shape, dtype, name)
+    present, expected = size - stream.tell(), math.prod(shape) * dtype.itemsize
+    if present < expected:
+        raise FeatureError(
+            f"{name}: truncated: {present} bytes of data, its header says {expected} for "
+            f"{shape[0]} x {shape[1]} {dtype.name}; extract or copy it again"
+        )
+    return stream.tell(), shape, fortran, dtype
+
+
+def _read_header(stream: IO[bytes], name: str, *, empty: bool) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     try:
         version = np.lib.format.read_magic(stream)
         if version == (1, 0):
@@ -276,9 +309,9 @@ def _read_header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, 
         *(ValueError, SyntaxError, TypeError, KeyError, IndexError, AttributeError),
         *(tokenize.TokenError, OverflowError, RecursionError, MemoryError),
     ) as error:  # the header is Python text, and may name any dtype
-        what = "an empty file" if path.stat().st_size == 0 else "not a .npy file, or one cut inside its header"
-        raise FeatureError(f"{path}: {what} ({quote(error)}); write it with numpy.save") from error
-    raise FeatureError(f"{path}: .npy format version {version}; expected 1.0 or 2.0, as numpy.save writes float arrays")
+        what = "an empty file" if empty else "not a .npy file, or one cut inside its header"
+        raise FeatureError(f"{name}: {what} ({quote(error)}); write it with numpy.save") from error
+    raise FeatureError(f"{name}: .npy format version {version}; expected 1.0 or 2.0, as numpy.save writes float arrays")
 
 
 def _check_array(array: Any, name: str, *, expected_width: int) -> npt.NDArray[Any]:

@@ -27,6 +27,7 @@ EXTRAS = {
     "uvicorn": "serve",
     "python-multipart": "serve",
     "prometheus-client": "serve",
+    "httptools": "serve",
     "ray": "ray",
     "fsspec": "remote",
     "av": "video",

@@ -31,6 +31,7 @@ COMMANDS = (
     "evaluate",
     "convert",
     "compare",
+    "serve",
     "inspect",
     "bench",
     "doctor",

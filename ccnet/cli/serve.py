@@ -1,0 +1,110 @@
+"""`ccnet serve`: answer requests with a bundle over HTTP: the Open Inference Protocol, uploads, and a page for people.
+
+Ends with 0 after SIGTERM or Ctrl-C, once every accepted request has its answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+from typing import Any
+
+from ccnet.cli.options import add_engine_arguments, open_localizer, positive, seconds
+from runtime.backends.base import Backend
+from runtime.errors import ConfigError
+from runtime.serving.options import MIB, Limits, ServerOptions
+
+log = logging.getLogger(__name__)
+
+TOKEN_VARIABLE = "CCNET_TOKEN"
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser("serve", help="answer requests over HTTP, with a page for people")
+    parser.add_argument("bundle", help="bundle folder")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only can reach it)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    parser.add_argument(
+        "--token-file", metavar="F", help=f"ask for the bearer token in this file (or in the variable {TOKEN_VARIABLE})"
+    )
+    parser.add_argument("--tls-cert", metavar="F", help="PEM file of the certificate chain")
+    parser.add_argument("--tls-key", metavar="F", help="PEM file of its key")
+    parser.add_argument(
+        "--max-wait", type=seconds, default=0.0, metavar="S", help="wait for a fuller batch, at most (default: 0)"
+    )
+    parser.add_argument(
+        "--contexts", type=positive, default=1, metavar="N", help="batches that the engine runs at a time (default: 1)"
+    )
+    parser.add_argument(
+        "--queue", type=positive, default=Limits.queue, metavar="N", help="requests that wait (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-body", type=positive, default=Limits.body_bytes // MIB, metavar="MIB", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--max-connections", type=positive, default=Limits.connections, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--timeout", type=seconds, default=Limits.request_seconds, metavar="S", help="for an answer (default: 60)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no access log")
+    add_engine_arguments(parser)
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from runtime.serving.server import Server
+
+    options = _options(arguments)
+    if not options.is_loopback and options.token is None:
+        log.warning("%s: anybody who reaches this address is answered; --token-file asks for a token", options.host)
+    if not options.is_loopback and options.tls_certificate is None:
+        log.warning("%s: requests and tokens can be read on the way; --tls-cert and --tls-key encrypt", options.host)
+    with contextlib.ExitStack() as stack:
+        localizer = stack.enter_context(open_localizer(arguments))
+        more: list[Backend] = []
+        for _ in range(arguments.contexts - 1):
+            backend: Any = localizer.backends[0].fork() if hasattr(localizer.backends[0], "fork") else None
+            backend = backend or open_localizer(arguments).backends[0]
+            more.append(stack.enter_context(backend))
+        server = Server(localizer, options, more=more)
+        engine = localizer.describe()
+        server.run(lambda: print(f"{server.url}: {engine['engine']} (parity check: {engine['status']})", flush=True))
+    log.info("drained: every accepted request was answered")
+    return 0
+
+
+def _options(arguments: argparse.Namespace) -> ServerOptions:
+    limits = Limits(
+        queue=arguments.queue,
+        body_bytes=arguments.max_body * MIB,
+        memory_bytes=max(Limits.memory_bytes, 2 * arguments.max_body * MIB),
+        connections=arguments.max_connections,
+        request_seconds=arguments.timeout,
+    )
+    return ServerOptions(
+        host=arguments.host,
+        port=arguments.port,
+        token=_token(arguments.token_file),
+        tls_certificate=arguments.tls_cert,
+        tls_key=arguments.tls_key,
+        batch=arguments.batch,
+        max_wait=arguments.max_wait,
+        workers=arguments.workers,
+        limits=limits,
+    )
+
+
+def _token(path: str | None) -> str | None:
+    """Return the token of a file, or of the environment. Raises ConfigError where the file has no text."""
+    if path is None:
+        return os.environ.get(TOKEN_VARIABLE)
+    with open(path, "rb") as stream:
+        content = stream.read(4096)
+    try:
+        return content.decode("ascii").strip()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a token; expected printable ASCII characters") from None

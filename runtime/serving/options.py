@@ -1,0 +1,76 @@
+"""What a server is told: where it listens, who may ask, and how much it takes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from runtime.schema import require
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much a server takes on. Beyond it refuses, and does not grow."""
+
+    queue: int = 128
+    """Requests that wait for a batch, for each model; then 503."""
+    body_bytes: int = 64 * MIB
+    """Largest body, and largest content of an archive; then 413."""
+    memory_bytes: int = 1024 * MIB
+    """Bytes of all bodies that are held at one time; then 503."""
+    connections: int = 512
+    """Open connections; then the one that has been without a request for longest is closed."""
+    request_seconds: float = 60.0
+    """From the end of the body to the answer; then 504."""
+    body_seconds: float = 60.0
+    """For the whole body; then 408."""
+    pause_seconds: float = 10.0
+    """For the headers of a request, between two pieces of a body, and for a client that does not read its answer."""
+    idle_seconds: float = 60.0
+    """A connection without a request; then it is closed."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            require(value > 0, f"limits.{name}", value, "a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Where a server listens, who may ask, and how it batches."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free one."""
+    token: str | None = None
+    """What clients have to send as `Authorization: Bearer TOKEN`; None: nobody is asked."""
+    tls_certificate: str | None = None
+    """PEM file of the certificate chain."""
+    tls_key: str | None = None
+    batch: int | None = None
+    """Most videos in an engine call; None: what the engine takes on a GPU, 1 on a CPU."""
+    max_wait: float = 0.0
+    """Seconds that a request waits for others while an execution context is free."""
+    workers: int | None = None
+    """Threads that prepare and post-process, beside those that wait for an engine."""
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.port < 1 << 16, "port", self.port, "0 to 65535")
+        require(0 <= self.max_wait <= 10, "max_wait", self.max_wait, "seconds, 0 to 10")
+        both = (self.tls_certificate is None) == (self.tls_key is None)
+        require(both, "tls", (self.tls_certificate, self.tls_key), "a certificate and its key, or neither")
+        good = self.token is None or (self.token.isascii() and self.token.isprintable() and len(self.token) >= 16)
+        require(good, "token", "..." if self.token else "an empty one", "16 or more printable ASCII characters")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        import ipaddress
+
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
