@@ -1,7 +1,7 @@
 """Clients that load a server: many connections in one process, requests made beforehand, every answer checked.
 
-`python -m benchmarks.serving_load HOST PORT EXCHANGES COUNT CONCURRENCY SEED` does it in a process of its own, which can
-be killed, and reports after every few answers.
+`python -m benchmarks.serving_load HOST PORT EXCHANGES COUNT CONCURRENCY SEED` does it in a process of its own, which
+can be killed, and reports after every few answers.
 """
 
 from __future__ import annotations

@@ -286,7 +286,7 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.d
 
 
 def _checked_header(stream: IO[bytes], size: int, name: str) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]]:
-    """Return where the data of a `.npy` file of `size` bytes start, their shape, whether in Fortran order, and dtype."""
+    """Return where the data of a `.npy` file of `size` bytes start, their shape, if in Fortran order, and dtype."""
     shape, fortran, dtype = _read_header(stream, name, empty=size == 0)
     _check_shape(shape, dtype, name)
     present, expected = size - stream.tell(), math.prod(shape) * dtype.itemsize

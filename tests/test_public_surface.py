@@ -50,6 +50,10 @@ OPTIONS: dict[str, set[str]] = {
         *("--annotations", "--durations", "--from", "--json", "--min-score", "--out", "--score", "--subset", "--to"),
     },
     "compare": {"--annotations", "--draws", "--features", "--json", "--quiet", "--seed", "--subset", *ENGINE_OPTIONS},
+    "serve": {
+        *("--contexts", "--host", "--max-body", "--max-connections", "--max-wait", "--port", "--queue", "--quiet"),
+        *("--timeout", "--tls-cert", "--tls-key", "--token-file", *ENGINE_OPTIONS),
+    },
     "inspect": {"--json"},
     "bench": {
         *("--backend", "--batches", "--calls", "--checkpoint", "--json", "--no-compile", "--plot", "--seconds"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from runtime.errors import ConfigError
 from runtime.schema import require
 
 MIB = 1 << 20
+_SHORTEST_TOKEN = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +62,10 @@ class ServerOptions:
         require(0 <= self.max_wait <= 10, "max_wait", self.max_wait, "seconds, 0 to 10")
         both = (self.tls_certificate is None) == (self.tls_key is None)
         require(both, "tls", (self.tls_certificate, self.tls_key), "a certificate and its key, or neither")
-        good = self.token is None or (self.token.isascii() and self.token.isprintable() and len(self.token) >= 16)
-        require(good, "token", "..." if self.token else "an empty one", "16 or more printable ASCII characters")
+        token = self.token
+        if token is not None and not (token.isascii() and token.isprintable() and len(token) >= _SHORTEST_TOKEN):
+            expected = f"{_SHORTEST_TOKEN} or more printable ASCII ones"
+            raise ConfigError(f"token: got {len(token)} characters, expected {expected}")  # without showing them
 
     @property
     def is_loopback(self) -> bool:
