@@ -13,7 +13,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-
 # TensorRT-RTX builds engines without a GPU, so its tests run wherever its wheel exists.
 EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-')),dev$(comma)rtx,dev)
 
-.PHONY: setup demo test quick check style types imports containers bench soak clean
+.PHONY: setup demo test quick check style types imports site containers bench soak clean
 
 setup: $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
@@ -34,7 +34,7 @@ quick: setup ## the tests without the slow ones
 soak: setup ## the fuzzing of the tests, with SOAK mutations of each kind of file
 	CCNET_FUZZ=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist load tests/test_fuzz.py --durations=0
 
-check: style types imports containers ## all that can be checked without running the code
+check: style types imports site containers ## all that can be checked without running the code
 
 style: setup
 	$(BIN)/ruff check .
@@ -45,6 +45,9 @@ types: setup
 
 imports: setup
 	$(BIN)/lint-imports
+
+site: setup ## the documentation, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build --strict
 
 containers: setup
 	$(BIN)/hadolint containers/*.Dockerfile

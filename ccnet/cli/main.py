@@ -44,13 +44,7 @@ RENAMED = {"plant": "synthesize"}
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand. Return its exit status: 0, a `CCNetError.exit_code`, or 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="ccnet", description="Train, export, verify and run CCNet, the dense audio-visual event localizer."
-    )
-    parser.add_argument("--version", action="version", version=f"ccnet {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        importlib.import_module(f"ccnet.cli.{name}").register(subparsers)
+    parser, _ = make_parser()
     if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next
         _complete(parser)
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -65,6 +59,18 @@ def main(argv: list[str] | None = None) -> int:
         if former is not None:
             log.warning("'ccnet %s' is now 'ccnet %s'; the next release drops the old name", former, argv[0])
         return _run(module, arguments, rest)
+
+
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser of the command line, and that of each subcommand by its name."""
+    parser = argparse.ArgumentParser(
+        prog="ccnet", description="Train, export, verify and run CCNet, the dense audio-visual event localizer."
+    )
+    parser.add_argument("--version", action="version", version=f"ccnet {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        importlib.import_module(f"ccnet.cli.{name}").register(subparsers)
+    return parser, dict(subparsers.choices)
 
 
 def _complete(parser: argparse.ArgumentParser) -> None:
