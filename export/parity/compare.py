@@ -57,9 +57,12 @@ class Check:
     """One of `TITLES`."""
     value: float | None
     """None where it could not be computed; that fails."""
-    limit: float
+    limit: float | None
+    """None where the value is reported and not judged."""
     at_least: bool = False
     """The value must reach the limit; otherwise it must not exceed it."""
+    uncertainty: float = 0.0
+    """How far the true value may well be on the limit's side of `value`: a check fails where the sample shows it."""
     detail: str = ""
     """Where the value comes from: the worst video, the first lost event."""
 
@@ -67,13 +70,18 @@ class Check:
     def passed(self) -> bool:
         if self.value is None or not np.isfinite(self.value):
             return False
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
+        if self.limit is None:
+            return True
+        if self.at_least:
+            return self.value + self.uncertainty >= self.limit
+        return self.value - self.uncertainty <= self.limit
 
     def __str__(self) -> str:
         value = "not computed" if self.value is None else f"{self.value:.3g}"
-        sign = ">=" if self.at_least else "<="
+        limit = "no limit" if self.limit is None else f"{'>=' if self.at_least else '<='} {self.limit:g}"
+        limit += f", {'+' if self.at_least else '-'}{self.uncertainty:.2g}" if self.uncertainty else ""
         detail = f"  ({self.detail})" if self.detail else ""
-        return f"{'ok  ' if self.passed else 'FAIL'} {TITLES[self.name]:<36} {value:>12}  {sign} {self.limit:g}{detail}"
+        return f"{'ok  ' if self.passed else 'FAIL'} {TITLES[self.name]:<36} {value:>12}  {limit}{detail}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +176,7 @@ def compare(
         tolerance=limits.to_json(),
         checks=tuple(checks),
         events={kind: {**dataclasses.asdict(found), "share": found.share} for kind, found in events.items()},
-        metric={} if metric is None else {**dataclasses.asdict(metric), "difference": metric.difference},
+        metric={} if metric is None else _metric_facts(metric, spec),
         seconds=round(time.perf_counter() - started, 2),
     )
 
@@ -288,14 +296,29 @@ def _event_checks(events: dict[str, EventAgreement], metric: MapAgreement | None
             detail = f"{found.matched} of {found.events} above score {found.threshold:.3g}"
         if found is not None and found.lost:
             detail += f"; first lost: {found.lost[0]}"
-        value = None if found is None else found.share
-        checks.append(Check(name=name, value=value, limit=least, at_least=True, detail=detail))
+        value, uncertainty = (None, 0.0) if found is None else (found.share, found.uncertainty)
+        checks.append(Check(name=name, value=value, limit=least, at_least=True, uncertainty=uncertainty, detail=detail))
     drift = None if "videos" not in events else events["videos"].mean_score_drift
     checks.append(Check(name="score_drift", value=drift, limit=limits.score_drift))
-    detail = "" if metric is None else f"{metric.candidate:.4f} for {metric.reference:.4f} on {metric.ground_truth}"
-    value = None if metric is None else metric.difference
-    checks.append(Check(name="map_difference", value=value, limit=limits.average_map, detail=detail))
-    return checks
+    if metric is None:
+        return [*checks, Check(name="map_difference", value=None, limit=limits.average_map)]
+    counts = sorted(metric.class_events.values())
+    return [
+        *checks,
+        Check(
+            name="map_difference",
+            value=metric.difference,
+            limit=limits.average_map if metric.ground_truth == "annotations" else None,
+            uncertainty=metric.uncertainty,
+            detail=f"{metric.candidate:.4f} for {metric.reference:.4f} on {metric.ground_truth}: {metric.events} events"
+            f" of {len(counts)} classes, {counts[0] if counts else 0} to {counts[-1] if counts else 0} of each",
+        ),
+    ]
+
+
+def _metric_facts(metric: MapAgreement, spec: ModelSpec) -> dict[str, Any]:
+    events = {spec.labels[label]: count for label, count in metric.class_events.items()}
+    return {**dataclasses.asdict(metric), "class_events": events, "difference": metric.difference}
 
 
 def _finite(value: Any) -> Any:

@@ -6,6 +6,7 @@ Shapes:  N events of one video   M annotated events   K thresholds
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,14 @@ SAME_SCORE = 0.2
 """Scores further apart are not of the same event, however well the segments agree."""
 FEWEST_EVENTS = 20
 """With fewer events above `EVENT_SCORE` the best this many are judged: a check without events verifies nothing."""
+_NORMAL = 1.96
+"""Of a 95% interval."""
+_JACKKNIFE_GROUPS = 24
 KNOWING_MAP = 0.01
 """Below this mAP the reference does not know the annotated events, so their mAP says nothing about the candidate."""
+
+_Events = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+"""Segments [M, 2] and labels [M] of one video."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +55,31 @@ class EventAgreement:
     def share(self) -> float:
         return self.matched / self.events if self.events else 1.0
 
+    @property
+    def uncertainty(self) -> float:
+        """How far above `share` the true one may well lie: to the end of Wilson's 95% interval."""
+        if self.matched == self.events:
+            return 0.0
+        n, z2 = self.events, _NORMAL * _NORMAL
+        spread = _NORMAL * math.sqrt(self.share * (1 - self.share) / n + z2 / (4 * n * n))
+        return (self.share + z2 / (2 * n) + spread) / (1 + z2 / n) - self.share
+
 
 @dataclass(frozen=True, kw_only=True)
 class MapAgreement:
     """mAP Avg of both sides on the same ground truth."""
 
     ground_truth: str
-    """`annotations`, or `reference events` where there are none that the reference knows anything about."""
+    """`annotations` (a person's), `synthetic events`, or `reference events` where the reference knows nothing about
+    either."""
     events: int
+    class_events: dict[int, int]
+    """Events of each class that has some."""
     reference: float
     candidate: float
+    uncertainty: float
+    """Half the 95% interval of the difference, from leaving out groups of videos; not less than what one event of the
+    rarest class is worth."""
 
     @property
     def difference(self) -> float:
@@ -122,25 +144,52 @@ def compare_map(
     candidate: Sequence[Detections], reference: Sequence[Detections], videos: Sequence[ParityVideo], num_classes: int
 ) -> MapAgreement:
     """Compare mAP Avg on the annotated events, or on the reference's own where it knows nothing about those."""
-    truth = [(video.segments, video.labels) for video in videos]
+    truth: list[_Events] = [(video.segments, video.labels) for video in videos]
+    kind = "annotations" if all(video.annotated for video in videos if len(video.labels)) else "synthetic events"
     known = average_map(reference, truth, num_classes)
-    if known >= KNOWING_MAP:
-        events = sum(len(labels) for _, labels in truth)
-        found = average_map(candidate, truth, num_classes)
-        return MapAgreement(ground_truth="annotations", events=events, reference=known, candidate=found)
-    threshold = judged_above(reference)
-    truth = [(d.segments[d.scores > threshold], d.labels[d.scores > threshold]) for d in reference]
+    if known < KNOWING_MAP:
+        threshold = judged_above(reference)
+        truth = [(d.segments[d.scores > threshold], d.labels[d.scores > threshold]) for d in reference]
+        kind, known = "reference events", average_map(reference, truth, num_classes)
+    labels, counts = np.unique(np.concatenate([labels for _, labels in truth]), return_counts=True)
     return MapAgreement(
-        ground_truth="reference events",
-        events=sum(len(labels) for _, labels in truth),
-        reference=average_map(reference, truth, num_classes),
+        ground_truth=kind,
+        events=int(counts.sum()),
+        class_events={int(label): int(count) for label, count in zip(labels, counts, strict=True)},
+        reference=known,
         candidate=average_map(candidate, truth, num_classes),
+        uncertainty=_map_uncertainty(candidate, reference, truth, num_classes),
     )
 
 
-def average_map(
-    found: Sequence[Detections], truth: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]], num_classes: int
+def _map_uncertainty(
+    candidate: Sequence[Detections], reference: Sequence[Detections], truth: Sequence[_Events], num_classes: int
 ) -> float:
+    """Return half the 95% interval of the difference of both mAP by the jackknife, see `MapAgreement.uncertainty`."""
+    counts = np.bincount(np.concatenate([labels for _, labels in truth]), minlength=num_classes)
+    if not counts.any():
+        return 0.0
+    one_event = 1 / (np.count_nonzero(counts) * counts[counts > 0].min())
+    groups = min(len(truth), _JACKKNIFE_GROUPS)
+    if groups < 2:
+        return float(one_event)
+    differences = []
+    for group in range(groups):
+        rows = [i for i in range(len(truth)) if i % groups != group]
+        both = (
+            average_map([side[i] for i in rows], [truth[i] for i in rows], num_classes)
+            for side in (candidate, reference)
+        )
+        ours, theirs = both
+        differences.append(ours - theirs)
+    error = math.sqrt((groups - 1) * float(np.var(differences)))
+    # Student's quantile for one degree of freedom less than there are groups, as a series of the normal one.
+    spare = groups - 1
+    quantile = _NORMAL + 2.37 / spare + 2.82 / spare**2 + 2.56 / spare**3
+    return max(float(one_event), quantile * error)
+
+
+def average_map(found: Sequence[Detections], truth: Sequence[_Events], num_classes: int) -> float:
     """Return mAP Avg over 0.1:0.1:0.9 and the classes that occur; 0 where no event is annotated."""
     if not any(len(labels) for _, labels in truth):
         return 0.0

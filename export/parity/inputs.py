@@ -44,6 +44,8 @@ class ParityVideo:
     """[M, 2] annotated events in seconds; none where the video is not annotated."""
     labels: npt.NDArray[np.int64]
     """[M]"""
+    annotated: bool = False
+    """The events are a person's, from an annotation file."""
 
 
 def parity_inputs(
@@ -169,7 +171,7 @@ def folder_inputs(
             videos.append(_without_events(video_id, _cut(features, spec), spec, stress=False))
         else:
             cut = _cut(features, spec)
-            videos.append(ParityVideo(video_id, cut, known.duration, False, known.segments, known.labels))
+            videos.append(ParityVideo(video_id, cut, known.duration, False, known.segments, known.labels, True))
     report_gaps(gaps, len(chosen), spec.time_base)
     return videos
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ccnet.checkpoint import Checkpoint
     from ccnet.network.model import CCNet
 
-SCHEMA = 2
+SCHEMA = 3
 
 _LARGEST_HEADER = 1 << 24
 _LARGEST_ARRAY = 1 << 32
@@ -103,7 +103,9 @@ def save_reference(path: str | Path, reference: Reference) -> None:
         "spec": reference.spec.to_json(),
         "checkpoint_sha256": reference.checkpoint_sha256,
         "source": reference.outputs.source,
-        "videos": [{"name": v.name, "duration": v.duration, "stress": v.stress} for v in videos],
+        "videos": [
+            {"name": v.name, "duration": v.duration, "stress": v.stress, "annotated": v.annotated} for v in videos
+        ],
     }
     with atomic_file(path) as stream:
         np.savez_compressed(
@@ -147,6 +149,7 @@ class _Video:
     name: str
     duration: float
     stress: bool
+    annotated: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +191,8 @@ def _load(archive: zipfile.ZipFile) -> Reference:
         require(video.duration > 0, f"header.videos[{i}].duration", video.duration, "seconds above 0")
         rows = slice(end - events[i], end)
         features = VideoFeatures(floats[VISUAL][i, : lengths[i]], floats[AUDIO][i, : lengths[i]])
-        videos.append(ParityVideo(video.name, features, video.duration, video.stress, segments[rows], labels[rows]))
+        facts = (video.name, features, video.duration, video.stress, segments[rows], labels[rows], video.annotated)
+        videos.append(ParityVideo(*facts))
     return Reference(spec, header.checkpoint_sha256, videos, Outputs(floats[LOGITS], floats[OFFSETS], header.source))
 
 
