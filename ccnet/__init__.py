@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,7 +27,23 @@ _HOME = {
 }
 
 
+def check_packages() -> None:
+    """Raise ImportError, naming the file, where a module of the user is found in place of a package of ours.
+
+    Python looks into the user's folders first, and would only say that 'runtime' is not a package.
+    """
+    here = Path(__file__).resolve().parents[1]
+    for package in ("runtime", "export"):
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None or Path(found.origin).resolve().parents[1] != here:
+            raise ImportError(
+                f"{(found and found.origin) or package}: not the package '{package}' that belongs to {here / 'ccnet'}; "
+                "rename what is called so, or take its folder off the module search path (PYTHONPATH)"
+            )
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'ccnet' has no attribute {name!r}")
+    check_packages()
     return getattr(importlib.import_module(_HOME[name]), name)

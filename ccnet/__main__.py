@@ -1,7 +1,14 @@
-"""`python -m ccnet`: the console command."""
+"""`python -m ccnet`: the console command.
+
+`-m` has Python look for every module in the current folder first; here it looks where `ccnet` was found instead, so
+that a user's `runtime.py` or `json.py` is not taken for ours.
+"""
 
 import sys
+from pathlib import Path
 
-from ccnet.cli.main import main
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ccnet.cli.main import main  # noqa: E402
 
 sys.exit(main())

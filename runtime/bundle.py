@@ -7,14 +7,19 @@ where measured, its speed. Everything is verified by size and SHA-256 before an 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from runtime.errors import BundleError, ConfigError
-from runtime.files import sha256_file
+from runtime.files import file_identity, sha256_file
+from runtime.onnx_file import external_files
 from runtime.records import BadRecord, is_number, read_json
 from runtime.schema import quote, section_from_json, show
 from runtime.spec import ModelSpec
@@ -132,13 +137,45 @@ class Bundle:
         return self.folder / model_file.files[0]
 
     def verify(self, model_file: ModelFile | None = None) -> None:
-        """Check size and SHA-256 of one model file's files, or of all files.
+        """Check size and SHA-256 of one model file's files, or of all files, and what graphs take from other files.
 
         Raises BundleError naming the file, what was found and what the manifest expects.
         """
         names = tuple(record.name for record in self.manifest.files) if model_file is None else model_file.files
         for name in names:
             self.verify_file(name)
+        for graph in self.manifest.model_files if model_file is None else (model_file,):
+            _check_external(self.folder, graph)
+
+    @contextlib.contextmanager
+    def checked(self, model_file: ModelFile) -> Iterator[Path]:
+        """Verify a model file's files, and yield the path to load it from; what is loaded is what was verified.
+
+        Links are not followed by every engine library: where a file is one, all are copied for the time of the block,
+        into a folder of this user alone. Raises BundleError as `verify`, and at the end of the block when a file has
+        changed since it was verified: then what was loaded must not be used.
+        """
+        if not any((self.folder / name).is_symlink() for name in model_file.files):
+            with self._unchanged(model_file):
+                yield self.path(model_file)
+            return
+        with tempfile.TemporaryDirectory(prefix="ccnet-") as folder:
+            for name in model_file.files:
+                _copy_link(self.folder / name, Path(folder) / name)
+            with dataclasses.replace(self, folder=Path(folder))._unchanged(model_file):
+                yield Path(folder) / model_file.files[0]
+
+    @contextlib.contextmanager
+    def _unchanged(self, model_file: ModelFile) -> Iterator[None]:
+        def identities() -> list[tuple[int, ...] | None]:
+            return [file_identity(p) if p.exists() else None for p in (self.folder / name for name in model_file.files)]
+
+        before = identities()
+        self.verify(model_file)
+        yield
+        for name, then, now in zip(model_file.files, before, identities(), strict=True):
+            if then != now:
+                raise BundleError(f"{self.folder / name}: changed while it was being loaded; load the bundle again")
 
     def verify_file(self, name: str) -> None:
         """Check one file of the bundle; raises BundleError as `verify`."""
@@ -204,6 +241,28 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
             )
         if not model_file.files:
             raise BundleError(f"{folder / MANIFEST}: model file '{quote(model_file.name)}' lists no files")
+
+
+def _copy_link(source: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise BundleError(
+            f"{source}: is a link, and can't be copied to {target.parent} for loading ({error.strerror or error}); "
+            "copy the bundle so that its files are no links (cp -rL)"
+        ) from None
+
+
+def _check_external(folder: Path, graph: ModelFile) -> None:
+    """Raise BundleError where an ONNX file takes weights from a file that is not among the model file's own."""
+    if graph.format != "onnx":
+        return
+    for name in sorted(external_files(folder / graph.files[0])):
+        if name not in graph.files[1:]:
+            raise BundleError(
+                f"{folder / graph.files[0]}: takes weights from {show(name)}, expected a file of the bundle that "
+                f"the manifest lists for '{quote(graph.name)}'; it was not loaded"
+            )
 
 
 def _verify_file(folder: Path, record: FileRecord) -> None:

@@ -105,6 +105,31 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
     return os.fdopen(handle, "rb")
 
 
+def file_identity(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Return what differs once a file was written to or replaced: nobody but root can set the time of change."""
+    facts = os.stat(path)
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+
+
+def user_cache_folder() -> Path | None:
+    """Return this user's folder for compiled code, which nobody else can write to; None where there can be none.
+
+    It is `ccnet` in $XDG_CACHE_HOME or ~/.cache, made with mode 700.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(base) / "ccnet"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.lstat()
+        if not folder.is_absolute() or not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
+            return None
+        if stat.S_IMODE(facts.st_mode) & 0o077:
+            folder.chmod(0o700)
+    except OSError:
+        return None
+    return folder
+
+
 def check_output_file(path: str | os.PathLike[str]) -> None:
     """Raise OSError now where `atomic_file(path)` would later: a folder, or no place that can be written to."""
     if is_stream(path):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import SPEC, engine, make_bundle, onnx_model_file
+from builders import SPEC, edit_manifest, engine, features_with, make_bundle, onnx_model_file
 
 from runtime.backends.select import open_engine
-from runtime.bundle import MANIFEST, Bundle, read_bundle
+from runtime.bundle import MANIFEST, Bundle, FileRecord, read_bundle
 from runtime.errors import BundleError
+from runtime.files import sha256_file
+from runtime.localizer import Localizer
+from runtime.onnx_file import external_files
 
 pytest.importorskip("onnx")
 
@@ -30,8 +34,6 @@ def test_a_whole_bundle_reads_back_and_verifies(bundle: Bundle) -> None:
 
 
 def test_a_bundle_can_be_copied_elsewhere(bundle: Bundle, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(bundle.folder, tmp_path / "copy")
     read_bundle(tmp_path / "copy").verify()
 
@@ -152,3 +154,95 @@ def test_names_are_unique(bundle: Bundle) -> None:
     write(bundle, content)
     with pytest.raises(BundleError, match="lists engine '.*' more than once"):
         read_bundle(bundle.folder)
+
+
+def bundle_with_weights(folder: Path, location: str | None = None) -> Bundle:
+    """Make the oracle's bundle with its constants in a file beside the graph, or wherever the graph says."""
+    import onnx
+    from onnx.external_data_helper import set_external_data
+
+    bundle = make_bundle(folder)
+    model = onnx.load(folder / "model.onnx")
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=100)
+    if location is not None:
+        model = onnx.load(folder / "model.onnx", load_external_data=False)
+        tensor = model.graph.initializer[0]
+        old = {entry.key: entry.value for entry in tensor.external_data}
+        tensor.raw_data = b"x"
+        set_external_data(tensor, location, int(old["offset"]), int(old["length"]))
+        tensor.ClearField("raw_data")
+        (folder / "model.onnx").write_bytes(model.SerializeToString())
+    names = ("model.onnx", "model.onnx.data")
+    records = (FileRecord(name=n, size=(folder / n).stat().st_size, sha256=sha256_file(folder / n)) for n in names)
+    graph = dataclasses.replace(bundle.manifest.model_files[0], files=names)
+    edit_manifest(folder, files=tuple(records), model_files=(graph,))
+    return read_bundle(folder)
+
+
+VIDEO = features_with(20, [(3, 8, 1, 2.0)])
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_weights_beside_the_graph_are_loaded_through_links_too(tmp_path: Path, backend: str) -> None:
+    """As a hub keeps snapshots: names that link to files which are called by their hash, or only one of them does."""
+    pytest.importorskip(backend)
+    whole = bundle_with_weights(tmp_path / "bundle")
+    edit_manifest(whole.folder, engines=(engine(backend),))
+    for linked in (("model.onnx", "model.onnx.data"), ("model.onnx.data",)):
+        snapshot = tmp_path / f"snapshot{len(linked)}"
+        shutil.copytree(whole.folder, snapshot)
+        (tmp_path / "blobs").mkdir(exist_ok=True)
+        for name in linked:
+            shutil.copyfile(snapshot / name, tmp_path / "blobs" / f"{name}-hash")
+            (snapshot / name).unlink()
+            (snapshot / name).symlink_to(Path("..", "blobs", f"{name}-hash"))
+        for folder in (whole.folder, snapshot):
+            with Localizer.load(folder, backend) as localizer:
+                assert len(localizer(*VIDEO)) == 1
+
+
+@pytest.mark.parametrize(
+    "location", ["{outside}", "../outside.data", "sub/w.data", "other.data", "./model.onnx.data", ""]
+)
+def test_weights_from_elsewhere_are_refused_before_a_library_sees_the_graph(
+    tmp_path: Path, location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: pytest.fail("the graph was loaded"))
+    outside = tmp_path / "outside.data"
+    bundle = bundle_with_weights(tmp_path / "bundle", location.format(outside=outside))
+    for path in (outside, bundle.folder / "other.data"):
+        shutil.copyfile(bundle.folder / "model.onnx.data", path)
+    with pytest.raises(BundleError, match=r"model\.onnx: takes weights from .* expected a file of the bundle"):
+        open_engine(bundle, "onnxruntime")
+    with pytest.raises(BundleError, match="takes weights from"):
+        bundle.verify()
+
+
+def test_what_changes_between_check_and_load_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    import onnxruntime
+
+    bundle = bundle_with_weights(tmp_path / "bundle")
+    load, data = onnxruntime.InferenceSession, bundle.folder / "model.onnx.data"
+
+    def swap_and_load(*arguments: Any, **options: Any) -> Any:
+        content = data.read_bytes()
+        data.write_bytes(bytes(len(content)))
+        session = load(*arguments, **options)
+        data.write_bytes(content)
+        return session
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", swap_and_load)
+    with pytest.raises(BundleError, match=r"model\.onnx\.data: changed while it was being loaded"):
+        open_engine(bundle, "onnxruntime")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x0a", b"\x3a\xff\xff\xff\xff\x7f", b"\xff" * 40, b"\x07\x07", b"\x3a\x02" * 70]
+)
+def test_what_is_no_graph_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match="not an ONNX model"):
+        external_files(path)

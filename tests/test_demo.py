@@ -66,7 +66,10 @@ def test_a_step_that_fails_ends_the_demo(
 def test_predicting_happens_where_torch_cannot_be_imported() -> None:
     command = ["train", "--preset", "demo", "--annotations", "a", "--features", "f", "--out", "o"]
     done = subprocess.run(
-        [sys.executable, "-c", demo.WITHOUT_TORCH, *command], capture_output=True, text=True, check=False
+        [sys.executable, "-c", demo.WITHOUT_TORCH, str(Path(demo.__file__).parents[2]), *command],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert "needs the package 'torch'" in done.stderr

@@ -474,7 +474,7 @@ class RtxCache:
 
 
 @pytest.fixture
-def rtx(sim: Simulation, monkeypatch: pytest.MonkeyPatch) -> Any:
+def rtx(sim: Simulation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """TensorRT for RTX as far as it differs: validity of engines, configuration and cache of the runtime."""
     module: Any = tensorrt_module(sim)
     module.__name__, module.diagnostics, module.caches, module.configs = "tensorrt_rtx", 0, [], weakref.WeakSet()
@@ -512,6 +512,7 @@ def rtx(sim: Simulation, monkeypatch: pytest.MonkeyPatch) -> Any:
             return super().create_execution_context("user")
 
     monkeypatch.setattr("tensorrt_simulation.Engine", RtxEngine)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
     return module
 
@@ -540,7 +541,8 @@ def test_what_rtx_says_of_an_engine(rtx: Any, tmp_path: Path, name: str, error: 
 def test_rtx_kernels_are_saved_after_each_new_batch_size(rtx: Any, sim: Simulation, tmp_path: Path) -> None:
     path = write_engine(tmp_path / "bundle" / "e.engine", b"vtrt")
     with TensorRTBackend.open(path, RTX_FILE, ENGINE_SPEC) as backend:
-        (saved,) = (tmp_path / "bundle.cache").iterdir()
+        (saved,) = (tmp_path / "ccnet").iterdir()
+        assert (tmp_path / "ccnet").stat().st_mode & 0o777 == 0o700
         first = saved.read_bytes()
         backend.infer(*inputs(4))
         assert len(saved.read_bytes()) > len(first)

@@ -33,7 +33,11 @@ _CANDIDATES = 16
 """Videos that the picture is chosen from."""
 
 # A process in which `import torch` fails, as on a machine that has the lean runtime only.
-WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from ccnet.cli.main import main; sys.exit(main(sys.argv[1:]))"
+WITHOUT_TORCH = """import sys
+sys.path[0] = sys.argv.pop(1)  # in place of the current folder
+sys.modules['torch'] = None
+from ccnet.cli.main import main
+sys.exit(main(sys.argv[1:]))"""
 
 
 def register(subparsers: Any) -> None:
@@ -167,7 +171,8 @@ class _Demo:
         if torch:
             status = main(argv)
         else:
-            process = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *argv], env=os.environ, check=False)
+            ours = str(Path(__file__).resolve().parents[2])
+            process = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, ours, *argv], env=os.environ, check=False)
             status = process.returncode
         if status:
             raise CCNetError(f"ccnet {argv[0]} ended with exit status {status}, expected 0")

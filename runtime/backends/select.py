@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from runtime.backends.base import BaseBackend
 from runtime.backends.registry import BACKENDS, PRECISIONS, REGISTRY, runs_on_gpu
 from runtime.bundle import Bundle, Engine
-from runtime.errors import BackendUnavailable, EngineError, EngineMismatch
+from runtime.errors import BackendUnavailable, BundleError, EngineError, EngineMismatch
 from runtime.machine import measured_here
 
 OnMismatch = Literal["error", "onnx"]
@@ -68,10 +68,15 @@ def load_engine(bundle: Bundle, engine: Engine, *, threads: int | None = None) -
     model_file = bundle.model_file(engine.model_file)
     module = REGISTRY[engine.backend].load()
     module.check_engine(engine.backend, model_file, engine.precision)  # before a file of gigabytes is hashed
-    bundle.verify(model_file)
-    backend: BaseBackend = module.open_engine(
-        engine.backend, bundle.path(model_file), model_file, bundle.spec, engine.precision, threads
-    )
+    backend: BaseBackend | None = None
+    try:
+        with bundle.checked(model_file) as path:
+            backend = module.open_engine(engine.backend, path, model_file, bundle.spec, engine.precision, threads)
+    except BundleError:
+        if backend is not None:  # of bytes that were changed after their check
+            backend.close()
+        raise
+    assert backend is not None
     return backend
 
 

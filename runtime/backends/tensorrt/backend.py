@@ -22,6 +22,7 @@ from runtime.backends.tensorrt.engine import LoadedEngine
 from runtime.backends.tensorrt.library import load_library
 from runtime.bundle import ModelFile
 from runtime.errors import BackendUnavailable, BundleError, EngineError
+from runtime.files import user_cache_folder
 from runtime.spec import AUDIO, LENGTHS, LOGITS, OFFSETS, VISUAL, ModelSpec
 
 
@@ -75,14 +76,14 @@ class TensorRTBackend(BaseBackend):
 
         `model_file`: the engine's entry in the manifest; it is compared with this machine before the file is read.
         `spec`: shapes of this engine. `running`: None takes what the manifest says. `cache_folder`: where RTX keeps
-        compiled kernels; None puts them in a folder beside the bundle.
+        compiled kernels; None: see `runtime.files.user_cache_folder`.
 
         Raises what `engine.check_engine` raises; BundleError for a file that is missing, cut short, of the other
         format, or whose tensors are not those of `spec`; EngineError when the library can't load or run it.
         """
         path = Path(path)
         running = running or _recorded(path, model_file)
-        folder = Path(cache_folder) if cache_folder else path.parent.with_name(path.parent.name + ".cache")
+        folder = Path(cache_folder) if cache_folder else user_cache_folder()
         engine = LoadedEngine(path, model_file, device, folder)
         backend = cls(engine, model_file, spec, running)
         try:

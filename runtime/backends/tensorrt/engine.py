@@ -246,7 +246,7 @@ class Binding:
 
 
 class _RuntimeCache:
-    """RTX only: kernels compiled for this GPU, kept in a file beside the bundle so that the next start is quick.
+    """RTX only: kernels compiled for this GPU, kept in a file of this user so that the next start is quick.
 
     A hint, never needed: a file that can't be read or written costs time and nothing else.
     """
