@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from benchmarks import parity_power  # noqa: E402
+from benchmarks import parity_power
 
 
 def test_a_page_of_one_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
