@@ -97,6 +97,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.focal_alpha <= 1, "loss.focal_alpha", self.focal_alpha, "a number in [0, 1]")
+        for name in ("offset_weight", "focal_gamma"):
+            require(0 <= getattr(self, name) <= 1e6, f"loss.{name}", getattr(self, name), "a number from 0 to 1e6")
         require(self.normalizer > 0, "loss.normalizer", self.normalizer, "a number above 0")
         good = 0 <= self.normalizer_momentum < 1
         require(good, "loss.normalizer_momentum", self.normalizer_momentum, "a number in [0, 1)")
@@ -139,8 +141,15 @@ class TrainConfig:
         for name in ("batch_size", "epochs", "validate_every"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer >= 1")
         require(self.warmup_epochs >= 0, "train.warmup_epochs", self.warmup_epochs, "an integer >= 0")
-        require(self.workers >= 0, "train.workers", self.workers, "an integer >= 0")
+        require(0 <= self.workers <= 1024, "train.workers", self.workers, "an integer from 0 to 1024")
+        require(0 <= self.seed < 1 << 63, "train.seed", self.seed, "an integer from 0 to 2^63 - 1")
         require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "a number above 0")
+        good = 0 <= self.min_learning_rate <= self.learning_rate
+        expected = f"a number from 0 to train.learning_rate ({self.learning_rate})"
+        require(good, "train.min_learning_rate", self.min_learning_rate, expected)
+        require(0 <= self.weight_decay <= 1, "train.weight_decay", self.weight_decay, "a number from 0 to 1")
+        expected = "a number above 0; a large one, such as 1e9, clips nothing"
+        require(self.clip_norm > 0, "train.clip_norm", self.clip_norm, expected)
         require(0 <= self.ema < 1, "train.ema", self.ema, "a number in [0, 1)")
         require(
             0 < self.crop_min <= self.crop_max <= 1, "train.crop_min", self.crop_min, "0 < crop_min <= crop_max <= 1"
@@ -278,8 +287,8 @@ def _parse(text: str, hint: Any, *, where: str) -> Any:
     if hint is str or (get_origin(hint) is Literal and all(isinstance(a, str) for a in get_args(hint))):
         return convert(text, hint, where=where)
     try:
-        value = parse_json(text)
-    except BadRecord:
+        value = float(text) if hint is float else parse_json(text)  # `.5` and `1.` are numbers, too
+    except (BadRecord, ValueError):
         lowered = text.lower()
         value = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}.get(lowered, text)
     return convert(value, hint, where=where)

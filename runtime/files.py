@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -19,6 +20,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+_LOCKED: set[str] = set()
+"""Lock files that this process holds: to the system, a second lock of it is the same one."""
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -198,6 +202,44 @@ def exchange(first: Path, second: Path) -> bool:
     if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
         return False
     raise OSError(number, os.strerror(number), str(second))
+
+
+@contextlib.contextmanager
+def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes, and other threads of this one, out of a folder that is written to for a long time.
+
+    The lock is of the file `.lock` in it and ends with the process, however that ends; processes that it started do not
+    hold it. Raises FolderInUse, which says who has it. A file system without locks is used without one.
+    """
+    path = Path(folder) / ".lock"
+    fresh = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    key = os.path.realpath(path)
+    if key in _LOCKED:
+        raise FolderInUse(f"process {os.getpid()}, this one")
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+") as stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise FolderInUse(stream.read(200).strip() or "another process") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        _LOCKED.add(key)
+        try:
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+            stream.flush()
+            yield
+        finally:
+            _LOCKED.discard(key)
+            if fresh and os.listdir(path.parent) == [path.name]:  # nothing came of it
+                path.unlink()
+                path.parent.rmdir()
+
+
+class FolderInUse(Exception):
+    """A folder is locked; the text says by whom."""
 
 
 def recover_folder(path: str | os.PathLike[str]) -> None:

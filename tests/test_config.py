@@ -37,6 +37,11 @@ def test_overrides_of_every_kind() -> None:
     assert config.model.dim == preset("unav100").model.dim
 
 
+@pytest.mark.parametrize(("text", "value"), [(".001", 1e-3), ("1.", 1.0), ("+2", 2.0), ("1E-5", 1e-5)])
+def test_floats_are_written_as_in_python(text: str, value: float) -> None:
+    assert with_overrides(preset("demo"), {"loss.offset_weight": text}).loss.offset_weight == value
+
+
 def test_a_negative_value_is_a_value() -> None:
     assert parse_overrides(["--loss.offset_weight", "-1"]) == {"loss.offset_weight": "-1"}
 
@@ -56,6 +61,14 @@ def test_a_negative_value_is_a_value() -> None:
         (["stray"], "unknown argument 'stray'"),
         (["--train.ema", "1"], "train.ema"),
         (["--train.crop_min", "0"], "crop_min"),
+        *((["--train.clip_norm", text], "clip_norm: got .*, expected a number above 0") for text in ("0", "-1", "-.5")),
+        *((["--train.seed", text], "train.seed: got") for text in ("-1", "1e22", "9" * 30, "1.")),
+        (["--train.weight_decay", "-1"], "weight_decay: got -1.0, expected a number from 0 to 1"),
+        (["--train.min_learning_rate", "1"], r"min_learning_rate: got 1.0, expected .* train.learning_rate \(0.0001\)"),
+        (["--train.workers", "100000"], "train.workers: got 100000"),
+        (["--loss.focal_gamma", "-1"], "loss.focal_gamma"),
+        (["--loss.offset_weight", "-1"], "loss.offset_weight"),
+        *((["--train.learning_rate", text], "learning_rate: got") for text in ("nan", "inf", "1e999", "fast", "")),
     ],
 )
 def test_override_errors(arguments: list[str], message: str) -> None:

@@ -288,7 +288,7 @@ def test_a_full_disk_leaves_the_last_state(
         patch.setattr(os, "fsync", no_space)
         with pytest.raises(OSError, match="No space left"):
             data.train(out, resume=True)
-    assert sorted(os.listdir(out)) == ["best", "last", "metrics.csv", "steps.csv", "tensorboard"]
+    assert sorted(os.listdir(out)) == [".lock", "best", "last", "metrics.csv", "steps.csv", "tensorboard"]
     data.train(out, resume=True)
     assert_same_run(out, straight)
 
@@ -375,6 +375,30 @@ def test_a_bad_validation_video_does_not_cost_the_epoch(data: Data, tmp_path: Pa
 
 
 # --- it refuses --------------------------------------------------------------------------------------------------
+
+
+HOLD = """
+import sys, time
+from runtime.files import locked_folder
+with locked_folder(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_in_one_folder_are_refused_and_a_dead_one_is_not_in_the_way(data: Data, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match=f"run: process {process.pid} on .* is training here"):
+            train(changed(epochs=1, warmup_epochs=0), data.annotations, data.features, out, quiet=True)
+    finally:
+        process.kill()
+        process.communicate()
+    assert (out / ".lock").exists()
+    train(changed(epochs=1, warmup_epochs=0), data.annotations, data.features, out, quiet=True)
 
 
 def test_nothing_to_resume(data: Data, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ class SynthesisSettings:
     """Share of event boundaries beyond which one modality continues for up to 6 s."""
 
     def __post_init__(self) -> None:
+        require(0 <= self.seed < 1 << 63, "synthesis.seed", self.seed, "an integer from 0 to 2^63 - 1")
         require(self.signal > 0, "synthesis.signal", self.signal, "a number above 0")
         require(self.distractors >= 0, "synthesis.distractors", self.distractors, "a number >= 0")
         require(0 <= self.tails <= 1, "synthesis.tails", self.tails, "a number in [0, 1]")

@@ -31,9 +31,9 @@ from ccnet.training.optimizer import learning_rate
 from ccnet.training.state import Position, TrainingState, open_run, save_state
 from ccnet.training.validation import evaluate_network
 from runtime.annotations import Annotations, read_annotations
-from runtime.errors import AnnotationError, CCNetError, Interrupted, TrainingError
+from runtime.errors import AnnotationError, CCNetError, CheckpointError, Interrupted, TrainingError
 from runtime.evaluation import Evaluation
-from runtime.files import sha256_file
+from runtime.files import FolderInUse, locked_folder, sha256_file
 from runtime.progress import Progress
 from runtime.signals import StopRequest
 
@@ -88,17 +88,27 @@ def train(
     check_shared_memory(config)
     device = choose_device(config.train.device)
     annotations_sha256 = sha256_file(annotations)
-    state = open_run(out, config, annotations_sha256=annotations_sha256, resume=resume)
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        _measured_convolutions(),
-        StopRequest() as stop,
-    ):
-        run = _Run(config, videos, Path(features), out, device, state, annotations_sha256, quiet=quiet, stop=stop)
-        try:
-            return run.finish()
-        finally:
-            run.journal.close()
+    with _only_run(out):
+        state = open_run(out, config, annotations_sha256=annotations_sha256, resume=resume)
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            _measured_convolutions(),
+            StopRequest() as stop,
+        ):
+            run = _Run(config, videos, Path(features), out, device, state, annotations_sha256, quiet=quiet, stop=stop)
+            try:
+                return run.finish()
+            finally:
+                run.journal.close()
+
+
+@contextlib.contextmanager
+def _only_run(out: Path) -> Iterator[None]:
+    try:
+        with locked_folder(out):
+            yield
+    except FolderInUse as error:
+        raise CheckpointError(f"{out}: {error} is training here; wait for it, or choose another folder") from None
 
 
 @contextlib.contextmanager
