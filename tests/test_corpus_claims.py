@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from runtime.corpus.claims import FileClaims
+from runtime.corpus.store import LocalStore
 
 
 @pytest.fixture
@@ -26,6 +27,7 @@ def claims(tmp_path: Path) -> Iterator[tuple[FileClaims, FileClaims]]:
 def test_a_shard_has_one_owner(claims: tuple[FileClaims, FileClaims], tmp_path: Path) -> None:
     mine, yours = claims
     assert mine.acquire(3) == 0
+    assert mine.acquire(3) == 0  # to try it again
     assert yours.acquire(3) is None
     assert yours.acquire(4) == 0
     assert yours.attempts() == {}
@@ -56,6 +58,24 @@ def test_the_claim_of_a_dead_process_is_taken_over_at_once(tmp_path: Path) -> No
     assert claims.attempts() == {}
     claims.close()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_process_that_ended_and_was_not_waited_for_is_dead_too(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from runtime.corpus.claims import FileClaims\n"
+        "from runtime.files import atomic_file\n"
+        "import os, signal\n"
+        f"folder = Path({str(tmp_path)!r}); assert FileClaims(folder / 'claims').acquire(1) == 0\n"
+        "with atomic_file(folder / 'shard') as stream: os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+        claims = FileClaims(tmp_path / "claims")
+        assert claims.acquire(1) == 1
+        claims.close()
+        assert len(list(tmp_path.glob(".shard*"))) == 1
+        LocalStore(tmp_path).tidy("")
+        assert os.listdir(tmp_path) == ["claims"]
 
 
 def elsewhere(folder: Path, shard: int, age: float) -> None:

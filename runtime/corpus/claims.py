@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any, Protocol
 
-from runtime.files import link_exclusively
+from runtime.files import is_zombie, link_exclusively
 
 BEAT_SECONDS = 20.0
 EXPIRES_SECONDS = 180.0
@@ -25,7 +25,7 @@ class Claims(Protocol):
     """What a run needs of claims."""
 
     def acquire(self, shard: int) -> int | None:
-        """Claim a shard. Returns how many owners died at it before; None where a living one has it."""
+        """Claim a shard. Returns how many owners died at it before; None where another living one has it."""
 
     def release(self, shard: int) -> None:
         """Give up the claim of a shard."""
@@ -71,6 +71,8 @@ class FileClaims:
         self._thread.start()
 
     def acquire(self, shard: int) -> int | None:
+        if shard in self._held:
+            return 0
         path = self._path(shard)
         temporary = self._folder / f".{path.name}.{self._owner['token']}"
         attempts = 0
@@ -193,4 +195,4 @@ def _is_gone(claim: dict[str, Any]) -> bool:
     machine, pid = claim.get("machine"), claim.get("pid")
     if machine is None or machine != _machine() or not isinstance(pid, int):
         return False
-    return _started(pid) != claim.get("started")
+    return _started(pid) != claim.get("started") or is_zombie(pid)

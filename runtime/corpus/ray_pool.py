@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import queue
 import threading
 import time
 from typing import Any
 
-from runtime.corpus.schedule import Died, Done, Event, Ready
+from runtime.corpus.schedule import DEPTH, Died, Done, Event, Ready
 from runtime.corpus.worker import Job, ShardWorker
 from runtime.errors import CCNetError, EngineError
 from runtime.packages import import_package
 
 _WAIT_SECONDS = 0.2
+_CHECK_SECONDS = 2.0
 
 
 class RayActor:
@@ -73,25 +75,31 @@ class RayPool:
     def __init__(self, job: Job, size: int | None) -> None:
         """Connect to the cluster that RAY_ADDRESS names or that runs on this machine, or start one here.
 
-        `size`: actors; None: one for every GPU of the cluster, or for every core where it has none. Raises
-        MissingDependency without Ray, EngineError when the cluster can't be reached.
+        `size`: actors; None: one for every GPU of the cluster, or for every core where it has none, which they share
+        out. Raises MissingDependency without Ray, EngineError when the cluster can't be reached.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._ray = import_package("ray", "--on ray")
         try:
-            self._began = not self._ray.is_initialized()
-            if self._began:
+            if not self._ray.is_initialized():
                 self._ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
+            self._one_node = os.environ.get("RAY_ADDRESS") is None and len(self._ray.nodes()) == 1
             resources = self._ray.cluster_resources()
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise EngineError(f"--on ray: no cluster ({error})") from None
-        gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-        self.size = size or gpus or max(1, cores // (job.engine.threads or 1))
-        share = min(1.0, gpus / self.size)
+        gpus, cores = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
+        threads = job.engine.threads or (1 if gpus or size is None else max(1, cores // size))
+        self.size = size or gpus or max(1, cores // threads)
         self._actor = self._ray.remote(
-            num_cpus=0 if gpus else 1, num_gpus=share, max_concurrency=4, max_restarts=0, max_task_retries=0
+            num_cpus=0 if gpus else threads,
+            num_gpus=min(1.0, gpus / self.size),
+            max_concurrency=DEPTH + 1,
+            max_restarts=0,
+            max_task_retries=0,
         )(RayActor)
-        self._job = job.to_json()
+        engine = job.engine if gpus else dataclasses.replace(job.engine, threads=threads)
+        self._job = dataclasses.replace(job, engine=engine).to_json()
+        self._checked = time.monotonic()
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, tuple[int, int | None]] = {}  # reference -> worker, shard
 
@@ -110,8 +118,17 @@ class RayPool:
         ready, _ = self._ray.wait(calls, num_returns=1, timeout=_WAIT_SECONDS)
         if ready:
             ready, _ = self._ray.wait(calls, num_returns=len(calls), timeout=0)
+        else:
+            self._check_cluster()
         # Of a worker that is found dead, further calls are forgotten on the way.
         return [self._event(call) for call in ready if call in self._calls]
+
+    def _check_cluster(self) -> None:
+        """Raise EngineError where a cluster of one node, such as one that was started here, has lost it."""
+        if self._one_node and time.monotonic() - self._checked > _CHECK_SECONDS:
+            self._checked = time.monotonic()
+            if not any(node["Alive"] for node in self._ray.nodes()):
+                raise EngineError("the node of the Ray cluster died; run the same command again")
 
     def _event(self, call: Any) -> Event:
         worker, shard = self._calls.pop(call)
@@ -129,11 +146,10 @@ class RayPool:
         self._calls = {call: (of, shard) for call, (of, shard) in self._calls.items() if of != worker}
 
     def close(self) -> None:
-        """End the actors, and the cluster where it was started here."""
+        """End the actors and leave the cluster; one that was started here ends."""
         for actor in self._actors.values():
             self._ray.kill(actor)
-        if self._began:
-            self._ray.shutdown()
+        self._ray.shutdown()
 
 
 def _first_line(error: BaseException) -> str:

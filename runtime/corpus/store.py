@@ -10,9 +10,10 @@ import contextlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from runtime.errors import ConfigError
@@ -178,18 +179,15 @@ class RemoteStore:
         pass  # a request that was cut off leaves nothing
 
     @contextlib.contextmanager
-    def open_whole(self, name: str) -> Iterator[Any]:
-        """Open an object to write; it appears when the block ends without an error."""
+    def open_whole(self, name: str) -> Iterator[IO[bytes]]:
+        """Open a file that is sent when the block ends without an error."""
         path = self._path(name)
-        self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        stream = self._fs.open(path, "wb", autocommit=False)
-        try:
-            yield stream
-            stream.close()
-            stream.commit()
-        except BaseException:
-            stream.discard()
-            raise
+        with tempfile.TemporaryDirectory(prefix="ccnet-") as folder:
+            local = os.path.join(folder, "file")
+            with open(local, "wb") as stream:
+                yield stream
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._fs.put_file(local, path)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
