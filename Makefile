@@ -6,6 +6,7 @@ comma := ,
 PYTHON ?= python3
 VENV ?= .venv
 SOAK ?= 100000
+KILLS ?= 100
 BIN := $(VENV)/bin
 # A process per core, one thread each; a file's tests share what they prepare, so they stay together. Files keep the order
 # of tests/conftest.py, the slow ones first.
@@ -31,8 +32,9 @@ test: setup ## every test that this machine can run
 quick: setup ## the tests without the slow ones
 	$(PYTEST) -m "not slow"
 
-soak: setup ## the fuzzing of the tests, with SOAK mutations of each kind of file
+soak: setup ## the fuzzing of the tests, with SOAK mutations of each kind of file; a corpus run killed KILLS times
 	CCNET_FUZZ=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist load tests/test_fuzz.py --durations=0
+	CCNET_KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_corpus_kills.py
 
 check: style types imports site containers ## all that can be checked without running the code
 

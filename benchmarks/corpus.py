@@ -4,7 +4,7 @@
 
 DEMO is what `ccnet demo` made; its videos are repeated by links until there are as many as wanted. Every engine has one
 thread. Ray runs in a network namespace of its own, since it binds all interfaces; where that or Ray can't be had, it is
-left out.
+left out. Its workers get the priority that all others have; by default they step back behind every other process.
 """
 
 from __future__ import annotations
@@ -150,7 +150,8 @@ def parts(work: Work) -> Ran:
 
 def on_ray(work: Work) -> Ran:
     ray = ("--on", "ray", "--processes", "2")
-    return run_shards(work, lambda out: [[*NAMESPACE, *LOOPBACK, *command(work, out, *ray)]])
+    fair = ("env", "RAY_worker_niceness=0")
+    return run_shards(work, lambda out: [[*NAMESPACE, *LOOPBACK, *fair, *command(work, out, *ray)]])
 
 
 def run_shards(work: Work, commands: Callable[[str], list[list[str]]]) -> Ran:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,10 @@ import pytest
 from builders import edit_manifest, features_with, make_bundle, write_features
 
 from ccnet.cli.main import main
+from runtime.corpus.store import LocalStore
+from runtime.corpus.worker import error_from_json, error_to_json
 from runtime.detections import read_events
+from runtime.errors import BundleError, CCNetError, Interrupted, MissingDependency, VideoFailed
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -244,6 +248,69 @@ def test_a_mistake_in_a_worker_process_is_told_as_it_is(
 ) -> None:
     assert predict(bundle, features, tmp_path / "run", "--processes", "2", "--backend", "openvino") == 2
     assert "has no engine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_the_workers_too(
+    number: signal.Signals, status: int, bundle: Path, features: Path, tmp_path: Path, expected: bytes
+) -> None:
+    out = tmp_path / "run"
+    command = arguments(bundle, features, out, "--processes", "2", "--shard-size", "1")
+    with subprocess.Popen([sys.executable, "-m", "ccnet", *command], stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list(out.glob("done/*.json")):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(number)
+        said = process.communicate(timeout=30)[1]
+    assert process.returncode == status
+    assert "run the same command again to go on" in said
+    assert os.listdir(out / "claims") == []
+    assert not list(out.rglob(".*"))
+    assert predict(bundle, features, out) == 0
+    assert shards(out) == expected
+
+
+def test_a_full_disk_ends_the_run(
+    bundle: Path, features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    write = LocalStore.write
+
+    def full(self: LocalStore, name: str, data: bytes) -> None:
+        if name == "shards/000003.jsonl":
+            raise OSError(28, "No space left on device", name)
+        write(self, name, data)
+
+    monkeypatch.setattr(LocalStore, "write", full)
+    assert predict(bundle, features, tmp_path / "run", *SIZED) == 2
+    assert "No space left on device (shards/000003.jsonl)" in capsys.readouterr().err
+    assert len(receipts(tmp_path / "run")) == 3
+
+
+def test_errors_travel_between_processes() -> None:
+    for error in (BundleError("b"), VideoFailed("v"), MissingDependency("ray", "ray", "x"), Interrupted("i", 15)):
+        found = error_from_json(json.loads(json.dumps(error_to_json(error))))
+        assert isinstance(found, CCNetError)
+        assert (type(found), str(found), found.exit_code) == (type(error), str(error), error.exit_code)
+    found = error_from_json(error_to_json(OSError(28, "No space", "f")))
+    assert isinstance(found, OSError)
+    assert (found.errno, found.strerror, found.filename) == (28, "No space", "f")
+
+
+@pytest.mark.parametrize(
+    "name", ["plan.json", "videos.jsonl", "engine.json", "done/000000.json", "shards/000000.jsonl"]
+)
+@pytest.mark.parametrize("damage", [b"\xff", b"[1]", b'{"schema": 1}'])
+def test_a_damaged_run_is_told_of(
+    name: str, damage: bytes, bundle: Path, features: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "run"
+    assert predict(bundle, features, out, *SIZED) == 0
+    (out / name).write_bytes(damage)
+    if name in ("videos.jsonl", "engine.json"):
+        (out / "done" / "000001.json").unlink()  # only what is left to do reads them
+    status = predict(bundle, features, out)
+    assert status == (0 if name.startswith("shards") else 2), capsys.readouterr().err  # a shard is read by its user
 
 
 def test_options_that_need_a_folder(bundle: Path, features: Path, tmp_path: Path, capsys: Any) -> None:

@@ -66,8 +66,8 @@ def test_shards_grow_with_the_corpus(bundle: Bundle, count: int, size: int) -> N
         def __len__(self) -> int:
             return count
 
-        def __getitem__(self, index: object) -> Entry:  # type: ignore[override]
-            raise IndexError
+        def __getitem__(self, index: object) -> list[Entry]:  # type: ignore[override]
+            return []
 
     assert make_plan(Many(), bundle, SETTINGS)[0].shard_size == size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Mapping
 
 import pytest
 
@@ -61,7 +62,9 @@ class FakePool:
 
     restarts = True
 
-    def __init__(self, size: int, deadly: dict[int, CCNetError | None], *, useless: CCNetError | None = None) -> None:
+    def __init__(
+        self, size: int, deadly: Mapping[int, CCNetError | OSError | None], *, useless: CCNetError | None = None
+    ) -> None:
         self.size, self.deadly, self.useless = size, deadly, useless
         self.starts: Counter[int] = Counter()
         self.finished: Counter[int] = Counter()
@@ -86,7 +89,7 @@ class FakePool:
             return [Ready(worker, {}), Died(worker, f"died of {shard}", self.deadly[shard])]
         self.finished[shard] += 1
         self.shards[worker] = self.shards.pop(worker)
-        return [Ready(worker, {}), Done(worker, shard, {})]
+        return [Ready(worker, {}), Done(worker, shard)]
 
 
 def run(pool: FakePool, shards: int) -> dict[int, str]:
@@ -116,9 +119,10 @@ def test_a_mistake_ends_the_run_at_once() -> None:
         run(FakePool(2, {}, useless=BundleError("missing")), 9)
 
 
-def test_stopping_at_a_bad_video_ends_the_run() -> None:
-    with pytest.raises(VideoFailed):
-        run(FakePool(1, {3: VideoFailed("bad")}), 9)
+@pytest.mark.parametrize("error", [VideoFailed("bad"), OSError(28, "No space left on device")])
+def test_what_concerns_the_whole_run_ends_it(error: CCNetError | OSError) -> None:
+    with pytest.raises(type(error)):
+        run(FakePool(1, {3: error}), 9)
 
 
 def test_an_error_after_others_worked_costs_its_shard() -> None:

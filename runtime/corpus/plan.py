@@ -108,9 +108,12 @@ def make_plan(
     `shard_size`: None makes about a thousand shards, of `SMALLEST_SHARD` to `LARGEST_SHARD` videos.
     """
     require(len(entries) > 0, "videos", 0, "at least one")
+    overlap = settings.window_overlap
+    require(0 <= overlap < 1, "window_overlap", overlap, "a number in [0, 1)")
     size = shard_size or min(max(-(-len(entries) // _SHARDS_WANTED), SMALLEST_SHARD), LARGEST_SHARD)
-    lines = [entry.to_line() for entry in entries]
-    chunks = [b"".join(lines[start : start + size]) for start in range(0, len(lines), size)]
+    starts = range(0, len(entries), size)
+    # Joined a shard at a time: a million lines of their own would take gigabytes.
+    chunks = [b"".join([entry.to_line() for entry in entries[start : start + size]]) for start in starts]
     content = b"".join(chunks)
     plan = Plan(
         schema=SCHEMA,

@@ -14,15 +14,15 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 import orjson
 
-from runtime import errors
 from runtime.corpus.schedule import Advanced, Died, Done, Event, Ready
-from runtime.corpus.worker import Job, ShardWorker
-from runtime.errors import CCNetError, EngineError
+from runtime.corpus.worker import Job, ShardWorker, error_from_json, error_to_json
+from runtime.errors import CCNetError
 from runtime.machine import gpus
 
 _WAIT_SECONDS = 0.2
@@ -70,7 +70,7 @@ class ThreadPool:
                 worker.run(
                     lambda wait: _take(self._shards, wait),
                     on_video=lambda: self._events.put(Advanced(0, 1)),
-                    on_shard=lambda shard, receipt: self._events.put(Done(0, shard, receipt)),
+                    on_shard=lambda shard: self._events.put(Done(0, shard)),
                     stopped=lambda: self._stopped,
                 )
         except CCNetError as error:
@@ -141,12 +141,12 @@ class ProcessPool:
 
     def _listen(self, worker: int, process: subprocess.Popen[bytes]) -> None:
         """Turn what a worker writes into events, and its end into the last one."""
-        error: CCNetError | None = None
+        error: CCNetError | OSError | None = None
         with _pipe(process.stdout) as stream:
             for line in stream:
                 message = orjson.loads(line)
                 if "error" in message:
-                    error = _error(message["error"], message["message"], message["exit_code"])
+                    error = error_from_json(message["error"])
                 else:
                     self._events.put(_event(worker, message))
         status = process.wait()
@@ -190,16 +190,7 @@ def _event(worker: int, message: Mapping[str, Any]) -> Event:
         return Ready(worker, message["ready"])
     if "advanced" in message:
         return Advanced(worker, message["advanced"])
-    return Done(worker, message["receipt"]["shard"], message["receipt"])
-
-
-def _error(name: str, message: str, exit_code: int) -> CCNetError:
-    """Return a worker's error as one of this process: of its class, where that takes a message alone."""
-    kind: type[CCNetError] = getattr(errors, name, EngineError)
-    error = kind.__new__(kind)
-    CCNetError.__init__(error, message)
-    error.exit_code = exit_code
-    return error
+    return Done(worker, message["done"])
 
 
 def _ended(status: int) -> str:
@@ -229,6 +220,7 @@ def main() -> int:
         os._exit(0)  # nobody waits for this shard any more, and who resumes the run begins it anew
 
     threading.Thread(target=listen, daemon=True).start()
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
     reporter = _Reporter(send)
     try:
         with contextlib.closing(ShardWorker(job)) as worker:
@@ -238,12 +230,8 @@ def main() -> int:
                 on_video=reporter.video,
                 on_shard=reporter.shard,
             )
-    except CCNetError as error:
-        send({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
-        return 1
-    except OSError as error:
-        text = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-        send({"error": "EngineError", "message": text, "exit_code": 2})
+    except (CCNetError, OSError) as error:
+        send({"error": error_to_json(error)})
         return 1
     return 0
 
@@ -261,9 +249,9 @@ class _Reporter:
         if time.monotonic() - self._sent >= _REPORT_SECONDS:
             self._flush()
 
-    def shard(self, _: int, receipt: Mapping[str, Any]) -> None:
+    def shard(self, shard: int) -> None:
         self._flush()
-        self._send({"receipt": receipt})
+        self._send({"done": shard})
 
     def _flush(self) -> None:
         if self._videos:

@@ -7,10 +7,11 @@ import os
 import queue
 import threading
 import time
+import traceback
 from typing import Any
 
 from runtime.corpus.schedule import DEPTH, Died, Done, Event, Ready
-from runtime.corpus.worker import Job, ShardWorker
+from runtime.corpus.worker import Job, ShardWorker, error_from_json, error_to_json
 from runtime.errors import CCNetError, EngineError
 from runtime.packages import import_package
 
@@ -26,34 +27,41 @@ class RayActor:
     """
 
     def __init__(self, job: str) -> None:
-        self._worker = ShardWorker(Job.from_json(job))
+        self._job = Job.from_json(job)
         self._shards: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._finished = threading.Condition()
-        self._receipts: dict[int, dict[str, Any]] = {}
-        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._engine: dict[str, Any] | None = None
+        self._done: set[int] = set()
+        self._error: dict[str, Any] | None = None
         threading.Thread(target=self._work, daemon=True).start()
 
     def engine(self) -> dict[str, Any]:
-        """Return what the worker runs, see `Localizer.describe`."""
-        return self._worker.engine
+        """Return what the worker runs, see `Localizer.describe`, as `ready`; or its `error` when it does not open."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._engine is not None or self._error is not None)
+            return {"ready": self._engine} if self._error is None else {"error": self._error}
 
     def process(self, shard: int) -> dict[str, Any]:
-        """Process a shard and return its receipt; raises what ended the worker."""
+        """Process a shard; returns an `error` where that ended the worker."""
         self._shards.put(shard)
-        with self._finished:
-            while shard not in self._receipts:
-                if self._error is not None:
-                    raise self._error
-                self._finished.wait()
-            return self._receipts.pop(shard)
+        with self._changed:
+            self._changed.wait_for(lambda: shard in self._done or self._error is not None)
+            return {} if shard in self._done else {"error": self._error}
 
     def _work(self) -> None:
         try:
-            self._worker.run(self._take, on_video=lambda: None, on_shard=self._on_shard)
-        except BaseException as error:  # noqa: BLE001  raised to the driver by `process`
-            with self._finished:
-                self._error = error
-                self._finished.notify_all()
+            worker = ShardWorker(self._job)
+            with self._changed:
+                self._engine = worker.engine
+                self._changed.notify_all()
+            worker.run(self._take, on_video=lambda: None, on_shard=self._on_shard)
+        except (CCNetError, OSError) as error:
+            with self._changed:
+                self._error = error_to_json(error)
+                self._changed.notify_all()
+        except BaseException:  # noqa: BLE001  nobody else would hear of it
+            traceback.print_exc()  # a defect: to the log of the actor, which ends
+            os._exit(1)
 
     def _take(self, wait: bool) -> int | None:
         try:
@@ -61,10 +69,10 @@ class RayActor:
         except queue.Empty:
             return None
 
-    def _on_shard(self, shard: int, receipt: dict[str, Any]) -> None:
-        with self._finished:
-            self._receipts[shard] = receipt
-            self._finished.notify_all()
+    def _on_shard(self, shard: int) -> None:
+        with self._changed:
+            self._done.add(shard)
+            self._changed.notify_all()
 
 
 class RayPool:
@@ -132,14 +140,20 @@ class RayPool:
 
     def _event(self, call: Any) -> Event:
         worker, shard = self._calls.pop(call)
+        error: CCNetError | OSError | None = None
         try:
             result = self._ray.get(call)
-        except self._ray.exceptions.RayError as error:
-            self._forget(worker)
-            cause = getattr(error, "cause", None)
-            known = cause if isinstance(cause, CCNetError) else None
-            return Died(worker, str(known) if known else f"an actor died: {_first_line(error)}", known)
-        return Ready(worker, result) if shard is None else Done(worker, shard, result)
+            if "error" in result:
+                error = error_from_json(result["error"])
+                reason = str(error)
+            elif shard is None:
+                return Ready(worker, result["ready"])
+            else:
+                return Done(worker, shard)
+        except self._ray.exceptions.RayError as found:
+            reason = f"an actor died: {_first_line(found)}"
+        self._forget(worker)
+        return Died(worker, reason, error)
 
     def _forget(self, worker: int) -> None:
         self._ray.kill(self._actors.pop(worker))

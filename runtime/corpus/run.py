@@ -21,11 +21,12 @@ from runtime.corpus.claims import Claims, FileClaims, NoClaims
 from runtime.corpus.plan import CLAIMS, DONE, FAILED, SHARDS, Plan, done_file
 from runtime.corpus.schedule import ATTEMPTS, Advanced, Died, Done, Event, Pool, ShardQueue, drive
 from runtime.corpus.store import LocalStore, Store, join_location, whole_file
+from runtime.corpus.worker import Receipt
 from runtime.coverage import Gaps
 from runtime.detections import join_parquet
 from runtime.errors import ConfigError, PredictionError
 from runtime.records import BadRecord, parse_json
-from runtime.schema import require
+from runtime.schema import require, section_from_json, show
 
 log = logging.getLogger(__name__)
 
@@ -114,11 +115,13 @@ class Run:
                     summary.gave_up[shard] = reason
                 continue
             summary.shards += 1
-            summary.written += receipt["written"]
-            summary.events += receipt["events"]
-            summary.engine, summary.status = receipt["engine"], receipt["status"]
-            summary.failed |= {video_id: error["message"] for video_id, error in receipt["failed"].items()}
-            summary.gaps |= {video_id: Gaps(**gaps) for video_id, gaps in receipt["gaps"].items()}
+            summary.written += receipt.written
+            summary.events += receipt.events
+            summary.engine, summary.status = receipt.engine, receipt.status
+            summary.failed |= {video_id: error["message"] for video_id, error in receipt.failed.items()}
+            summary.gaps |= {
+                video_id: section_from_json(Gaps, gaps, where="gaps") for video_id, gaps in receipt.gaps.items()
+            }
         return summary
 
     @property
@@ -149,8 +152,7 @@ class Run:
         """Return error and message by video id, of a shard that is done or was given up."""
         receipt = self._receipt(shard)
         if receipt is not None:
-            bad: dict[str, dict[str, str]] = receipt["failed"]
-            return bad
+            return receipt.failed
         message = f"its shard was given up: {self._gave_up(shard)}"
         return {e.video_id: {"error": "GaveUp", "message": message} for e in self.plan.entries(self.store, shard)}
 
@@ -171,7 +173,7 @@ class Run:
             receipt = self._receipt(shard)
             name = self.plan.shard_file(shard)
             data = self.store.read(name) if receipt is not None else b""
-            if receipt is None or hashlib.sha256(data).hexdigest() != receipt["sha256"]:
+            if receipt is None or hashlib.sha256(data).hexdigest() != receipt.sha256:
                 self.store.remove(done_file(shard))
                 raise PredictionError(
                     f"{self.store.location}/{name}: altered since it was written; run the command again"
@@ -201,17 +203,21 @@ class Run:
         data = self._read(_gave_up_file(shard))
         return None if data is None else str(data.get("reason"))
 
-    def _receipt(self, shard: int) -> dict[str, Any] | None:
-        return self._read(done_file(shard))
+    def _receipt(self, shard: int) -> Receipt | None:
+        data = self._read(done_file(shard))
+        where = f"{self.store.location}/{done_file(shard)}"
+        return None if data is None else section_from_json(Receipt, data, where=where)
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
             data = parse_json(self.store.read(name))
+            if not isinstance(data, dict):
+                raise BadRecord(f"got {show(data)}, expected an object")
         except FileNotFoundError:
             return None
         except BadRecord as error:
             raise ConfigError(f"{self.store.location}/{name}: {error}; delete this file and run again") from None
-        return data if isinstance(data, dict) else None
+        return data
 
 
 def _gave_up_file(shard: int) -> str:

@@ -43,7 +43,6 @@ class Done:
 
     worker: int
     shard: int
-    receipt: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ class Died:
 
     worker: int
     reason: str
-    error: CCNetError | None = None
-    """What it raised, where that is known."""
+    error: CCNetError | OSError | None = None
+    """What it raised, where that is known; OSError when it could not write."""
 
 
 Event: TypeAlias = "Ready | Advanced | Done | Died"
@@ -164,8 +163,9 @@ def drive(
     """Run all shards of a queue. `take` may drop and postpone shards; `tick` is called between events.
 
     A worker that dies is started again, and what it had is tried again, up to the attempts of the queue; then
-    `give_up(shard, reason)` is called. Raises what a worker raised where nothing ever worked, or where workers can't be
-    restarted; EngineError when they keep dying without finishing a shard.
+    `give_up(shard, reason)` is called. Raises what a worker raised where nothing ever worked, where workers can't be
+    restarted, or where it is the run that can't go on: VideoFailed, OSError. Raises EngineError when workers keep dying
+    without finishing a shard.
     """
     started: set[int] = set()
     idle: set[int] = set()
@@ -205,7 +205,7 @@ def drive(
                 for shard in queue.lost(event.worker):
                     give_up(shard, event.reason)
                 unusable = event.error is not None and not ever_ready  # the bundle, or the choice of an engine
-                if not pool.restarts or unusable or isinstance(event.error, VideoFailed):
+                if not pool.restarts or unusable or isinstance(event.error, VideoFailed | OSError):
                     raise event.error or EngineError(event.reason)
                 if fruitless >= most_fruitless:
                     raise EngineError(f"workers died {fruitless} times without finishing a shard; last: {event.reason}")

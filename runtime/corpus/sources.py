@@ -25,7 +25,7 @@ from runtime.errors import ConfigError, FeatureError
 from runtime.features import FeatureFiles, VideoFeatures, find_videos, read_video, videos_of_files
 from runtime.pipeline import Item
 from runtime.records import BadRecord, check_duration, check_video_id, parse_json
-from runtime.schema import show
+from runtime.schema import quote, show
 from runtime.spec import FeatureLayout, ModelSpec
 
 _KEYS = ("video_id", "features", "duration")
@@ -195,5 +195,8 @@ def _parse_line(line: bytes) -> Entry:
 
 
 def parse_entries(lines: bytes) -> list[Entry]:
-    """Return the entries of lines that `Entry.to_line` made."""
-    return [Entry(**orjson.loads(line)) for line in lines.splitlines()]
+    """Return the entries of lines that `Entry.to_line` made. Raises ConfigError for other ones."""
+    try:
+        return [Entry(**orjson.loads(line)) for line in lines.splitlines()]
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"a damaged list of videos ({quote(error)}); delete the run's folder and run again") from None

@@ -9,18 +9,19 @@ import io
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
+from runtime import errors
 from runtime.bundle import read_bundle
 from runtime.corpus.plan import Plan, done_file, pin_engine, pinned_engine, read_plan
 from runtime.corpus.sources import SourceOptions, open_source
 from runtime.corpus.store import open_store
 from runtime.detections import Record, event_line, write_parquet_to
-from runtime.errors import ConfigError, VideoFailed
+from runtime.errors import CCNetError, ConfigError, EngineError, VideoFailed
 from runtime.localizer import Localizer
 from runtime.pipeline import Item, Localized
 from runtime.schema import section_from_json
@@ -58,6 +59,31 @@ class Job:
     @classmethod
     def from_json(cls, text: str) -> Job:
         return section_from_json(cls, orjson.loads(text), where="job")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What became of a shard: content of its file in `done/`."""
+
+    shard: int
+    videos: int
+    written: int
+    """Videos whose events are written."""
+    events: int
+    bytes: int
+    sha256: str
+    """Of the shard's file."""
+    failed: dict[str, dict[str, str]]
+    """Error and message by id of a bad video."""
+    gaps: dict[str, dict[str, Any]]
+    """What is not covered of a video, see `runtime.coverage.Gaps`, by id."""
+    engine: str
+    status: str
+    seconds: float
+    host: str
+
+    def to_json(self) -> bytes:
+        return orjson.dumps(dataclasses.asdict(self), option=orjson.OPT_APPEND_NEWLINE)
 
 
 Take = Callable[[bool], "int | None"]
@@ -116,13 +142,13 @@ class ShardWorker:
         take: Take,
         *,
         on_video: Callable[[], None],
-        on_shard: Callable[[int, dict[str, Any]], None],
+        on_shard: Callable[[int], None],
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """Process shards until there are none any more, or until `stopped`.
 
         Videos of the next shard are under way while those of one before are finished. `on_video` is called for every
-        video, `on_shard` with the receipt of a shard that is written. Raises VideoFailed for a job that stops at the
+        video, `on_shard` when a shard and its receipt are written. Raises VideoFailed for a job that stops at the
         first bad video, and what ends `Localizer.stream`.
         """
         while not stopped() and (shard := take(True)) is not None:
@@ -133,7 +159,7 @@ class ShardWorker:
         first: int,
         take: Take,
         on_video: Callable[[], None],
-        on_shard: Callable[[int, dict[str, Any]], None],
+        on_shard: Callable[[int], None],
         stopped: Callable[[], bool],
     ) -> None:
         """Process a shard and those that can be had right behind it as one stream."""
@@ -161,12 +187,13 @@ class ShardWorker:
                 on_video()
                 if len(current.results) == current.videos:
                     now = time.monotonic()
-                    on_shard(current.shard, self._write(current, now - begun))
+                    self._write(current, now - begun)
+                    on_shard(current.shard)
                     begun = now
                     opened.popleft()
 
-    def _write(self, finished: _Open, seconds: float) -> dict[str, Any]:
-        """Write the events of a shard, and then its receipt, which is returned."""
+    def _write(self, finished: _Open, seconds: float) -> None:
+        """Write the events of a shard, and then its receipt."""
         records: list[Record] = [
             (result.video_id, result.duration, result.detections)
             for result in finished.results
@@ -179,31 +206,44 @@ class ShardWorker:
         else:
             data = b"".join(event_line(*record) for record in records)
         self._store.write(self._plan.shard_file(finished.shard), data)
-        receipt = {
-            "shard": finished.shard,
-            "videos": finished.videos,
-            "written": len(records),
-            "events": sum(len(detections) for _, _, detections in records),
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "failed": {
+        receipt = Receipt(
+            shard=finished.shard,
+            videos=finished.videos,
+            written=len(records),
+            events=sum(len(detections) for _, _, detections in records),
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            failed={
                 result.video_id: {"error": type(result.error).__name__, "message": str(result.error)}
                 for result in finished.results
                 if result.error is not None
             },
-            "gaps": {
-                result.video_id: dataclasses.asdict(result.gaps)
-                for result in finished.results
-                if result.gaps is not None
-            },
-            "engine": self.engine["engine"],
-            "status": self.engine["status"],
-            "seconds": round(seconds, 3),
-            "host": os.uname().nodename,
-        }
-        self._store.write(done_file(finished.shard), orjson.dumps(receipt, option=orjson.OPT_APPEND_NEWLINE))
-        return receipt
+            gaps={r.video_id: dataclasses.asdict(r.gaps) for r in finished.results if r.gaps is not None},
+            engine=self.engine["engine"],
+            status=self.engine["status"],
+            seconds=round(seconds, 3),
+            host=os.uname().nodename,
+        )
+        self._store.write(done_file(finished.shard), receipt.to_json())
 
     def close(self) -> None:
         """Close the engine."""
         self._localizer.close()
+
+
+def error_to_json(error: CCNetError | OSError) -> dict[str, Any]:
+    """Return what `error_from_json` makes the error of again, in another process."""
+    if isinstance(error, OSError):
+        return {"errno": error.errno, "message": error.strerror or str(error), "filename": error.filename}
+    return {"kind": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+
+
+def error_from_json(data: Mapping[str, Any]) -> CCNetError | OSError:
+    """Return an error of the same class and message, whatever else its class takes."""
+    if "errno" in data:
+        return OSError(data["errno"], data["message"], data["filename"])
+    kind: type[CCNetError] = getattr(errors, data["kind"], EngineError)
+    error = kind.__new__(kind)
+    CCNetError.__init__(error, data["message"])
+    error.exit_code = data["exit_code"]
+    return error
