@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.corpus_simulation", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--nodes", type=int, default=1000)
-    parser.add_argument("--shards-per-node", type=int, default=120)
+    parser.add_argument("--shards-per-node", type=int, default=300)
     options = parser.parse_args(argv)
     rows, measurements, details = [], [], []
     for case in CASES:

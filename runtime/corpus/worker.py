@@ -70,9 +70,10 @@ class Receipt:
     written: int
     """Videos whose events are written."""
     events: int
-    bytes: int
+    size: int
+    """Bytes of the shard's file."""
     sha256: str
-    """Of the shard's file."""
+    """Of the same."""
     failed: dict[str, dict[str, str]]
     """Error and message by id of a bad video."""
     gaps: dict[str, dict[str, Any]]
@@ -211,7 +212,7 @@ class ShardWorker:
             videos=finished.videos,
             written=len(records),
             events=sum(len(detections) for _, _, detections in records),
-            bytes=len(data),
+            size=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
             failed={
                 result.video_id: {"error": type(result.error).__name__, "message": str(result.error)}
