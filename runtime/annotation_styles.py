@@ -27,6 +27,11 @@ _AMBIGUOUS = "ambiguous"
 """The class of THUMOS14 whose events are neither right nor wrong."""
 
 
+def subset_name(value: Any) -> Any:
+    """Return the name of a subset that is written in another way (`Training`, `val`), and anything else as it is."""
+    return _SUBSETS.get(value.lower(), value.lower()) if isinstance(value, str) else value
+
+
 def read_content(path: Path, labels: Sequence[str] | None) -> Any:
     """Return the JSON value of an annotation file of any style, in the UnAV-100 layout where its style is known.
 
@@ -62,9 +67,7 @@ def _activitynet(path: Path, database: dict[str, Any], labels: Sequence[str] | N
         if not isinstance(record, dict) or not isinstance(record.get("annotations", []), list):
             adapted[video_id] = record  # the check of the layout says what is wrong
             continue
-        subset = record.get("subset")
-        if isinstance(subset, str):
-            subset = _SUBSETS.get(subset.lower(), subset.lower())
+        subset = subset_name(record.get("subset"))
         events = []
         for event in record.get("annotations", []):
             if isinstance(event, dict) and isinstance(event.get("label"), str):
@@ -101,7 +104,7 @@ def _thumos(folder: Path, labels: Sequence[str] | None) -> dict[str, Any]:
     names: set[str] = set()
     for path in sorted(Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(".txt")):
         label, _, subset = path.stem.rpartition("_")
-        subset = _SUBSETS.get(subset, subset)
+        subset = subset_name(subset)
         if not label or subset not in ("train", "validation", "test"):
             raise BadRecord(f"{path.name}: expected a name like Diving_val.txt or Diving_test.txt")
         if label.lower() == _AMBIGUOUS:

@@ -47,7 +47,7 @@ class Bucket:
     above: float
     """Seconds."""
     up_to: float
-    """Seconds."""
+    """Seconds; infinity for what is longer than the paper's last range, where there is such an event."""
     events: int
     found: int
 
@@ -104,7 +104,7 @@ class Evaluation:
         lines = [f"tIoU     {header}   Avg.", f"mAP (%)  {values}{100 * self.average_map:7.1f}", ""]
         for b in self.buckets:
             share = "-" if b.recall is None else f"{100 * b.recall:.1f} %"
-            name = f"({b.above:g}, {b.up_to:g}] s"
+            name = f"({b.above:g}, {b.up_to:g}] s" if math.isfinite(b.up_to) else f"above {b.above:g} s"
             lines.append(f"events of {name:<11} {b.events:6}   found (tIoU > {BUCKET_TIOU}): {share}")
         counted = f"{self.subset}: {self.videos} videos, {self.predictions} predicted events"
         if self.missing:
@@ -134,7 +134,10 @@ class Evaluation:
             "average_map": self.average_map,
             "map_at": {str(t): value for t, value in self.map_at.items()},
             "per_class": self.per_class,
-            "buckets": [{**vars(bucket), "recall": bucket.recall} for bucket in self.buckets],
+            "buckets": [
+                {**vars(b), "up_to": b.up_to if math.isfinite(b.up_to) else None, "recall": b.recall}
+                for b in self.buckets
+            ],
             "videos": self.videos,
             "missing": self.missing,
             "outside": self.outside,

@@ -107,6 +107,15 @@ def check_segment(value: Any, duration: float) -> tuple[float, float]:
     return float(start), float(end)
 
 
+def as_label_id(value: Any) -> Any:
+    """Return an id that is written as a whole float or as digits as the integer, anything else as it is."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= _DIGITS:
+        return int(value)
+    return value
+
+
 def is_number(value: Any) -> bool:
     """Return whether `value` is a finite JSON number that fits a float (true and false are not numbers)."""
     kind = type(value)
@@ -121,6 +130,12 @@ class LabelTable:
         self.names: dict[int, str] = dict(enumerate(names or ()))
         """Class name of each id."""
         self._ids = {name: label_id for label_id, name in self.names.items()}
+
+    def id_of(self, name: Any) -> int:
+        """Return the id of a class whose record has none."""
+        if isinstance(name, str) and name in self._ids:
+            return self._ids[name]
+        raise BadRecord(f"'label_id' is missing, and nothing else says the id of label {show(name)}")
 
     def check(self, name: Any, label_id: Any) -> int:
         """Return the id of a label; without given names, a new pair is added."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.annotations import read_annotations
+from runtime.annotations import read_annotations, read_class_list
 from runtime.errors import AnnotationError
 from runtime.records import OVERRUN_SECONDS
 
@@ -102,7 +102,7 @@ BAD = {
     "backslash in id": (renamed("a\\b"), "video id: got"),
     "dots as id": (renamed(".."), "video id: got"),
     "empty id": (renamed(""), "video id: got"),
-    "unknown subset": (video(subset="testing"), "subset: got 'testing', expected one of train, validation, test"),
+    "unknown subset": (video(subset="holdout"), "subset: got 'holdout', expected one of train, validation, test"),
     "negative duration": (video(duration=-1), "duration: got -1, expected seconds above 0"),
     "duration is text": (video(duration="10"), "duration: got '10'"),
     "duration is NaN": (video(duration=float("nan")), "duration: got nan"),
@@ -121,11 +121,72 @@ BAD = {
     "before the video": (event(segment=[-1, 5]), "expected it inside the video"),
     "id of another label": (event(label_id=0), EVENT + "label_id 0: got label 'cat', elsewhere it is 'dog'"),
     "label of another id": (event(label="dog"), EVENT + "label 'dog': got label_id 1, elsewhere it is 0"),
-    "label id is text": (event(label_id="1"), "label_id: got '1', expected an integer"),
+    "label id is text": (event(label_id="one"), "label_id: got 'one', expected an integer"),
+    "label id is half": (event(label_id=0.5), "label_id: got 0.5, expected an integer"),
     "label id negative": (event(label_id=-1), "label_id: got -1"),
     "label empty": (event(label=""), "label: got ''"),
-    "gap in the ids": (event(label_id=7), "label ids go up to 7 but 1, 2, 3, 4, 5, ... never occur"),
+    "a name like that of an unnamed class": (event(label="class 2", label_id=3), "a class is called like 'class 3'"),
 }
+
+
+def test_habits_of_published_files_are_taken(tmp_path: Path) -> None:
+    content = copy.deepcopy(GOOD)
+    first, second = content["database"].values()
+    first["subset"], second["subset"] = "Training", "VAL"
+    first["annotations"][0]["label_id"], first["annotations"][1]["label_id"] = 0.0, "1"
+    first["annotations"].append({"segment": [4, 5], "label": "cat"})
+    del second["annotations"]
+    second["duration_second"] = second.pop("duration")
+    annotations = read_annotations(write(tmp_path, content))
+    assert annotations.labels == ("dog", "cat")
+    assert [video.subset for video in annotations.videos.values()] == ["train", "validation"]
+    assert annotations.videos["first"].labels.tolist() == [0, 1, 1]
+    assert annotations.videos["second"].duration == 20.5
+    assert len(annotations.videos["second"].labels) == 0
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    content = event(segment=[3, 2])
+    content["database"]["first"]["annotations"].append({"segment": [1, 2], "label": "dog", "label_id": 1})
+    content["database"]["second"].update(subset="holdout", duration=1)
+    content["database"] |= {f"v{i}": {"duration": 1} for i in range(4)}
+    with pytest.raises(AnnotationError, match=r"7 problems:\n  video 'first': event 1: segment: got") as caught:
+        read_annotations(write(tmp_path, content))
+    for words in ("video 'first': event 2: label", "video 'second': subset: got 'holdout'", "... and 2 more"):
+        assert words in str(caught.value)
+
+
+def test_ids_without_events_are_classes_without_a_name(tmp_path: Path) -> None:
+    path = write(tmp_path, event(label_id=3))
+    annotations = read_annotations(path)
+    assert annotations.labels == ("dog", "class 1", "class 2", "cat")
+    assert annotations.unnamed == (1, 2)
+    names = ("dog", "cow", "hen", "cat")
+    assert read_annotations(path, names).labels == names
+    assert read_annotations(path, names).unnamed == ()
+
+
+def test_class_lists(tmp_path: Path) -> None:
+    annotations = write(tmp_path, GOOD)
+    assert read_class_list(annotations) == ("dog", "cat")
+    lines, listed = tmp_path / "classes.txt", tmp_path / "classes.json"
+    lines.write_text("dog\n\ncat\n")
+    listed.write_text('["dog", "cat"]')
+    checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
+    for folder, name, content in (
+        (checkpoint, "checkpoint.json", {"labels": ["dog", "cat"]}),
+        (bundle, "bundle.json", {"spec": {"labels": ["dog", "cat"]}}),
+    ):
+        folder.mkdir()
+        (folder / name).write_text(json.dumps(content))
+    for path in (lines, listed, checkpoint, bundle):
+        assert read_class_list(path) == ("dog", "cat")
+    for text in ("dog\ndog\n", ""):
+        lines.write_text(text)
+        with pytest.raises(AnnotationError, match="expected one or more distinct names"):
+            read_class_list(lines)
+    with pytest.raises(AnnotationError, match="neither a bundle nor a checkpoint"):
+        read_class_list(tmp_path)
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Iterable
@@ -255,3 +256,35 @@ def test_engine_options_with_events_are_refused(small: tuple[str, str], capsys: 
     events, truth = small
     assert main(["evaluate", events, "--annotations", truth, "--backend", "openvino", "--batch", "2"]) == 2
     assert "--backend --batch: " in capsys.readouterr().err
+
+
+def test_events_longer_than_the_papers_ranges_have_a_row(tmp_path: Path) -> None:
+    event = {"segment": [0.0, 270.0], "label": "a", "label_id": 0}
+    path = tmp_path / "annotations.json"
+    path.write_text(
+        json.dumps({"database": {"v": {"duration": 300, "subset": "test", "annotations": [event]}}}), encoding="utf-8"
+    )
+    result = evaluate({}, read_annotations(path), "test")
+    assert [(b.above, b.up_to, b.events) for b in result.buckets][-1] == (60, math.inf, 1)
+    assert "events of above 60 s      1   found" in result.table()
+    assert json.loads(json.dumps(result.to_json(), allow_nan=False))["buckets"][-1]["up_to"] is None
+
+
+def test_events_bring_the_class_names_that_a_part_of_the_annotations_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth, events = tmp_path / "annotations.json", tmp_path / "events.jsonl"
+    event = {"segment": [1.0, 4.0], "label": "c", "label_id": 2}
+    truth.write_text(json.dumps({"database": {"v": {"duration": 9, "subset": "test", "annotations": [event]}}}))
+    others = [{"segment": [1.0, 4.0], "label": name, "label_id": i, "score": 0.5} for i, name in ((0, "a"), (5, "f"))]
+    line = {"video_id": "v", "duration": 9.0, "events": [{**event, "score": 0.9}, *others]}
+    events.write_text(json.dumps(line) + "\n")
+    assert main(["evaluate", str(events), "--annotations", str(truth), "--per-class"]) == 0
+    assert "100.0" in capsys.readouterr().out
+    (tmp_path / "classes.txt").write_text("a\nb\nc\nd\ne\nf\n")
+    classes = ["--classes", str(tmp_path / "classes.txt")]
+    assert main(["evaluate", str(events), "--annotations", str(truth), "--per-class", *classes]) == 0
+    assert "\nd " in capsys.readouterr().out
+    (tmp_path / "classes.txt").write_text("a\nb\nx\nd\ne\nf\n")
+    assert main(["evaluate", str(events), "--annotations", str(truth), *classes]) == 2
+    assert "label 'c'" in capsys.readouterr().err

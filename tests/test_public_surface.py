@@ -30,7 +30,7 @@ OPTIONS: dict[str, set[str]] = {
         *("--annotations", "--difficulty", "--dtype", "--json", "--limit", "--out", "--preset", "--seed"),
         *("--subset", "--workers"),
     },
-    "train": {"--annotations", "--features", "--json", "--out", "--preset", "--quiet", "--resume"},
+    "train": {"--annotations", "--classes", "--features", "--json", "--out", "--preset", "--quiet", "--resume"},
     "import-weights": {"--annotations", "--json", "--out", "--preset"},
     "export": {
         *("--compute-capability", "--format", "--graph", "--hardware-compatible", "--json", "--max-batch"),
@@ -45,7 +45,16 @@ OPTIONS: dict[str, set[str]] = {
         *("--annotations", "--features", "--format", "--on", "--on-error", "--out", "--processes", "--quiet"),
         *("--shard", "--shard-size", "--subset", *ENGINE_OPTIONS),
     },
-    "evaluate": {"--annotations", "--features", "--json", "--per-class", "--quiet", "--subset", *ENGINE_OPTIONS},
+    "evaluate": {
+        "--annotations",
+        "--classes",
+        "--features",
+        "--json",
+        "--per-class",
+        "--quiet",
+        "--subset",
+        *ENGINE_OPTIONS,
+    },
     "convert": {
         *("--annotations", "--durations", "--from", "--json", "--min-score", "--out", "--score", "--subset", "--to"),
     },

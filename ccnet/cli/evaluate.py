@@ -13,18 +13,19 @@ from typing import Any
 
 from ccnet.cli.logs import video_list
 from ccnet.cli.options import (
+    CLASSES_HELP,
     add_engine_arguments,
     add_json_output,
     engine_options_given,
     open_localizer,
     print_or_write,
 )
-from runtime.annotations import SUBSETS, read_annotations
+from runtime.annotations import SUBSETS, read_annotations, read_class_list
 from runtime.bundle import read_bundle
 from runtime.coverage import report_gaps
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, PredictionError
 from runtime.evaluation import Evaluation, evaluate, evaluate_localizer
-from runtime.formats.registry import holds_events, read_predictions
+from runtime.formats.registry import add_classes, holds_events, read_predictions
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--annotations", required=True, metavar="F", help="annotation file")
     parser.add_argument("--subset", default="test", choices=SUBSETS, help="default: test")
     parser.add_argument("--features", metavar="DIR", help="folder of feature files; needed with a bundle")
+    parser.add_argument("--classes", metavar="C", help=CLASSES_HELP)
     parser.add_argument("--per-class", action="store_true", help="also print the AP of every class")
     add_json_output(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
@@ -63,6 +65,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _score_bundle(arguments: argparse.Namespace) -> Evaluation:
+    if arguments.classes is not None:
+        raise ConfigError(f"--classes: {arguments.bundle} is a bundle, which has its own class list")
     if arguments.features is None:
         raise ConfigError(f"--features is missing: {arguments.bundle} is a bundle, which needs videos to run on")
     annotations = read_annotations(arguments.annotations, labels=read_bundle(arguments.bundle).spec.labels)
@@ -86,5 +90,17 @@ def _score_events(arguments: argparse.Namespace) -> Evaluation:
         raise ConfigError(
             f"{' '.join(given)}: {arguments.bundle} is not a bundle folder; events are scored as they are"
         )
-    annotations = read_annotations(arguments.annotations)
-    return evaluate(read_predictions(arguments.bundle, annotations.labels), annotations, arguments.subset)
+    labels = None if arguments.classes is None else read_class_list(arguments.classes)
+    annotations = read_annotations(arguments.annotations, labels)
+    try:
+        predictions = read_predictions(arguments.bundle, annotations.labels)
+    except PredictionError:
+        # A part of an annotation file lacks classes that its events may well have.
+        if labels is not None:
+            raise
+        labels = add_classes(arguments.bundle, annotations.labels, annotations.unnamed)
+        if labels == annotations.labels:
+            raise
+        annotations = read_annotations(arguments.annotations, labels)
+        predictions = read_predictions(arguments.bundle, labels)
+    return evaluate(predictions, annotations, arguments.subset)

@@ -18,6 +18,11 @@ from runtime.pipeline import LongVideos
 
 log = logging.getLogger(__name__)
 
+CLASSES_HELP = (
+    "class names in the order of their ids, where the annotation file lacks some: a bundle, a checkpoint, a whole "
+    "annotation file, or a file with a name a line"
+)
+
 
 def positive(text: str) -> int:
     """Parse an integer of 1 or more."""

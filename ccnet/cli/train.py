@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ccnet.cli.options import add_json_argument, print_result
+from ccnet.cli.options import CLASSES_HELP, add_json_argument, print_result
 from ccnet.config import PRESETS, parse_overrides, preset, with_overrides
 
 TAKES_OVERRIDES = True
@@ -24,6 +24,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--annotations", required=True, metavar="F", help="annotation JSON")
+    parser.add_argument("--classes", metavar="C", help=CLASSES_HELP)
     parser.add_argument("--features", required=True, metavar="DIR", help="folder of .npy feature files")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="continue the run in DIR")
@@ -35,6 +36,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = with_overrides(preset(arguments.preset), parse_overrides(overrides))
 
     from ccnet.training.loop import train
+    from runtime.annotations import read_class_list
 
     result = train(
         config,
@@ -43,6 +45,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         arguments.out,
         resume=arguments.resume,
         quiet=arguments.quiet,
+        classes=None if arguments.classes is None else read_class_list(arguments.classes),
     )
     print_result(
         arguments,

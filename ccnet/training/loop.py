@@ -15,7 +15,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -68,18 +68,23 @@ def train(
     *,
     resume: bool = False,
     quiet: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> TrainingResult:
     """Train on the subset `train`, validate on `validation`, write into the folder `out`.
 
     Ctrl-C, SIGTERM and SIGHUP save the state after the current step and raise Interrupted; `resume=True` continues
     from it, or after a kill from the last saved epoch. `quiet` leaves out the progress bar.
+    `classes`: names in the order of their ids, where the annotation file does not have an event of each.
 
     Raises CheckpointError when `out` holds another run or has none to resume, AnnotationError and FeatureError for bad
     data, ConfigError for settings that do not fit the data, BackendUnavailable for an absent device, TrainingError
     when the loss is no longer finite.
     """
     out = Path(out)
-    videos = read_annotations(annotations)
+    videos = read_annotations(annotations, classes)
+    if videos.unnamed:
+        ids = ", ".join(map(str, videos.unnamed[:5])) + (", ..." if len(videos.unnamed) > 5 else "")
+        log.warning("%s: no event has label id %s; --classes gives such classes their names", annotations, ids)
     config.spec(videos.labels)  # raises where the number of classes differs, before anything is written
     for subset in ("train", "validation"):
         if not any(len(video.labels) for video in videos.subset(subset)):
@@ -90,6 +95,8 @@ def train(
     annotations_sha256 = sha256_file(annotations)
     with _only_run(out):
         state = open_run(out, config, annotations_sha256=annotations_sha256, resume=resume)
+        if state is not None and state.labels != videos.labels:
+            raise CheckpointError(f"{out}: the run was started with other class names (--classes); use those")
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             _measured_convolutions(),

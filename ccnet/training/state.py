@@ -78,6 +78,7 @@ class TrainingState:
 
     folder: Path
     config: Config
+    labels: tuple[str, ...]
     position: Position
     manifest: _Manifest = field(repr=False)
 
@@ -163,7 +164,9 @@ def read_state(folder: Path) -> TrainingState:
         raise CheckpointError(
             f"{path}: {error}; the state is damaged or of another version, start the run again"
         ) from error
-    return TrainingState(folder=folder, config=checkpoint.config, position=position, manifest=manifest)
+    return TrainingState(
+        folder=folder, config=checkpoint.config, labels=checkpoint.labels, position=position, manifest=manifest
+    )
 
 
 def _differing(before: Config, now: Config) -> list[str]:

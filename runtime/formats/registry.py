@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -321,3 +321,19 @@ def read_predictions(path: str | Path, labels: Sequence[str], name: str | None =
         return {video_id: found for video_id, _, found in to_records(read_videos(path, format), labels)}
     except BadRecord as error:
         raise PredictionError(f"{path}: {error}") from None
+
+
+def add_classes(path: str | Path, labels: Sequence[str], unnamed: Collection[int]) -> tuple[str, ...]:
+    """Return a class list with the names that a file of events adds to it.
+
+    `unnamed`: ids whose name in `labels` is none, so that the file's counts. A name without an id goes to the end.
+    """
+    names = {i: label for i, label in enumerate(labels) if i not in unnamed}
+    events = [event for video in read_videos(path, format_of(path)) for event in video.events]
+    for event in events:
+        if event.label_id is not None:
+            names.setdefault(event.label_id, event.label)
+    for label in dict.fromkeys(event.label for event in events):
+        if label not in set(names.values()):
+            names[max(names, default=-1) + 1] = label
+    return tuple(names.get(i, f"class {i}") for i in range(max(names, default=-1) + 1))
