@@ -84,16 +84,16 @@ def draw_timeline(
     *,
     truth: VideoAnnotation,
     predictions: Detections,
-    gates: Gates,
+    gates: Gates | None = None,
     shown: Shown | None = None,
     min_score: float = 0.2,
 ) -> None:
-    """Draw a video as a PNG: a lane per class with ground truth and predictions, the gate curves below.
+    """Draw a video as PNG or SVG: a lane per class with ground truth and predictions, the gate curves below.
 
     Args:
         truth: the video's annotation.
         predictions: those with a score of at least `min_score` are drawn, more opaque the higher the score.
-        gates: see `read_gates`.
+        gates: see `read_gates`; without them, the lanes alone are drawn.
         shown: for synthetic features, adds what is seen and what is heard to every lane.
 
     Raises MissingDependency without matplotlib.
@@ -101,8 +101,11 @@ def draw_timeline(
     drawn = predictions.scores >= min_score
     classes = sorted({*truth.labels.tolist(), *predictions.labels[drawn].tolist(), *(_classes(shown) if shown else ())})
     lanes_height = 0.75 * max(1, len(classes))
-    figure = new_figure(11, 3.6 + lanes_height)
-    lanes, curves = figure.subplots(2, 1, sharex=True, height_ratios=[lanes_height + 0.6, 2.0])
+    figure = new_figure(11, (3.6 if gates else 1.4) + lanes_height)
+    if gates:
+        lanes, curves = figure.subplots(2, 1, sharex=True, height_ratios=[lanes_height + 0.6, 2.0])
+    else:
+        lanes = curves = figure.subplots()
 
     rows = ("seen", "heard", "ground truth", "predicted") if shown else ("ground truth", "predicted")
     for lane, label in enumerate(classes):
@@ -129,12 +132,14 @@ def draw_timeline(
     handles = [_patch(_COLORS[row], names[row]) for row in rows]
     lanes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(rows), frameon=False)
 
-    curves.plot(gates.seconds, gates.audio, color=_AUDIO_LINE, label="$g_a$: from audio, gates the visual stream")
-    curves.plot(gates.seconds, gates.visual, color=_VISUAL_LINE, label="$g_v$: from video, gates the audio stream")
-    for start, end in truth.segments:
-        curves.axvspan(start, end, color=_COLORS["ground truth"], alpha=0.1, linewidth=0)
-    curves.set(xlabel="seconds", ylabel="gate, finest level", xlim=(0, truth.duration), ylim=(-0.03, 1.03))
-    curves.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, frameon=False)
+    if gates:
+        curves.plot(gates.seconds, gates.audio, color=_AUDIO_LINE, label="$g_a$: from audio, gates the visual stream")
+        curves.plot(gates.seconds, gates.visual, color=_VISUAL_LINE, label="$g_v$: from video, gates the audio stream")
+        for start, end in truth.segments:
+            curves.axvspan(start, end, color=_COLORS["ground truth"], alpha=0.1, linewidth=0)
+        curves.set(ylabel="gate, finest level", ylim=(-0.03, 1.03))
+        curves.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, frameon=False)
+    curves.set(xlabel="seconds", xlim=(0, truth.duration))
     figure.suptitle(f"{truth.video_id}: {len(truth.labels)} events in {truth.duration:.1f} s")
     save_figure(figure, path)
 
@@ -183,9 +188,15 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a matplotlib figure as PNG, atomically, without a date in it."""
+    """Write a matplotlib figure as SVG where `path` says so, else as PNG: atomically, without a date in it."""
+    import matplotlib as mpl
+
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=110, metadata={"Software": None})
+    if Path(path).suffix.lower() == ".svg":
+        with mpl.rc_context({"svg.hashsalt": "ccnet"}):  # the same ids in every run
+            figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    else:
+        figure.savefig(drawn, format="png", dpi=110, metadata={"Software": None})
     with atomic_file(path) as stream:
         stream.write(drawn.getvalue())
 

@@ -67,6 +67,12 @@ class Matches:
     truth_labels: npt.NDArray[np.int64]
     """[M]"""
     num_classes: int
+    order: npt.NDArray[np.int64]
+    """[N] the number of each prediction as it was given."""
+    found: npt.NDArray[np.bool_]
+    """[K, all events as they were given] whether an event is taken at a threshold."""
+    counted: npt.NDArray[np.bool_]
+    """[all events as they were given] false for those that duplicate another one."""
 
     def average_precision(self, counts: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.float64]:
         """Return AP [K, C]; see `average_precision`. `counts` [V]: how often each video counts, 0 or more; None: once.
@@ -121,6 +127,8 @@ def match(
     hit = np.zeros((len(thresholds), len(order)), np.bool_)
     arrays = (predictions, groups, truth.segments, truth.real, truth.begin, thresholds, taken, hit)
     kernels().ccnet_match(len(thresholds), len(order), len(truth.segments), *map(address, arrays))
+    found, counted = np.empty_like(taken), np.empty_like(truth.real)
+    found[:, truth.order], counted[truth.order] = taken, truth.real
     return Matches(
         hit=hit,
         video=video[order],
@@ -129,6 +137,9 @@ def match(
         truth_video=truth.video[truth.real],
         truth_labels=truth.labels[truth.real],
         num_classes=num_classes,
+        order=order,
+        found=found,
+        counted=counted,
     )
 
 
@@ -143,7 +154,7 @@ class _GroundTruth:
     ) -> None:
         self.videos, index = np.unique(video, return_inverse=True)
         keys = labels * len(self.videos) + index
-        order = np.argsort(keys, kind="stable")
+        self.order = order = np.argsort(keys, kind="stable")
         self.segments, self.video, self.labels = segments[order], video[order], labels[order]
         self.keys, first = np.unique(keys[order], return_index=True)
         self.begin = np.append(first, len(keys)).astype(np.int64)

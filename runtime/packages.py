@@ -11,7 +11,7 @@ EXTRAS = {
     "torch": "train",
     "safetensors": "train",
     "tensorboard": "train",
-    "matplotlib": "train",
+    "matplotlib": "show",
     "tqdm": "train",
     "onnx": "export",
     "onnxscript": "export",

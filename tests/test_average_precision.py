@@ -10,7 +10,7 @@ from builders import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.average_precision import average_precision
+from runtime.average_precision import average_precision, match
 from runtime.errors import AnnotationError, ConfigError, PredictionError
 
 THRESHOLDS = np.arange(1, 10) / 10
@@ -139,6 +139,18 @@ def test_of_equal_scores_the_earlier_goes_first() -> None:
     hit, miss = (0, 0, 10, 0.5, 0), (0, 20, 30, 0.5, 0)
     np.testing.assert_allclose(ap([hit, miss], [(0, 0, 10, 0)]), [[1.0]])
     np.testing.assert_allclose(ap([miss, hit], [(0, 0, 10, 0)]), [[0.5]])
+
+
+def test_matching_says_what_was_right_and_what_was_found() -> None:
+    """In the order in which they are given, whatever the order of scores and classes."""
+    pred = np.array([[0, 9], [30, 40], [0, 10], [21, 30], [0, 10]])
+    truth = np.array([[20, 30], [0, 10], [0, 10.0005], [50, 60]])
+    scores, labels = [0.5, 0.9, 0.8, 0.7, 0.6], [1, 0, 1, 0, 0]
+    matches = match(np.zeros(5, int), pred, scores, labels, np.zeros(4, int), truth, [0, 1, 1, 0], 2, [0.5, 0.95])
+    assert matches.order.tolist() == [1, 3, 4, 2, 0]
+    assert matches.hit.tolist() == [[False, True, False, True, False], [False, False, False, True, False]]
+    assert matches.found.tolist() == [[True, True, False, False], [False, True, False, False]]
+    assert matches.counted.tolist() == [True, True, False, True]
 
 
 def test_threshold_is_inclusive() -> None:

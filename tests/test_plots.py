@@ -108,3 +108,12 @@ def test_a_video_without_events_and_predictions_is_drawn_too(tmp_path: Path) -> 
         tmp_path / "a.png", truth=empty, predictions=predictions, gates=read_gates(network(), SPEC, features(20))
     )
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_without_gates_the_events_alone_are_drawn(tmp_path: Path) -> None:
+    truth = VideoAnnotation("clip", 20.0, "test", np.array([[2.0, 9.0]]), np.array([0]))
+    predictions = Detections(np.array([[2.1, 8.8]]), np.array([0.9], np.float32), np.array([0]), SPEC.labels)
+    draw_timeline(tmp_path / "a.svg", truth=truth, predictions=predictions)
+    text = (tmp_path / "a.svg").read_text()
+    assert "#2e7d32" in text
+    assert "#c8641b" not in text

@@ -63,6 +63,11 @@ OPTIONS: dict[str, set[str]] = {
         *("--contexts", "--host", "--max-body", "--max-connections", "--max-wait", "--port", "--queue", "--quiet"),
         *("--timeout", "--tls-cert", "--tls-key", "--token-file", *ENGINE_OPTIONS),
     },
+    "show": {
+        *("--annotations", "--features", "--json", "--media", "--names", "--out", "--quiet", "--subset", "--title"),
+        *("--video", "--videos"),
+        *ENGINE_OPTIONS,
+    },
     "inspect": {"--json"},
     "bench": {
         *("--backend", "--batches", "--calls", "--checkpoint", "--json", "--no-compile", "--plot", "--seconds"),

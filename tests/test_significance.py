@@ -128,6 +128,9 @@ def test_recall_by_bucket() -> None:
         truth_video=np.array([0, 1]),
         truth_labels=np.array([0, 0]),
         num_classes=2,
+        order=np.zeros(0, np.int64),
+        found=np.zeros((1, 2), np.bool_),
+        counted=np.ones(2, np.bool_),
     )
     method = VideoScores(nothing, np.array([[2, 0], [1, 0]]), np.array([[1, 0], [1, 0]]))
     np.testing.assert_array_equal(method.recall(), [2 / 3, np.nan])

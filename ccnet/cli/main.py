@@ -32,6 +32,7 @@ COMMANDS = (
     "convert",
     "compare",
     "serve",
+    "show",
     "inspect",
     "bench",
     "doctor",
