@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
+    "security.md": "SECURITY.md",
     "gpu.md": "benchmarks/GPU.md",
 }
 """Page of the site -> file of the repository."""

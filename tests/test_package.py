@@ -80,7 +80,8 @@ def test_the_wheel_holds_every_file_of_the_packages_and_the_kernels(distribution
 
 def test_the_source_archive_holds_what_building_testing_and_documenting_need(distribution: Path) -> None:
     (unpacked,) = (distribution / "unpacked").iterdir()
-    for name in ("build_backend.py", "LICENSE", "Makefile", "mkdocs.yml", "constraints.txt", "CHANGELOG.md"):
+    names = ("build_backend.py", "constraints.txt", "LICENSE", "Makefile", "mkdocs.yml", "CHANGELOG.md", "SECURITY.md")
+    for name in names:
         assert (unpacked / name).is_file(), name
     for folder in ("tests", "docs", "examples", "benchmarks", "containers"):
         present = {path.name for path in (unpacked / folder).iterdir()}
