@@ -245,7 +245,11 @@ def evaluate(predictions: Mapping[str, Detections], annotations: Annotations, su
     scores = score_videos(predictions, annotations, subset)
     present = sum(video.video_id in predictions for video in videos)
     labels = np.concatenate([video.labels for video in videos])
-    counts = zip(BUCKETS, scores.events.sum(axis=0).tolist(), scores.found.sum(axis=0).tolist(), strict=True)
+    counts = [*zip(BUCKETS, scores.events.sum(axis=0).tolist(), scores.found.sum(axis=0).tolist(), strict=True)]
+    longer = (BUCKETS[-1][1], math.inf)
+    beyond = [_count_events(video, predictions.get(video.video_id), *longer) for video in videos]
+    if events := sum(count for count, _ in beyond):
+        counts.append((longer, events, sum(hits for _, hits in beyond)))
     return Evaluation(
         subset=subset,
         labels=annotations.labels,
@@ -329,9 +333,15 @@ def _check_labels(detections: Detections, annotations: Annotations, video_id: st
 
 def _count_buckets(video: VideoAnnotation, predicted: Detections | None) -> tuple[list[int], list[int]]:
     """Return the events of a video in each bucket, and those that are found."""
-    length, hit = video.segments[:, 1] - video.segments[:, 0], _found(video, predicted)
-    inside = [(length > above) & (length <= up_to) for above, up_to in BUCKETS]
-    return [int(rows.sum()) for rows in inside], [int(hit[rows].sum()) for rows in inside]
+    counts = [_count_events(video, predicted, above, up_to) for above, up_to in BUCKETS]
+    return [events for events, _ in counts], [found for _, found in counts]
+
+
+def _count_events(video: VideoAnnotation, predicted: Detections | None, above: float, up_to: float) -> tuple[int, int]:
+    """Return the events of a range of durations in seconds, and how many of them are found."""
+    length = video.segments[:, 1] - video.segments[:, 0]
+    inside = (length > above) & (length <= up_to)
+    return int(inside.sum()), int(_found(video, predicted)[inside].sum()) if inside.any() else 0
 
 
 def _found(video: VideoAnnotation, predicted: Detections | None) -> npt.NDArray[np.bool_]:
