@@ -30,7 +30,7 @@ from benchmarks.results import RESULTS, Measurement, markdown_table, write_resul
 from runtime.bundle import Bundle, Manifest
 from runtime.corpus.plan import Settings, done_file, make_plan
 from runtime.corpus.run import Run
-from runtime.corpus.schedule import Died, Done, Event, Ready
+from runtime.corpus.schedule import Died, Done, Event, Ready, Task
 from runtime.corpus.sources import Entry
 from runtime.spec import ModelSpec
 
@@ -157,9 +157,9 @@ class SimulatedPool:
         node = self._nodes[worker] = _Node(up, up + cluster.draw.exponential(cluster.case.node_mtbf))
         self._push(up, worker, node, "ready", -1)
 
-    def give(self, worker: int, shard: int) -> None:
+    def give(self, worker: int, task: Task) -> None:
         node = self._nodes[worker]
-        node.shards.append(shard)
+        node.shards.append(task.shard)
         if len(node.shards) == 1:
             self._begin(worker, node)
 

@@ -68,6 +68,10 @@ class VideoFailed(CCNetError):
     exit_code = 1
 
 
+class WorkerDied(CCNetError):
+    """The process that worked on a video of a corpus run died of it, more than once."""
+
+
 class BundleError(CCNetError):
     """A bundle is missing, altered or half written, or its manifest can't be read."""
 

@@ -271,6 +271,39 @@ def test_an_interrupt_ends_the_workers_too(
     assert shards(out) == expected
 
 
+@pytest.mark.parametrize(("processes", "commands"), [(2, 1), (None, 5)])
+def test_a_video_that_kills_its_workers_costs_itself_alone(
+    processes: int | None,
+    commands: int,
+    bundle: Path,
+    features: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    expected: bytes,
+) -> None:
+    """Without worker processes the command dies of it, and is started again: twice as ever, twice with care."""
+    deadly = ("v13", "v31") if processes else ("v13",)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal; from runtime.batches import Batch\n"
+        "read = Batch.read\n"
+        "def deadly(self, videos, **options):\n"
+        f"    if {{*{deadly}}} & {{video.video_id for video in videos}}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return read(self, videos, **options)\n"
+        "Batch.read = deadly\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    out = tmp_path / "run"
+    options = ("--processes", str(processes)) if processes else ("--workers", "1")
+    command = [sys.executable, "-m", "ccnet", *arguments(bundle, features, out, *options, *SIZED)]
+    statuses = [subprocess.run(command, check=False).returncode for _ in range(commands)]
+    assert statuses == [-signal.SIGKILL] * (commands - 1) + [1]
+    failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
+    assert [(f["video_id"], f["error"]) for f in failed] == [(video_id, "WorkerDied") for video_id in deadly]
+    lines = [line for line in expected.splitlines() if json.loads(line)["video_id"] not in deadly]
+    assert shards(out).splitlines() == lines
+    assert not list(out.glob("done/*.suspect.json"))
+
+
 def test_a_full_disk_ends_the_run(
     bundle: Path, features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -54,9 +54,9 @@ def test_actors_and_nodes_that_die_cost_their_shards(tmp_path: Path) -> None:
     slow = (  # slow enough for an actor to be caught at work
         "import sys, time; import runtime.corpus.ray_pool as pool; from ccnet.cli.main import main\n"
         "class Slow(pool.RayActor):\n"
-        "    def process(self, shard):\n"
+        "    def process(self, shard, careful):\n"
         "        time.sleep(0.3)\n"
-        "        return super().process(shard)\n"
+        "        return super().process(shard, careful)\n"
         "Slow.__module__ = '__main__'; pool.RayActor = Slow\n"
         "sys.exit(main(sys.argv[1:]))"
     )

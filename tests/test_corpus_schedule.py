@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from runtime.corpus.schedule import ATTEMPTS, DEPTH, Died, Done, Event, Ready, ShardQueue, drive
+from runtime.corpus.schedule import ATTEMPTS, CAREFUL, DEPTH, Died, Done, Event, Ready, ShardQueue, Task, drive
 from runtime.errors import BundleError, CCNetError, EngineError, VideoFailed
 
 
@@ -68,6 +68,7 @@ class FakePool:
         self.size, self.deadly, self.useless = size, deadly, useless
         self.starts: Counter[int] = Counter()
         self.finished: Counter[int] = Counter()
+        self.careful: Counter[int] = Counter()
         self.shards: dict[int, deque[int]] = {}
 
     def start(self, worker: int) -> None:
@@ -75,8 +76,10 @@ class FakePool:
         self.starts[worker] += 1
         self.shards[worker] = deque()
 
-    def give(self, worker: int, shard: int) -> None:
-        self.shards[worker].append(shard)
+    def give(self, worker: int, task: Task) -> None:
+        self.shards[worker].append(task.shard)
+        if task.careful:
+            self.careful[task.shard] += 1
 
     def wait(self) -> list[Event]:
         worker = next(worker for worker in sorted(self.shards) if self.shards[worker])
@@ -106,6 +109,7 @@ def test_poison_costs_itself_alone() -> None:
     pool = FakePool(3, dict.fromkeys((0, 5, 6, 19)))
     assert run(pool, 40) == {shard: f"died of {shard}" for shard in (0, 5, 6, 19)}
     assert pool.finished == dict.fromkeys(set(range(40)) - {0, 5, 6, 19}, 1)
+    assert pool.careful == dict.fromkeys((0, 5, 6, 19), ATTEMPTS - CAREFUL)
 
 
 def test_no_more_workers_are_started_than_there_are_shards() -> None:

@@ -95,6 +95,11 @@ class Plan:
         return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
 
 
+def suspect_file(shard: int) -> str:
+    """Return the name of the file that says which video of a shard a worker is at, when it is careful."""
+    return f"{DONE}/{shard:06d}.suspect.json"
+
+
 def done_file(shard: int) -> str:
     """Return the name of a shard's receipt in the run's folder."""
     return f"{DONE}/{shard:06d}.json"

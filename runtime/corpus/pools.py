@@ -1,12 +1,13 @@
 """Pools of workers on this machine: one thread of this process, or processes.
 
-A worker process is `python -m runtime.corpus.pools`. It reads its job and then shard numbers from standard input, one a
-line, and writes events as JSON lines. It ends when its input does, so it never outlives the process that started it.
+A worker process is `python -m runtime.corpus.pools`. It reads its job and then tasks from standard input, one a line,
+and writes events as JSON lines. It ends when its input does, so it never outlives the process that started it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import signal
@@ -20,7 +21,7 @@ from typing import IO, Any
 
 import orjson
 
-from runtime.corpus.schedule import Advanced, Died, Done, Event, Ready
+from runtime.corpus.schedule import Advanced, Died, Done, Event, Ready, Task
 from runtime.corpus.worker import Job, ShardWorker, error_from_json, error_to_json
 from runtime.errors import CCNetError
 from runtime.machine import gpus
@@ -37,7 +38,7 @@ class ThreadPool:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._shards: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         self._stopped = False
         self._thread = threading.Thread(target=self._work, name="ccnet-corpus", daemon=True)
@@ -45,8 +46,8 @@ class ThreadPool:
     def start(self, worker: int) -> None:
         self._thread.start()
 
-    def give(self, worker: int, shard: int) -> None:
-        self._shards.put(shard)
+    def give(self, worker: int, task: Task) -> None:
+        self._tasks.put(task)
 
     def wait(self) -> list[Event]:
         found: list[Event] = []
@@ -59,7 +60,7 @@ class ThreadPool:
     def close(self) -> None:
         """Let the worker finish the batch it is at, and close its engine."""
         self._stopped = True
-        self._shards.put(None)
+        self._tasks.put(None)
         if self._thread.ident is not None:
             self._thread.join()
 
@@ -68,7 +69,7 @@ class ThreadPool:
             with contextlib.closing(ShardWorker(self._job)) as worker:
                 self._events.put(Ready(0, worker.engine))
                 worker.run(
-                    lambda wait: _take(self._shards, wait),
+                    lambda wait: take(self._tasks, wait),
                     on_video=lambda: self._events.put(Advanced(0, 1)),
                     on_shard=lambda shard: self._events.put(Done(0, shard)),
                     stopped=lambda: self._stopped,
@@ -103,14 +104,15 @@ class ProcessPool:
             env=environment,
             start_new_session=True,  # Ctrl-C is for the process that drives the run
         )
+        self._forget(worker)
         self._processes[worker] = process
         self._send(worker, self._job.to_json())
         threading.Thread(
             target=self._listen, args=(worker, process), name=f"ccnet-worker-{worker}", daemon=True
         ).start()
 
-    def give(self, worker: int, shard: int) -> None:
-        self._send(worker, str(shard))
+    def give(self, worker: int, task: Task) -> None:
+        self._send(worker, json.dumps(task))
 
     def wait(self) -> list[Event]:
         return list(_drain(self._events))
@@ -122,9 +124,8 @@ class ProcessPool:
     def close(self) -> None:
         """End the workers, whatever they are at."""
         self._closed = True
-        for process in self._processes.values():
-            with contextlib.suppress(OSError):
-                _pipe(process.stdin).close()
+        for worker in self._processes:
+            self._forget(worker)
         deadline = time.monotonic() + _END_SECONDS
         for process in self._processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -132,6 +133,12 @@ class ProcessPool:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+
+    def _forget(self, worker: int) -> None:
+        """Close the pipe of a worker that died, or that is to end."""
+        if worker in self._processes:
+            with contextlib.suppress(OSError):
+                _pipe(self._processes[worker].stdin).close()
 
     def _send(self, worker: int, line: str) -> None:
         stream = _pipe(self._processes[worker].stdin)
@@ -178,9 +185,10 @@ def _drain(events: queue.SimpleQueue[Any]) -> list[Any]:
     return found
 
 
-def _take(shards: queue.SimpleQueue[int | None], wait: bool) -> int | None:
+def take(tasks: queue.SimpleQueue[Task | None], wait: bool) -> Task | None:
+    """Return the next task of a worker; None where there is none now, or with `wait` where no more will come."""
     try:
-        return shards.get(block=wait)
+        return tasks.get(block=wait)
     except queue.Empty:
         return None
 
@@ -206,7 +214,7 @@ def main() -> int:
     os.dup2(2, 1)  # what a library prints is no event
     lines = sys.stdin.buffer
     job = Job.from_json(lines.readline().decode())
-    shards: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
     lock = threading.Lock()
 
     def send(message: Mapping[str, Any]) -> None:
@@ -216,7 +224,7 @@ def main() -> int:
 
     def listen() -> None:
         for line in lines:
-            shards.put(int(line))
+            tasks.put(Task(*json.loads(line)))
         os._exit(0)  # nobody waits for this shard any more, and who resumes the run begins it anew
 
     threading.Thread(target=listen, daemon=True).start()
@@ -226,7 +234,7 @@ def main() -> int:
         with contextlib.closing(ShardWorker(job)) as worker:
             send({"ready": worker.engine})
             worker.run(
-                lambda wait: _take(shards, wait),
+                lambda wait: take(tasks, wait),
                 on_video=reporter.video,
                 on_shard=reporter.shard,
             )

@@ -10,7 +10,8 @@ import time
 import traceback
 from typing import Any
 
-from runtime.corpus.schedule import DEPTH, Died, Done, Event, Ready
+from runtime.corpus.pools import take
+from runtime.corpus.schedule import DEPTH, Died, Done, Event, Ready, Task
 from runtime.corpus.worker import Job, ShardWorker, error_from_json, error_to_json
 from runtime.errors import CCNetError, EngineError
 from runtime.packages import import_package
@@ -28,7 +29,7 @@ class RayActor:
 
     def __init__(self, job: str) -> None:
         self._job = Job.from_json(job)
-        self._shards: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._engine: dict[str, Any] | None = None
         self._done: set[int] = set()
@@ -41,9 +42,9 @@ class RayActor:
             self._changed.wait_for(lambda: self._engine is not None or self._error is not None)
             return {"ready": self._engine} if self._error is None else {"error": self._error}
 
-    def process(self, shard: int) -> dict[str, Any]:
+    def process(self, shard: int, careful: bool) -> dict[str, Any]:
         """Process a shard; returns an `error` where that ended the worker."""
-        self._shards.put(shard)
+        self._tasks.put(Task(shard, careful))
         with self._changed:
             self._changed.wait_for(lambda: shard in self._done or self._error is not None)
             return {} if shard in self._done else {"error": self._error}
@@ -54,7 +55,7 @@ class RayActor:
             with self._changed:
                 self._engine = worker.engine
                 self._changed.notify_all()
-            worker.run(self._take, on_video=lambda: None, on_shard=self._on_shard)
+            worker.run(lambda wait: take(self._tasks, wait), on_video=lambda: None, on_shard=self._on_shard)
         except (CCNetError, OSError) as error:
             with self._changed:
                 self._error = error_to_json(error)
@@ -62,12 +63,6 @@ class RayActor:
         except BaseException:  # noqa: BLE001  nobody else would hear of it
             traceback.print_exc()  # a defect: to the log of the actor, which ends
             os._exit(1)
-
-    def _take(self, wait: bool) -> int | None:
-        try:
-            return self._shards.get(block=wait)
-        except queue.Empty:
-            return None
 
     def _on_shard(self, shard: int) -> None:
         with self._changed:
@@ -115,8 +110,8 @@ class RayPool:
         actor = self._actors[worker] = self._actor.remote(self._job)
         self._calls[actor.engine.remote()] = worker, None
 
-    def give(self, worker: int, shard: int) -> None:
-        self._calls[self._actors[worker].process.remote(shard)] = worker, shard
+    def give(self, worker: int, task: Task) -> None:
+        self._calls[self._actors[worker].process.remote(*task)] = worker, task.shard
 
     def wait(self) -> list[Event]:
         if not self._calls:

@@ -10,14 +10,24 @@ import heapq
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from runtime.errors import CCNetError, EngineError, VideoFailed
 
-ATTEMPTS = 3
+ATTEMPTS = 10
 """How often a shard that takes its worker down is tried."""
+CAREFUL = 2
+"""After so many attempts a worker goes through a shard video by video, so that the one it dies of is known."""
 DEPTH = 2
 """Shards a worker is given at once, so that it never waits for the next one."""
+
+
+class Task(NamedTuple):
+    """A shard for a worker."""
+
+    shard: int
+    careful: bool = False
+    """To go through it video by video."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class Pool(Protocol):
     def start(self, worker: int) -> None:
         """Start a worker, or start it again after it died."""
 
-    def give(self, worker: int, shard: int) -> None:
+    def give(self, worker: int, task: Task) -> None:
         """Hand a shard to a worker, behind those that it has."""
 
     def wait(self) -> list[Event]:
@@ -129,6 +139,10 @@ class ShardQueue:
         """Make a postponed shard available."""
         heapq.heappush(self._ready, (self._attempts[shard], shard))
 
+    def task(self, shard: int) -> Task:
+        """Return a shard as a worker is to be given it."""
+        return Task(shard, careful=self._attempts[shard] >= CAREFUL)
+
     def tried(self, shard: int, attempts: int) -> bool:
         """Note the attempts that others made at a shard. Returns whether it may be tried again."""
         self._attempts[shard] = max(self._attempts[shard], attempts)
@@ -175,7 +189,7 @@ def drive(
             if worker not in started:
                 pool.start(worker)
                 started.add(worker)
-            pool.give(worker, shard)
+            pool.give(worker, queue.task(shard))
         if queue.held(worker):
             idle.discard(worker)
         else:

@@ -17,13 +17,15 @@ import orjson
 
 from runtime import errors
 from runtime.bundle import read_bundle
-from runtime.corpus.plan import Plan, done_file, pin_engine, pinned_engine, read_plan
+from runtime.corpus.plan import Plan, done_file, pin_engine, pinned_engine, read_plan, suspect_file
+from runtime.corpus.schedule import Task
 from runtime.corpus.sources import SourceOptions, open_source
 from runtime.corpus.store import open_store
 from runtime.detections import Record, event_line, write_parquet_to
-from runtime.errors import CCNetError, ConfigError, EngineError, VideoFailed
+from runtime.errors import CCNetError, ConfigError, EngineError, VideoFailed, WorkerDied
 from runtime.localizer import Localizer
 from runtime.pipeline import Item, Localized
+from runtime.records import BadRecord, parse_json
 from runtime.schema import section_from_json
 
 
@@ -87,8 +89,11 @@ class Receipt:
         return orjson.dumps(dataclasses.asdict(self), option=orjson.OPT_APPEND_NEWLINE)
 
 
-Take = Callable[[bool], "int | None"]
+Take = Callable[[bool], "Task | None"]
 """(wait): the next shard; None where no more will come, or without `wait` where there is none now."""
+
+DEATHS = 2
+"""After so many deaths of workers at a video, it is bad."""
 
 
 @dataclass
@@ -152,8 +157,12 @@ class ShardWorker:
         video, `on_shard` when a shard and its receipt are written. Raises VideoFailed for a job that stops at the
         first bad video, and what ends `Localizer.stream`.
         """
-        while not stopped() and (shard := take(True)) is not None:
-            self._run_from(shard, take, on_video, on_shard, stopped)
+        while not stopped() and (task := take(True)) is not None:
+            if task.careful:
+                self._run_carefully(task.shard, on_video, stopped)
+                on_shard(task.shard)
+            else:
+                self._run_from(task.shard, take, on_video, on_shard, stopped)
 
     def _run_from(
         self,
@@ -173,7 +182,8 @@ class ShardWorker:
                 entries = self._plan.entries(self._store, shard)
                 opened.append(_Open(shard, len(entries), []))
                 yield from map(self._source.item, entries)
-                shard = take(False)
+                following = take(False)  # never a careful one, which is given alone
+                shard = following.shard if following else None
 
         begun = time.monotonic()
         stream = self._localizer.stream(items(), batch_size=options.batch, workers=options.workers)
@@ -181,8 +191,7 @@ class ShardWorker:
             for result in stream:
                 if stopped():
                     return
-                if result.error is not None and self._job.stop_on_error:
-                    raise VideoFailed(f"stopped at video {result.video_id} (--on-error stop): {result.error}")
+                self._check(result)
                 current = opened[0]
                 current.results.append(result)
                 on_video()
@@ -192,6 +201,49 @@ class ShardWorker:
                     on_shard(current.shard)
                     begun = now
                     opened.popleft()
+
+    def _run_carefully(self, shard: int, on_video: Callable[[], None], stopped: Callable[[], bool]) -> None:
+        """Process a shard video by video, and note before each one that a death from now on is of this one.
+
+        A video that workers died of `DEATHS` times is left out, as one that can't be processed.
+        """
+        begun = time.monotonic()
+        entries = self._plan.entries(self._store, shard)
+        current = _Open(shard, len(entries), [])
+        deaths = self._deaths(shard)
+        for entry in entries:
+            if stopped():
+                return
+            if deaths.get(entry.video_id, 0) >= DEATHS:
+                error = WorkerDied(f"{entry.video_id}: the process that worked on this video died, {DEATHS} times")
+                result = Localized(entry.video_id, entry.duration, None, error)
+            else:
+                suspect = orjson.dumps({"at": entry.video_id, "deaths": deaths})
+                self._store.write(suspect_file(shard), suspect)
+                options = self._job.engine
+                stream = self._localizer.stream(
+                    [self._source.item(entry)], batch_size=options.batch, workers=options.workers
+                )
+                (result,) = stream
+            self._check(result)
+            current.results.append(result)
+            on_video()
+        self._write(current, time.monotonic() - begun)
+        self._store.remove(suspect_file(shard))
+
+    def _deaths(self, shard: int) -> dict[str, int]:
+        """Return how often careful workers died at a video of a shard, by id, counting the last one."""
+        try:
+            record = parse_json(self._store.read(suspect_file(shard)))
+            deaths, at = dict(record["deaths"]), str(record["at"])
+        except (FileNotFoundError, BadRecord, KeyError, TypeError, ValueError):
+            return {}
+        deaths[at] = int(deaths.get(at, 0)) + 1
+        return deaths
+
+    def _check(self, result: Localized) -> None:
+        if result.error is not None and self._job.stop_on_error:
+            raise VideoFailed(f"stopped at video {result.video_id} (--on-error stop): {result.error}")
 
     def _write(self, finished: _Open, seconds: float) -> None:
         """Write the events of a shard, and then its receipt."""
