@@ -173,6 +173,20 @@ def test_bad_videos_are_listed_and_the_list_is_a_manifest(
     assert set(read_events(tmp_path / "mended.jsonl")) == {"v03", "v07"}
 
 
+def test_a_name_that_is_no_text_is_a_bad_video(bundle: Path, tmp_path: Path) -> None:
+    own = tmp_path / "features"
+    own.mkdir()
+    write_features(own, "good", features_with(12, [(2, 8, 1, 3.0)]))
+    write_features(own, "bad\udcff", features_with(12))
+    out = tmp_path / "run"
+    assert predict(bundle, own, out) == 1
+    assert predict(bundle, own, out) == 1
+    (failed,) = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
+    assert failed["video_id"] == "bad\udcff"
+    assert "expected a name without path separators" in failed["message"]
+    assert [json.loads(line)["video_id"] for line in shards(out).splitlines()] == ["good"]
+
+
 def test_parquet(bundle: Path, features: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     assert predict(bundle, features, tmp_path / "run", "--format", "parquet", *SIZED) == 0

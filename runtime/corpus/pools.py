@@ -117,10 +117,6 @@ class ProcessPool:
     def wait(self) -> list[Event]:
         return list(_drain(self._events))
 
-    def pids(self) -> list[int]:
-        """Return the ids of the processes that run."""
-        return [process.pid for process in self._processes.values() if process.poll() is None]
-
     def close(self) -> None:
         """End the workers, whatever they are at."""
         self._closed = True
@@ -151,6 +147,8 @@ class ProcessPool:
         error: CCNetError | OSError | None = None
         with _pipe(process.stdout) as stream:
             for line in stream:
+                if not line.endswith(b"\n"):
+                    break  # it was killed while it wrote
                 message = orjson.loads(line)
                 if "error" in message:
                     error = error_from_json(message["error"])

@@ -24,7 +24,7 @@ from runtime.corpus.store import LocalStore, Store, join_location, whole_file
 from runtime.corpus.worker import Receipt
 from runtime.coverage import Gaps
 from runtime.detections import join_parquet
-from runtime.errors import ConfigError, PredictionError
+from runtime.errors import ConfigError, PredictionError, printable
 from runtime.records import BadRecord, parse_json
 from runtime.schema import require, section_from_json, show
 
@@ -141,10 +141,11 @@ class Run:
         for shard in range(self.plan.shards):
             bad = self._bad_videos(shard)
             for entry in self.plan.entries(self.store, shard) if bad else ():
-                if entry.video_id in bad:
+                found = bad.get(printable(entry.video_id))
+                if found is not None:
                     folder = features if entry.features is None else join_location(features, entry.features)
                     placed = dataclasses.replace(entry, features=folder)
-                    lines.append(placed.to_line(shard=shard, **bad[entry.video_id]))
+                    lines.append(placed.to_line(shard=shard, **found))
         self.store.write(FAILED, b"".join(lines))
         self.store.remove(CLAIMS)
 
@@ -154,7 +155,9 @@ class Run:
         if receipt is not None:
             return receipt.failed
         message = f"its shard was given up: {self._gave_up(shard)}"
-        return {e.video_id: {"error": "GaveUp", "message": message} for e in self.plan.entries(self.store, shard)}
+        return {
+            printable(e.video_id): {"error": "GaveUp", "message": message} for e in self.plan.entries(self.store, shard)
+        }
 
     def join(self, out: str) -> None:
         """Write the events of all shards, in order, as one file at a path or URL. Every shard must be done.

@@ -11,11 +11,12 @@ that a run leaves is a manifest too: its further keys `shard`, `error` and `mess
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import orjson
 
@@ -48,8 +49,8 @@ class Entry:
         kept = {key: value for key, value in values.items() if value is not None}
         try:
             return orjson.dumps({**kept, **further}, option=orjson.OPT_APPEND_NEWLINE)
-        except TypeError as error:  # a lone surrogate, as in the name of a file that is not UTF-8
-            raise FeatureError(f"video {self.video_id!r}: can't be written as JSON ({error})") from None
+        except TypeError:  # half of a surrogate pair, as in the name of a file that is not UTF-8: reading it will fail
+            return json.dumps({**kept, **further}).encode() + b"\n"
 
 
 class Source(Protocol):
@@ -197,6 +198,13 @@ def _parse_line(line: bytes) -> Entry:
 def parse_entries(lines: bytes) -> list[Entry]:
     """Return the entries of lines that `Entry.to_line` made. Raises ConfigError for other ones."""
     try:
-        return [Entry(**orjson.loads(line)) for line in lines.splitlines()]
+        return [Entry(**_parse_known(line)) for line in lines.splitlines()]
     except (ValueError, TypeError) as error:
         raise ConfigError(f"a damaged list of videos ({quote(error)}); delete the run's folder and run again") from None
+
+
+def _parse_known(line: bytes) -> Any:
+    try:
+        return orjson.loads(line)
+    except ValueError:  # as in `Entry.to_line`
+        return json.loads(line)

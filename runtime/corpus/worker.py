@@ -22,7 +22,7 @@ from runtime.corpus.schedule import Task
 from runtime.corpus.sources import SourceOptions, open_source
 from runtime.corpus.store import open_store
 from runtime.detections import Record, event_line, write_parquet_to
-from runtime.errors import CCNetError, ConfigError, EngineError, VideoFailed, WorkerDied
+from runtime.errors import CCNetError, ConfigError, EngineError, VideoFailed, WorkerDied, printable
 from runtime.localizer import Localizer
 from runtime.pipeline import Item, Localized
 from runtime.records import BadRecord, parse_json
@@ -77,7 +77,7 @@ class Receipt:
     sha256: str
     """Of the same."""
     failed: dict[str, dict[str, str]]
-    """Error and message by id of a bad video."""
+    """Error and message by id of a bad video; what no text can hold of an id is escaped."""
     gaps: dict[str, dict[str, Any]]
     """What is not covered of a video, see `runtime.coverage.Gaps`, by id."""
     engine: str
@@ -159,8 +159,7 @@ class ShardWorker:
         """
         while not stopped() and (task := take(True)) is not None:
             if task.careful:
-                self._run_carefully(task.shard, on_video, stopped)
-                on_shard(task.shard)
+                self._run_carefully(task.shard, on_video, on_shard, stopped)
             else:
                 self._run_from(task.shard, take, on_video, on_shard, stopped)
 
@@ -202,7 +201,9 @@ class ShardWorker:
                     begun = now
                     opened.popleft()
 
-    def _run_carefully(self, shard: int, on_video: Callable[[], None], stopped: Callable[[], bool]) -> None:
+    def _run_carefully(
+        self, shard: int, on_video: Callable[[], None], on_shard: Callable[[int], None], stopped: Callable[[], bool]
+    ) -> None:
         """Process a shard video by video, and note before each one that a death from now on is of this one.
 
         A video that workers died of `DEATHS` times is left out, as one that can't be processed.
@@ -230,6 +231,7 @@ class ShardWorker:
             on_video()
         self._write(current, time.monotonic() - begun)
         self._store.remove(suspect_file(shard))
+        on_shard(shard)
 
     def _deaths(self, shard: int) -> dict[str, int]:
         """Return how often careful workers died at a video of a shard, by id, counting the last one."""
@@ -267,7 +269,7 @@ class ShardWorker:
             size=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
             failed={
-                result.video_id: {"error": type(result.error).__name__, "message": str(result.error)}
+                printable(result.video_id): {"error": type(result.error).__name__, "message": str(result.error)}
                 for result in finished.results
                 if result.error is not None
             },
