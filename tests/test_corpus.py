@@ -251,10 +251,15 @@ def test_processes_that_share_a_folder_share_the_work(
     assert not (out / "claims").exists()
 
 
-def test_worker_processes(bundle: Path, features: Path, tmp_path: Path, expected: bytes) -> None:
+def test_worker_processes(
+    bundle: Path, features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: bytes
+) -> None:
+    (tmp_path / "here" / "runtime").mkdir(parents=True)
+    (tmp_path / "here" / "json.py").write_text("raise SystemExit('code of the current folder')")
+    monkeypatch.chdir(tmp_path / "here")
     assert predict(bundle, features, tmp_path / "events.jsonl", "--processes", "2", *SIZED) == 0
     assert (tmp_path / "events.jsonl").read_bytes() == expected
-    assert files(tmp_path) == ["events.jsonl"]
+    assert files(tmp_path) == ["events.jsonl", "here/json.py"]
 
 
 def test_a_mistake_in_a_worker_process_is_told_as_it_is(

@@ -1,7 +1,7 @@
 """Pools of workers on this machine: one thread of this process, or processes.
 
-A worker process is `python -m runtime.corpus.pools`. It reads its job and then tasks from standard input, one a line,
-and writes events as JSON lines. It ends when its input does, so it never outlives the process that started it.
+A worker process reads its job and then tasks from standard input, one a line, and writes events as JSON lines. It ends
+when its input does, so it never outlives the process that started it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import IO, Any
 
 import orjson
@@ -26,6 +27,12 @@ from runtime.corpus.worker import Job, ShardWorker, error_from_json, error_to_js
 from runtime.errors import CCNetError
 from runtime.machine import gpus
 
+_WORKER = """
+import sys
+sys.path[0] = sys.argv.pop(1)  # in place of the current folder
+from runtime.corpus.pools import main
+sys.exit(main())
+"""
 _WAIT_SECONDS = 0.2
 _REPORT_SECONDS = 0.2
 _END_SECONDS = 5.0
@@ -98,7 +105,7 @@ class ProcessPool:
         if self._devices:
             environment["CUDA_VISIBLE_DEVICES"] = self._devices[worker % len(self._devices)]
         process = subprocess.Popen(
-            [sys.executable, "-m", "runtime.corpus.pools"],
+            [sys.executable, "-c", _WORKER, str(Path(__file__).parents[2])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -263,7 +270,3 @@ class _Reporter:
         if self._videos:
             self._send({"advanced": self._videos})
         self._videos, self._sent = 0, time.monotonic()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
