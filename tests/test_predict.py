@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,7 @@ def test_an_interrupt_before_the_first_video_leaves_nothing(
 
     def reading(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)  # until it is noticed; six videos are done in a moment
         return original(*arguments, **options)
 
     monkeypatch.setattr(Batch, "read", reading)
