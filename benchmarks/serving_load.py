@@ -13,7 +13,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,15 @@ class Load:
     def to_json(self) -> dict[str, Any]:
         return {"answered": dict(self.answered), "wrong": self.wrong, "unanswered": self.unanswered}
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Load:
+        answered = Counter({int(status): count for status, count in data["answered"].items()})
+        return cls(answered, data["wrong"], data["unanswered"])
 
-def exchange(video: VideoFeatures, duration: float, localizer: Localizer) -> Exchange:
+
+def exchange(video: VideoFeatures, localizer: Localizer) -> Exchange:
     """Return the request to localize a video, as binary tensors, and what the localizer called directly says."""
+    duration = localizer.spec.time_base.covered_seconds(video.steps)
     arrays = {"visual": video.visual, "audio": video.audio, "duration": np.array([duration])}
     inputs = [
         {
@@ -108,12 +114,10 @@ def run_load(
     exchanges: Iterator[Exchange],
     concurrency: int,
     *,
-    abort: float = 0.0,
     report: Callable[[Load], None] | None = None,
-    seed: int = 0,
 ) -> Load:
-    """Send requests on `concurrency` connections until there are none left; `abort`: share of those given up on."""
-    return asyncio.run(_run(host, port, exchanges, concurrency, abort, report, random.Random(seed)))
+    """Send requests on `concurrency` connections until there are none left, or nobody listens any more."""
+    return asyncio.run(_run(host, port, exchanges, concurrency, report))
 
 
 async def _run(
@@ -121,9 +125,7 @@ async def _run(
     port: int,
     exchanges: Iterator[Exchange],
     concurrency: int,
-    abort: float,
     report: Callable[[Load], None] | None,
-    chance: random.Random,
 ) -> Load:
     load, loop = Load(), asyncio.get_running_loop()
 
@@ -132,7 +134,7 @@ async def _run(
             done: asyncio.Future[None] = loop.create_future()
             rest = itertools.chain([first], exchanges)
             try:
-                await loop.create_connection(lambda: _Client(load, rest, done, abort, report, chance), host, port)  # noqa: B023
+                await loop.create_connection(lambda: _Client(load, rest, done, report), host, port)  # noqa: B023
             except OSError:
                 load.unanswered += 1
                 return
@@ -150,12 +152,10 @@ class _Client(asyncio.Protocol):
         load: Load,
         exchanges: Iterator[Exchange],
         done: asyncio.Future[None],
-        abort: float,
         report: Callable[[Load], None] | None,
-        chance: random.Random,
     ) -> None:
         self._load, self._exchanges, self._done = load, exchanges, done
-        self._abort, self._report, self._chance = abort, report, chance
+        self._report = report
         self._transport: Any = None
         self._exchange: Exchange | None = None
         self._received = bytearray()
@@ -194,12 +194,6 @@ class _Client(asyncio.Protocol):
             return
         self._begun = time.perf_counter()
         self._transport.write(self._exchange.request)
-        if self._abort and self._chance.random() < self._abort:
-            asyncio.get_running_loop().call_later(self._chance.random() * 0.05, self._give_up, self._exchange)
-
-    def _give_up(self, begun: Exchange) -> None:
-        if self._exchange is begun:
-            self._transport.abort()
 
     def _check(self, status: int, body: bytes) -> None:
         load, expected = self._load, self._exchange

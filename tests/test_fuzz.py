@@ -41,6 +41,7 @@ from runtime.features import read_video
 from runtime.files import sha256_file
 from runtime.formats.events import Event, Video
 from runtime.formats.registry import FORMATS, read_videos
+from runtime.localizer import Localizer
 from runtime.records import BadRecord, parse_json
 
 COUNT = int(os.environ.get("CCNET_FUZZ", "300"))
@@ -431,3 +432,45 @@ def test_annotations_of_thumos(name: str, tmp_path: Path) -> None:
     for other, content in good.items():
         (tmp_path / other).write_bytes(content)
     attack(lambda path: read_annotations(path.parent), tmp_path / name, lambda rng: mutated_bytes(good[name], rng))
+
+
+def test_requests_with_tensors(tmp_path: Path) -> None:
+    from runtime.serving.models import localizer_model, localizer_source
+    from runtime.serving.protocol import parse_infer
+
+    visual, audio = features_with(12)
+    inputs = [
+        {"name": "visual", "datatype": "FP32", "shape": [12, 6], "data": visual.tolist()},
+        {"name": "audio", "datatype": "FP32", "shape": [12, 3], "parameters": {"binary_data_size": audio.nbytes}},
+        {"name": "duration", "datatype": "FP64", "shape": [1], "data": [9.5]},
+    ]
+    good = {"id": "v", "inputs": inputs, "outputs": [{"name": "scores", "parameters": {"binary_data": True}}]}
+
+    def read(path: Path) -> Any:
+        content = path.read_bytes()
+        request = parse_infer(content, str(len(content) - audio.nbytes))
+        localizer_model(SPEC).check(request)
+        return Localizer([OracleBackend()], SPEC)(*localizer_source(request))
+
+    attack(read, tmp_path / "request", lambda rng: mutated_json(good, rng) + audio.tobytes())
+
+
+def test_uploads(tmp_path: Path) -> None:
+    from runtime.serving.uploads import features_of_files, parse_form, unpack_npz
+
+    stream = io.BytesIO()
+    np.savez_compressed(stream, visual=features_with(12).visual, audio=features_with(12).audio)
+    archive = stream.getvalue()
+    attack(
+        lambda path: features_of_files(unpack_npz(path.read_bytes(), 100_000), SPEC, "v"),
+        tmp_path / "v.npz",
+        lambda rng: mutated_bytes(archive, rng),
+    )
+    pytest.importorskip("python_multipart")
+    part = b'--edge\r\nContent-Disposition: form-data; name="file"; filename="visual.npy"\r\n\r\n'
+    form = part + archive + b"\r\n" + part.replace(b"visual", b"audio") + b"x\r\n--edge--\r\n"
+    attack(
+        lambda path: features_of_files(parse_form(path.read_bytes(), b"edge").files, SPEC, "v"),
+        tmp_path / "form",
+        lambda rng: mutated_bytes(form, rng),
+    )

@@ -116,7 +116,7 @@ def test_curl_and_what_is_logged(bundle: Path, tmp_path: Path) -> None:
 def test_sigterm_under_load_loses_nothing_that_was_accepted(bundle: Path) -> None:
     videos = [features_with(10 + i, [(1, 6, i % 4, 1.0)]) for i in range(20)]
     with Localizer.load(bundle) as localizer:
-        exchanges = [exchange(video, 30.0, localizer) for video in videos]
+        exchanges = [exchange(video, localizer) for video in videos]
     with serving(bundle) as server:
         threading.Timer(1.0, server.child.send_signal, (signal.SIGTERM,)).start()
         load = run_load(server.host, server.port, itertools.islice(itertools.cycle(exchanges), 100_000), 16)

@@ -24,7 +24,7 @@ from runtime.localizer import Localizer
 from runtime.machine import library_versions, usable_cores
 from runtime.pipeline import Pipeline, Video
 from runtime.records import BadRecord, check_video_id
-from runtime.schema import require
+from runtime.schema import quote, require
 from runtime.serving.batcher import Batcher, Times
 from runtime.serving.bodies import Bodies, Disconnected
 from runtime.serving.contexts import Contexts
@@ -262,7 +262,8 @@ class Service:
         if name not in self._models or version != VERSION:
             known = ", ".join(self._models)
             raise RequestError(
-                f"no model '{name}' of version '{version}'; there is {known}, version {VERSION}", status=404
+                f"no model '{quote(name, 60)}' of version '{quote(version, 60)}'; there is {known}, version {VERSION}",
+                status=404,
             )
         request.scope["ccnet.exchange"].details["model"] = name
         return self._models[name]
@@ -274,7 +275,7 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 
 async def _no_such_path(scope: Scope, receive: Receive, send: Send) -> None:
-    raise HTTPException(404, f"no such path: {scope['path']}")
+    raise HTTPException(404, f"no such path: {quote(scope['path'], 60)}")
 
 
 def _check_room(batcher: Batcher[Any]) -> None:

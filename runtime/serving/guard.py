@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.errors import CCNetError, ConfigError, FeatureError, RequestError
+from runtime.schema import quote
 from runtime.serving.bodies import Disconnected, Refusal
 from runtime.serving.metrics import Metrics
 
@@ -133,7 +134,7 @@ class _Exchange:
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             "client": scope["client"][0] if scope.get("client") else None,
             "method": scope["method"],
-            "path": scope["path"],
+            "path": quote(scope["path"]),
             "status": self.status,
             "bytes_in": self._received,
             "bytes_out": self._sent,

@@ -34,6 +34,8 @@ _TYPES: Mapping[str, np.dtype[Any]] = {
 }
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _MOST_DIMENSIONS = 8
+LARGEST_JSON = 1 << 24
+"""Bytes; parsed numbers take ten times as many, and everybody waits while they are parsed."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,11 @@ class InferRequest:
 def parse_infer(body: bytes | bytearray, header_length: str | None) -> InferRequest:
     """Parse the body of an `infer` request; `header_length`: the header of that name.
 
-    Raises RequestError for what is not a request of the protocol. No more memory is taken than the body has bytes, but
-    for JSON, whose numbers take several times as much.
+    Raises RequestError for what is not a request of the protocol.
     """
     size = _header_size(header_length, len(body))
+    if size > LARGEST_JSON:
+        raise RequestError(f"{size} bytes of JSON, at most {LARGEST_JSON} are taken; send binary tensors", status=413)
     with memoryview(body) as view:
         head = _parse_json(view[:size])
     data = _Binary(body, size)
@@ -190,7 +193,7 @@ def _input(name: str, entry: dict[str, Any], data: _Binary) -> Array:
         raise RequestError(f"input {name}: has neither data nor the parameter binary_data_size")
     try:
         values = np.array(entry["data"])
-        if values.size and (values.dtype.kind not in "biuf" or (values.dtype.kind == "f" and dtype.kind != "f")):
+        if values.size and (values.dtype.kind not in "iuf" or (values.dtype.kind == "f" and dtype.kind != "f")):
             raise ValueError(f"got {values.dtype}")
         if values.size and dtype.kind in "iu":
             limits = np.iinfo(dtype)
