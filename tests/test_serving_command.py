@@ -23,10 +23,13 @@ import numpy as np
 import pytest
 from builders import features_with, make_bundle, write_features
 
+from benchmarks import serving as benchmark
+from benchmarks.compare import compare
 from benchmarks.serving_load import exchange, run_load
 from ccnet.cli.main import main
 from runtime.errors import ConfigError
 from runtime.localizer import Localizer
+from runtime.profiling.timing import Rules
 from runtime.serving.options import Limits, ServerOptions
 
 for package in ("onnx", "onnxruntime", "starlette", "uvicorn", "httptools", "prometheus_client", "python_multipart"):
@@ -189,3 +192,23 @@ def test_limits_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"limits\.queue"):
         Limits(queue=0)
     assert np.isfinite(list(vars(Limits()).values())).all()
+
+
+def test_the_benchmark_runs_and_finds_nothing_lost_or_wrong(bundle: Path, tmp_path: Path) -> None:
+    rules = Rules(warmup_seconds=0, warmup_calls=1, seconds=0, calls=3)
+    options = ("ccnet serve --batch 8", "ccnet serve --batch 4")  # the most that this bundle takes
+    servers = {
+        name.replace(*options): tuple(o.replace("8", "4") for o in each) for name, each in benchmark.SERVERS.items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "SERVERS", servers)
+        patch.setattr(benchmark, "KILLED_EVERY", 0.5)
+        path = benchmark.run(benchmark.Setting(bundle, tmp_path, rules, 1, 20, 2000, 0.5))
+    data = json.loads(path.read_text())
+    assert len(compare(data, data)) == len(data["measurements"])
+    assert path.with_suffix(".md").read_text().startswith("# Server")
+    bad, ended, full = data["bad_clients"], data["end_under_load"], data["full_queue"]
+    assert bad["answers"] >= 2000
+    assert bad["answered"]["400"] > 0
+    assert bad["killed_clients"] > 0
+    assert ended["exit_status"] == ended["lost"] == bad["wrong"] == ended["wrong"] == full["wrong"] == 0

@@ -9,11 +9,13 @@ import argparse
 import contextlib
 import logging
 import os
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 from ccnet.cli.options import add_engine_arguments, open_localizer, positive, seconds
-from runtime.backends.base import Backend
+from runtime.backends.base import BaseBackend
 from runtime.errors import ConfigError
+from runtime.localizer import Localizer
 from runtime.serving.options import MIB, Limits, ServerOptions
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,10 @@ def register(subparsers: Any) -> None:
         "--max-wait", type=seconds, default=0.0, metavar="S", help="wait for a fuller batch, at most (default: 0)"
     )
     parser.add_argument(
-        "--contexts", type=positive, default=1, metavar="N", help="batches that the engine runs at a time (default: 1)"
+        "--contexts",
+        type=positive,
+        metavar="N",
+        help="batches that the engine runs at a time (default: 2 where they can share its weights, else 1)",
     )
     parser.add_argument(
         "--queue", type=positive, default=Limits.queue, metavar="N", help="requests that wait (default: %(default)s)"
@@ -65,16 +70,26 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         log.warning("%s: requests and tokens can be read on the way; --tls-cert and --tls-key encrypt", options.host)
     with contextlib.ExitStack() as stack:
         localizer = stack.enter_context(open_localizer(arguments))
-        more: list[Backend] = []
-        for _ in range(arguments.contexts - 1):
-            backend: Any = localizer.backends[0].fork() if hasattr(localizer.backends[0], "fork") else None
-            backend = backend or open_localizer(arguments).backends[0]
-            more.append(stack.enter_context(backend))
+        more = [stack.enter_context(context) for context in _further_contexts(localizer, arguments)]
         server = Server(localizer, options, more=more)
         engine = localizer.describe()
         server.run(lambda: print(f"{server.url}: {engine['engine']} (parity check: {engine['status']})", flush=True))
     log.info("drained: every accepted request was answered")
     return 0
+
+
+def _further_contexts(localizer: Localizer, arguments: argparse.Namespace) -> Iterator[BaseBackend]:
+    """Yield execution contexts beside the first: such as share its weights, or else the engine loaded again."""
+
+    def opened(localizer: Localizer) -> BaseBackend:
+        return cast("BaseBackend", localizer.backends[0])  # all engines of bundles are
+
+    for _ in range(1 if arguments.contexts is None else arguments.contexts - 1):
+        fork = opened(localizer).fork()
+        if fork is not None:
+            yield fork
+        elif arguments.contexts is not None:
+            yield opened(open_localizer(arguments))
 
 
 def _options(arguments: argparse.Namespace) -> ServerOptions:
