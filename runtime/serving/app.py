@@ -73,6 +73,7 @@ class Service:
         largest = min(backend.max_batch for backend in backends)
         size = options.batch or (largest if runs_on_gpu(first.name) else 1)
         require(1 <= size <= largest, "batch", size, f"1 to {largest}, what the engine takes")
+        self._batch = size
         contexts = Contexts(backends)
         workers = options.workers or min(4, usable_cores())
         pipeline = Pipeline(spec, localizer.post, localizer.long_videos, localizer.window_overlap)
@@ -85,7 +86,7 @@ class Service:
         )
         allocate = getattr(first, "allocate", None)
         self._videos: Batcher[VideoJob] = start(LOCALIZER, run=partial(run_videos, pipeline, size, allocate))
-        self._tensors: Batcher[TensorJob] = start(NETWORK, run=partial(run_tensors, spec, largest))
+        self._tensors: Batcher[TensorJob] = start(NETWORK, run=partial(run_tensors, spec, size))
         self._models = {model.name: model for model in (localizer_model(spec), network_model(spec, largest))}
         self._bodies = Bodies(options.limits)
         self.connections: Callable[[], int] = lambda: 0
@@ -175,7 +176,7 @@ class Service:
                 assert found.detections is not None
                 outputs: Mapping[str, Array | Sequence[str]] = event_outputs(found.detections)
             else:
-                rows = network_job(asked, self._localizer.spec, model.max_rows)
+                rows = network_job(asked, self._localizer.spec, model.max_rows, self._batch)
                 logits, offsets = (await self._run(self._tensors, rows, request)).outcome()
                 outputs = {LOGITS: logits, OFFSETS: offsets}
         pieces, header_length = infer_response(model.name, VERSION, asked, outputs)

@@ -43,6 +43,7 @@ class Ticket:
     done: Callable[[], None] = lambda: None
     """Called from a thread of the batcher when the request has its result, unless it was cancelled."""
     rows: int = 1
+    """Of the batch that it takes up."""
     times: Times = field(default_factory=Times)
     cancelled: bool = False
 

@@ -55,6 +55,11 @@ class TensorJob:
     result: tuple[Float32, Float32] | BaseException | None = None
     """logits [B, P, C], offsets [B, P, C, 2]."""
 
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.arrays[2])
+
     def outcome(self) -> tuple[Float32, Float32]:
         """Return the result. Raises the error that there is instead."""
         if isinstance(self.result, tuple):
@@ -140,12 +145,15 @@ def localizer_model(spec: ModelSpec) -> Model:
     return Model(LOCALIZER, inputs, outputs)
 
 
-def network_job(request: InferRequest, spec: ModelSpec, max_rows: int) -> TensorJob:
-    """Return the job of a request to the raw network. Raises FeatureError for tensors that don't fit."""
+def network_job(request: InferRequest, spec: ModelSpec, max_rows: int, batch: int) -> TensorJob:
+    """Return the job of a request to the raw network, of up to `max_rows` rows; more than `batch` fill a batch alone.
+
+    Raises FeatureError for tensors that don't fit.
+    """
     visual, audio, lengths = check_inputs(
         request.inputs[VISUAL], request.inputs[AUDIO], request.inputs[LENGTHS], spec, max_rows
     )
-    return TensorJob(ticket=Ticket(rows=len(lengths)), arrays=(visual, audio, lengths))
+    return TensorJob(ticket=Ticket(rows=min(len(lengths), batch)), arrays=(visual, audio, lengths))
 
 
 def localizer_source(request: InferRequest) -> tuple[Array, Array, float | None]:
@@ -179,14 +187,16 @@ def run_videos(pipeline: Pipeline, size: int, allocate: Allocate | None, batcher
 
 
 def run_tensors(spec: ModelSpec, size: int, batcher: Batcher[TensorJob]) -> None:
-    """Process requests to the raw network, together in batches of up to `size` rows, until there are no more."""
+    """Process requests to the raw network, several in a batch of up to `size` rows, until there are no more."""
     room: Rows | None = None
     while jobs := _collect(batcher, size):
         good = [job for job in jobs if _is_finite(job)]
         if len(good) == 1 and all(array.flags.aligned for array in good[0].arrays):
             _run(good, good[0].arrays, batcher)
         elif good:
-            room = room or _room(spec, size)
+            rows = sum(job.rows for job in good)
+            if room is None or len(room[2]) < rows:
+                room = _room(spec, max(size, rows))
             _run(good, _join(good, room), batcher)
         batcher.finish(jobs)
 
@@ -202,7 +212,7 @@ def _collect(batcher: Batcher[TensorJob], size: int) -> list[TensorJob]:
 
 def _is_finite(job: TensorJob) -> bool:
     try:
-        for row in range(job.ticket.rows):
+        for row in range(job.rows):
             for array, name in zip(job.arrays[:2], (VISUAL, AUDIO), strict=True):
                 copy_rows(array[row], None, f"{name}[{row}]")
     except FeatureError as error:
@@ -220,7 +230,7 @@ def _room(spec: ModelSpec, size: int) -> Rows:
 def _join(jobs: Sequence[TensorJob], room: Rows) -> Rows:
     stop = 0
     for job in jobs:
-        start, stop = stop, stop + job.ticket.rows
+        start, stop = stop, stop + job.rows
         for target, array in zip(room, job.arrays, strict=True):
             target[start:stop] = array
     return room[0][:stop], room[1][:stop], room[2][:stop]
@@ -235,7 +245,7 @@ def _run(jobs: Sequence[TensorJob], inputs: Rows, batcher: Batcher[TensorJob]) -
         return
     stop = 0
     for job in jobs:
-        start, stop = stop, stop + job.ticket.rows
+        start, stop = stop, stop + job.rows
         found = logits[start:stop], offsets[start:stop]
         finite = all(np.isfinite(array).all() for array in found)
         job.result = (

@@ -50,7 +50,7 @@ class ServerOptions:
     """PEM file of the certificate chain."""
     tls_key: str | None = None
     batch: int | None = None
-    """Most videos in an engine call; None: what the engine takes on a GPU, 1 on a CPU."""
+    """Most videos that are put into one engine call; None: what the engine takes on a GPU, 1 on a CPU."""
     max_wait: float = 0.0
     """Seconds that a request waits for others while an execution context is free."""
     workers: int | None = None
