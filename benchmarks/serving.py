@@ -191,7 +191,7 @@ def latency(
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         turns = 0
-        while turns <= setting.rules.calls // TURN or sum(seconds["Localizer"]) < setting.rules.seconds:
+        while turns < 2 or turns <= setting.rules.calls // TURN or sum(seconds["Localizer"]) < setting.rules.seconds:
             for name, call in ways.items():
                 time.sleep(PAUSE)
                 for i in range(TURN):
