@@ -70,12 +70,13 @@ def read_gates(model: Any, spec: ModelSpec, features: VideoFeatures) -> Gates:
     ]
     try:
         with torch.no_grad():
-            model(*released_inputs(*(torch.from_numpy(array) for array in pack([features], spec))))
+            device = next(model.parameters()).device
+            model(*released_inputs(*(torch.from_numpy(array).to(device) for array in pack([features], spec))))
     finally:
         for hook in hooks:
             hook.remove()
     steps = min(features.steps, spec.length)
-    audio, visual = (values[name][0, :steps, 0].numpy() for name in ("audio", "visual"))
+    audio, visual = (values[name][0, :steps, 0].cpu().numpy() for name in ("audio", "visual"))
     return Gates(spec.time_base.to_seconds(np.arange(steps)), audio, visual)
 
 
@@ -88,7 +89,20 @@ def draw_timeline(
     shown: Shown | None = None,
     min_score: float = 0.2,
 ) -> None:
-    """Draw a video as PNG or SVG: a lane per class with ground truth and predictions, the gate curves below.
+    """Write the picture of `timeline_figure` as PNG or SVG. Raises MissingDependency without matplotlib."""
+    figure = timeline_figure(truth=truth, predictions=predictions, gates=gates, shown=shown, min_score=min_score)
+    save_figure(figure, path)
+
+
+def timeline_figure(
+    *,
+    truth: VideoAnnotation,
+    predictions: Detections,
+    gates: Gates | None = None,
+    shown: Shown | None = None,
+    min_score: float = 0.2,
+) -> Any:
+    """Draw a video as a matplotlib figure: a lane per class with ground truth and predictions, the gate curves below.
 
     Args:
         truth: the video's annotation.
@@ -141,7 +155,7 @@ def draw_timeline(
         curves.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, frameon=False)
     curves.set(xlabel="seconds", xlim=(0, truth.duration))
     figure.suptitle(f"{truth.video_id}: {len(truth.labels)} events in {truth.duration:.1f} s")
-    save_figure(figure, path)
+    return figure
 
 
 def plot_bench(report: Mapping[str, Any], path: str | Path) -> None:
@@ -185,6 +199,16 @@ def new_figure(width: float, height: float) -> Any:
     except ModuleNotFoundError as error:
         raise missing("matplotlib", "drawing") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def rendered(figure: Any) -> npt.NDArray[np.uint8]:
+    """Return a matplotlib figure as an image [height, width, 3]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(80)
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def save_figure(figure: Any, path: str | Path) -> None:

@@ -158,6 +158,33 @@ def test_a_run_leaves_checkpoints_tables_and_curves(straight: Path) -> None:
     assert isinstance(load_checkpoint(straight / "last"), CCNet)
 
 
+def test_timelines_of_three_videos_go_to_tensorboard(
+    data: Data, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each validation where there is time for them; the run is the same as without."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setattr("ccnet.training.pictures.SHARE", math.inf)
+    data.train(tmp_path / "run")
+    assert_same_run(tmp_path / "run", straight)
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()["images"]
+    assert len(tags) == 3
+    for tag in tags:
+        assert tag.startswith("validation/")
+        assert [image.step for image in events.Images(tag)] == [3, 6, 9]
+        assert all(image.width > 500 for image in events.Images(tag))
+
+
+def test_pictures_that_fail_do_not_cost_the_run(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ccnet.training.pictures.SHARE", math.inf)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    data.train(tmp_path / "run", changed(epochs=1, warmup_epochs=0))
+    assert caplog.text.count("no timelines in TensorBoard from now on") == 1
+
+
 def test_the_loss_falls_on_clean_features(data: Data, tmp_path: Path) -> None:
     data.train(tmp_path / "run", changed(epochs=5, learning_rate=2e-2))
     losses = [float(row["loss"]) for row in table(tmp_path / "run" / "metrics.csv")]

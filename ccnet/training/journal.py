@@ -13,6 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from runtime.files import atomic_file
 from runtime.packages import missing
 
@@ -58,6 +61,10 @@ class Journal:
         """Add a row of `EPOCH_COLUMNS`; the next `write` puts it on disk."""
         self.epochs.append(row)
         self._scalars("epoch", row, EPOCH_COLUMNS[3:])
+
+    def add_picture(self, name: str, image: npt.NDArray[np.uint8], step: int) -> None:
+        """Show an image [height, width, 3] in TensorBoard."""
+        self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
     def write(self) -> None:
         """Replace both tables on disk."""

@@ -28,6 +28,7 @@ from ccnet.training.dataset import Batch, TrainingLoader, check_folder, check_sh
 from ccnet.training.journal import LOSS_COLUMNS, Journal, Row
 from ccnet.training.learner import Learner, choose_device, describe_device
 from ccnet.training.optimizer import learning_rate
+from ccnet.training.pictures import ValidationPictures
 from ccnet.training.state import Position, TrainingState, open_run, save_state
 from ccnet.training.validation import evaluate_network
 from runtime.annotations import Annotations, read_annotations
@@ -160,6 +161,8 @@ class _Run:
         if state is not None:
             state.restore(self.learner)
             self.position = state.position
+        spec = config.spec(annotations.labels)
+        self.pictures = ValidationPictures(spec, annotations.subset("validation"), features)
         self.journal = Journal(out, self.position.epochs, self.position.steps)
         self.window = torch.tensor(self.position.window_sums, dtype=torch.float32, device=device)
         self._window_samples = 0
@@ -270,7 +273,7 @@ class _Run:
         if epoch % self.config.train.validate_every and epoch < self.total_epochs:
             return None
         try:
-            return evaluate_network(
+            evaluation = evaluate_network(
                 self.learner.average.model,
                 self.config.spec(self.annotations.labels),
                 self.annotations,
@@ -281,11 +284,15 @@ class _Run:
                 quiet=self.quiet,
                 stop=self.stop,
             )
+            if self.pictures.due:
+                for video_id, image in self.pictures.draw(self.learner.average.model, self.device):
+                    self.journal.add_picture(f"validation/{video_id}", image, self.steps_done)
         except Interrupted:
             self._save_and_stop()
         except CCNetError:
             self._save_before_error()
             raise
+        return evaluation
 
     def _end_epoch(self, evaluation: Evaluation | None) -> None:
         position = self.position
