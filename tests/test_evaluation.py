@@ -266,7 +266,7 @@ def test_events_longer_than_the_papers_ranges_have_a_row(tmp_path: Path) -> None
     )
     result = evaluate({}, read_annotations(path), "test")
     assert [(b.above, b.up_to, b.events) for b in result.buckets][-1] == (60, math.inf, 1)
-    assert "events of above 60 s      1   found" in result.table()
+    assert "events of above 60 s       1   found" in result.table()
     assert json.loads(json.dumps(result.to_json(), allow_nan=False))["buckets"][-1]["up_to"] is None
 
 
