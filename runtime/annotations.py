@@ -34,7 +34,7 @@ from runtime.records import (
 )
 from runtime.schema import show
 
-_NAMED_PROBLEMS = 5
+_NAMED_PROBLEMS, _LONGEST_LIST = 5, 400
 SUBSETS = ("train", "validation", "test")
 
 
@@ -102,9 +102,7 @@ def read_annotations(path: str | Path, labels: Sequence[str] | None = None) -> A
         if len(problems) == 1:
             raise BadRecord(problems[0])
         if problems:
-            listed = "".join(f"\n  {problem}" for problem in problems[:_NAMED_PROBLEMS])
-            more = f"\n  ... and {len(problems) - _NAMED_PROBLEMS} more" if len(problems) > _NAMED_PROBLEMS else ""
-            raise AnnotationError(f"{path}: {len(problems)} problems:{listed}{more}")
+            raise AnnotationError(f"{path}: {len(problems)} problems:{_listed(problems)}")
         count = max(table.names, default=-1) + 1
         if count == 0:
             raise BadRecord("there is no event in it; expected at least one")
@@ -116,6 +114,16 @@ def read_annotations(path: str | Path, labels: Sequence[str] | None = None) -> A
         raise AnnotationError(f"{path}: no such annotation file") from None
     except BadRecord as error:
         raise AnnotationError(f"{path}: {error}") from None
+
+
+def _listed(problems: Sequence[str]) -> str:
+    """Return the first problems, a line each, as many as make a message that can be read."""
+    lines = ""
+    for number, problem in enumerate(problems):
+        if number and (number == _NAMED_PROBLEMS or len(lines) + len(problem) > _LONGEST_LIST):
+            return f"{lines}\n  ... and {len(problems) - number} more"
+        lines += f"\n  {problem}"
+    return lines
 
 
 def read_class_list(path: str | Path) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ccnet.cli.options import print_text
 from runtime.backends.registry import REGISTRY
 from runtime.machine import machine_facts
 from runtime.packages import missing
@@ -23,9 +24,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Return 0 when at least one backend can be used here, else 1."""
     report = examine()
     if arguments.json:
-        print(json.dumps(report, indent=2))
+        print_text(json.dumps(report, indent=2))
     else:
-        print(_text(report))
+        print_text(_text(report))
     return 0 if any(row["usable"] for row in report["backends"].values()) else 1
 
 

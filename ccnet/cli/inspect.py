@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from ccnet.cli.options import print_text
 from runtime.backends.registry import runs_on_gpu
 from runtime.bundle import Bundle, read_bundle
 from runtime.errors import BundleError
@@ -24,9 +25,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     bundle = read_bundle(arguments.bundle)
     problems = _problems(bundle)
     if arguments.json:
-        print(json.dumps({"manifest": bundle.manifest.to_json(), "problems": problems}, indent=2))
+        print_text(json.dumps({"manifest": bundle.manifest.to_json(), "problems": problems}, indent=2))
     else:
-        print("\n".join(_text(bundle, problems)))
+        print_text("\n".join(_text(bundle, problems)))
     if problems:
         raise BundleError(f"{bundle.folder}: {len(problems)} file(s) are not what the manifest says")
     return 0

@@ -6,6 +6,7 @@ Results that a user may pipe go to standard output instead, by `print` in the co
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 
 from runtime.coverage import video_list as video_list
+from runtime.errors import printable
 
 _LOGGERS = ("ccnet", "runtime", "export", "benchmarks")
 
@@ -26,6 +28,8 @@ def reporting(*, quiet: bool = False) -> Iterator[None]:
         logger = logging.getLogger(name)
         logger.addHandler(_HANDLER)  # does nothing the second time
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack the letters of a class name
     with warnings.catch_warnings():
         # Not logging.captureWarnings, which logs the file and the source line of each warning too.
         warnings.showwarning = _log_warning
@@ -36,7 +40,9 @@ class _Handler(logging.Handler):
     """Writes messages to the `sys.stderr` of the moment, above a progress bar where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = self.format(record)
+        if sys.stderr is None:  # closed: print would take standard output instead
+            return
+        message = printable(self.format(record))
         if record.levelno == logging.WARNING:
             message = f"{_coloured('warning:', _YELLOW)} {message}"
         elif record.levelno > logging.WARNING:

@@ -45,6 +45,7 @@ RENAMED = {"plant": "synthesize"}
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand. Return its exit status: 0, a `CCNetError.exit_code`, or 130 after Ctrl-C."""
+    _fill_standard_streams()
     parser, _ = make_parser()
     if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next
         _complete(parser)
@@ -85,7 +86,10 @@ def _complete(parser: argparse.ArgumentParser) -> None:
 def _run(module: Any, arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Run a command; a user's mistake ends as one message and an exit status."""
     try:
-        return int(module.run(arguments, overrides) or 0)
+        status = int(module.run(arguments, overrides) or 0)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what can't be written is an error now, not a word of the interpreter's at its end
+        return status
     except Interrupted as error:
         log.error("ccnet %s: %s", arguments.command, error)
         return error.exit_code
@@ -100,13 +104,32 @@ def _run(module: Any, arguments: argparse.Namespace, overrides: list[str]) -> in
         log.error("ccnet %s: interrupted", arguments.command)
         return 130
     except BrokenPipeError:  # whoever read the output has enough
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # else the flush at the end fails again
+        _give_up_output()
         return 128 + signal.SIGPIPE
     except OSError as error:
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:
+            _give_up_output()
         where = f" ({error.filename})" if error.filename else ""
         log.error("ccnet %s: error: %s%s", arguments.command, error.strerror or error, where)
         return 2
+
+
+def _give_up_output() -> None:
+    """Send what is left of the output nowhere, else the flush at the interpreter's end fails again."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def _fill_standard_streams() -> None:
+    """Open closed standard streams on nothing, before a file gets their number and takes what libraries write there."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # noqa: PERF203
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
 
 
 def _failed(command: str, error: CCNetError) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from runtime.backends.registry import BACKENDS
 from runtime.backends.select import OnMismatch
+from runtime.errors import printable
 from runtime.files import check_output_file, write_json
 from runtime.localizer import Localizer
 from runtime.pipeline import LongVideos
@@ -61,9 +64,16 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
+def print_text(text: str) -> None:
+    """Print a result: control characters of names in it are escaped. Raises OSError where standard output is closed."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "can't print the result: standard output is closed")
+    print(printable(text))
+
+
 def print_result(arguments: argparse.Namespace, record: Mapping[str, Any], text: str) -> None:
     """Print the result of a command: `record` with `--json`, else `text`."""
-    print(json.dumps(record, indent=2) if arguments.json else text)
+    print_text(json.dumps(record, indent=2) if arguments.json else text)
 
 
 def add_json_output(parser: argparse.ArgumentParser) -> None:
@@ -81,11 +91,12 @@ def add_json_output(parser: argparse.ArgumentParser) -> None:
 def print_or_write(arguments: argparse.Namespace, record: Mapping[str, Any], text: str) -> None:
     """Print the result of a command: `record` with `--json`, else `text`, with `record` in the file of `--json OUT`."""
     if arguments.json == "-":
-        print(json.dumps(record, indent=2))
+        print_text(json.dumps(record, indent=2))
         return
-    print(text)
     if arguments.json:
         write_json(arguments.json, record)
+    print_text(text)
+    if arguments.json:
         log.info("%s written", arguments.json)
 
 

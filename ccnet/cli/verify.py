@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ccnet.cli.export import add_video_arguments, eager_arguments
-from ccnet.cli.options import add_json_argument, print_result
+from ccnet.cli.options import add_json_argument, print_result, print_text
 from runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _polygraphy(arguments: argparse.Namespace, bundle: Bundle) -> int:
     folder = Path(arguments.polygraphy)
     if (folder / "results.json").exists():
         report = judge_results(folder, reference, arguments.precision or "fp32")
-        print(report.text())
+        print_text(report.text())
         report.require()
         return 0
     write_inputs(folder, reference)
