@@ -1,4 +1,7 @@
-"""CCNet: dense audio-visual event localization. Names are imported when they are used; only `CCNet` needs PyTorch."""
+"""CCNet: dense audio-visual event localization. Names are imported when they are used; only `CCNet` needs PyTorch.
+
+from ccnet import Localizer, load_bundle, load_checkpoint, train
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,37 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ccnet.version import __version__ as __version__
+
 if TYPE_CHECKING:
+    from ccnet.api import load_bundle, train
     from ccnet.checkpoint import load_checkpoint, save_checkpoint
     from ccnet.config import Config, ModelConfig, preset
     from ccnet.network.model import CCNet
     from runtime.localizer import Localizer
 
-__version__ = "0.2.0"
-__all__ = ["CCNet", "Config", "Localizer", "ModelConfig", "load_checkpoint", "preset", "save_checkpoint"]
+__all__ = [
+    "CCNet",
+    "Config",
+    "Localizer",
+    "ModelConfig",
+    "load_bundle",
+    "load_checkpoint",
+    "preset",
+    "save_checkpoint",
+    "train",
+]
 
 _HOME = {
     "CCNet": "ccnet.network.model",
     "Config": "ccnet.config",
     "Localizer": "runtime.localizer",
     "ModelConfig": "ccnet.config",
+    "load_bundle": "ccnet.api",
     "load_checkpoint": "ccnet.checkpoint",
     "preset": "ccnet.config",
     "save_checkpoint": "ccnet.checkpoint",
+    "train": "ccnet.api",
 }
 
 

@@ -14,8 +14,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ccnet import __version__
 from ccnet.config import Config
+from ccnet.version import __version__
 from runtime.errors import CheckpointError, ConfigError
 from runtime.files import atomic_folder, sha256_file, write_json
 from runtime.packages import distribution_of, missing

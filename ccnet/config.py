@@ -1,13 +1,15 @@
 """Every setting of the project, as frozen keyword-only dataclasses, with the presets of the paper.
 
-Any field can be overridden from the command line as `--section.field value`; unknown keys are an error that lists
-the known ones. Settings that a deployed network needs (time base, layout, post-processing) are defined in
-`runtime.spec` and only gathered here.
+Any field can be overridden from the command line as `--section.field value` and from a file (`ccnet.settings`); an
+unknown key is answered with the nearest known one. `ccnet presets` prints the docstrings of the fields; what follows
+`Paper:` or `Release:` in one is where the setting comes from. Settings that a deployed network needs (time base,
+layout, post-processing) are defined in `runtime.spec` and only gathered here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from runtime.errors import ConfigError
 from runtime.records import BadRecord, parse_json
-from runtime.schema import convert, require, section_from_json
+from runtime.schema import convert, quote, require, section_from_json
 from runtime.spec import WIDEST, FeatureLayout, ModelSpec, PostProcessing, TimeBase, check_length
 
 MtgcOrder = Literal["c2f_f2c", "f2c_c2f"]
@@ -30,38 +32,39 @@ class ModelConfig:
     """
 
     length: int = 224
-    """T: number of time steps."""
+    """T: number of time steps. Paper: implementation details."""
     visual_dim: int = 2048
-    """Visual feature width (I3D RGB 1024 + optical flow 1024)."""
+    """Visual feature width (I3D RGB 1024 + optical flow 1024). Paper: implementation details."""
     audio_dim: int = 128
-    """Audio feature width (VGGish)."""
+    """Audio feature width (VGGish). Paper: implementation details."""
     dim: int = 512
-    """D: width of the embeddings and of CMCC."""
+    """D: width of the embeddings and of CMCC. Paper: implementation details."""
     heads: int = 4
-    """Attention heads in embedding, CMCC and C2F blocks."""
+    """Attention heads in embedding, CMCC and C2F blocks. Release: configuration."""
     levels: int = 6
-    """Pyramid levels (temporal scales)."""
+    """Pyramid levels (temporal scales), which are the layers of CMCC. Paper: CMCC, L_c."""
     self_layers: int = 2
-    """Self-attention Blocks per modality after the embedding."""
+    """Self-attention Blocks per modality after the embedding. Paper: CMCC, L_s."""
     num_classes: int = 100
+    """C: number of classes, as many as the annotation file has. Paper: 100 of UnAV-100."""
     head_dim: int = 512
-    """Width of the hidden layers of the class and offset heads."""
+    """Width of the hidden layers of the class and offset heads. Release: configuration."""
     tdm_dim: int = 128
-    """H: hidden width per class in the temporal dependency module."""
+    """H: hidden width per class in the temporal dependency module. Release: configuration."""
     cmi: bool = True
-    """Cross-modal interaction (Table 3). Off: each modality's Block attends to itself."""
+    """Cross-modal interaction. Off: each modality's Block attends to itself. Paper: Eq. 2, Table 3."""
     tcg: bool = True
-    """Temporal consistency gates (Table 3). Off: no gating."""
+    """Temporal consistency gates. Off: no gating. Paper: Eq. 5 and 6, Table 3."""
     c2f: bool = True
-    """Coarse-to-fine collaboration (Table 2)."""
+    """Coarse-to-fine collaboration. Paper: Eq. 8, Table 2."""
     f2c: bool = True
-    """Fine-to-coarse collaboration (Table 2)."""
+    """Fine-to-coarse collaboration. Paper: Eq. 9, Table 2."""
     mtgc_order: MtgcOrder = "c2f_f2c"
-    """Order of the two directions (Table 4)."""
+    """Order of the two directions. Paper: Table 4."""
     tdm_channel_branch: bool = True
-    """The TDM channel branch of the released weights; the paper's text has none."""
+    """The channel branch of TDM, which the paper's text does not have. Release: weights."""
     drop_path: float = 0.1
-    """Stochastic-depth rate in training."""
+    """Stochastic-depth rate in training. Release: configuration."""
 
     def __post_init__(self) -> None:
         check_length(self.length, self.levels)
@@ -86,14 +89,18 @@ class LossConfig:
     """The training objective: focal loss on the classes, IoU loss on the offsets."""
 
     iou: IouLoss = "giou"
-    """Offset loss: generalised IoU (the paper) or distance IoU (the released code)."""
+    """Offset loss: generalised IoU (the paper), or distance IoU (the released programs of CCNet and DAVEL).
+    Paper: training."""
     offset_weight: float = 1.0
-    """Weight of the offset loss."""
+    """Weight of the offset loss. Paper: training."""
     focal_alpha: float = 0.25
+    """Focal loss: weight of positives. Paper: training."""
     focal_gamma: float = 2.0
+    """Focal loss: how much easy points count less. Paper: training."""
     normalizer: float = 250.0
-    """Initial value of the running number of positive points."""
+    """Initial value of the running number of positive points. Release: configuration."""
     normalizer_momentum: float = 0.9
+    """Momentum of that number. Release: configuration."""
 
     def __post_init__(self) -> None:
         require(0 <= self.focal_alpha <= 1, "loss.focal_alpha", self.focal_alpha, "a number in [0, 1]")
@@ -109,23 +116,29 @@ class TrainConfig:
     """Optimisation; the defaults are those of the paper's section 4."""
 
     batch_size: int = 16
+    """Videos of a step. Paper: implementation details."""
     epochs: int = 40
-    """Epochs after warm-up."""
+    """Epochs after warm-up. Paper: implementation details."""
     warmup_epochs: int = 5
+    """Epochs in which the learning rate rises from zero. Paper: implementation details."""
     learning_rate: float = 1e-4
+    """Highest learning rate of Adam. Paper: implementation details."""
     min_learning_rate: float = 1e-8
+    """Where the cosine schedule ends. Release: configuration."""
     weight_decay: float = 1e-4
-    """Not applied to norms, biases and scales."""
+    """Not applied to norms, biases and scales. Release: configuration."""
     clip_norm: float = 1.0
-    """Largest gradient norm."""
+    """Largest gradient norm. Release: configuration."""
     ema: float = 0.999
-    """Decay of the averaged weights, which are the ones evaluated and exported."""
+    """Decay of the averaged weights, which are the ones evaluated and exported. Release: configuration."""
     crop_min: float = 0.9
-    """Shortest random temporal crop, as a share of the length."""
+    """Shortest random temporal crop, as a share of the length. Release: configuration."""
     crop_max: float = 1.0
+    """Longest random temporal crop, as a share of the length. Release: configuration."""
     crop_keep: float = 0.5
-    """An event stays in a crop when at least this share of it remains."""
+    """An event stays in a crop when at least this share of it remains. Release: configuration."""
     seed: int = 0
+    """Of the initial weights, the order of videos, crops and stochastic depth."""
     workers: int = 1
     """Data loading processes; 0 loads in the training process."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -174,7 +187,10 @@ class Config:
         Raises ConfigError when there are not `model.num_classes` labels.
         """
         if len(labels) != self.model.num_classes:
-            raise ConfigError(f"labels: got {len(labels)}, expected model.num_classes = {self.model.num_classes}")
+            raise ConfigError(
+                f"labels: got {len(labels)}, expected model.num_classes = {self.model.num_classes}; "
+                f"--model.num_classes {len(labels)} is for these annotations"
+            )
         return ModelSpec(
             length=self.model.length,
             levels=self.model.levels,
@@ -242,17 +258,24 @@ def preset(name: str) -> Config:
     return PRESETS[name]
 
 
-def with_overrides(config: Config, overrides: Mapping[str, str]) -> Config:
-    """Apply `{"section.field": "text"}`. Raises ConfigError for an unknown key or a value of the wrong type."""
+def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """Apply `{"section.field": value}`, where a value may be text as on the command line; `-` in a key stands for `_`.
+
+    Raises ConfigError for an unknown key or a value of the wrong type.
+    """
     sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     changes: dict[str, dict[str, Any]] = {}
-    for key, text in overrides.items():
+    for given, value in overrides.items():
+        key = given.replace("-", "_")
         section, _, name = key.partition(".")
         known = [f.name for f in dataclasses.fields(sections[section])] if section in sections else []
         if name not in known:
-            raise ConfigError(f"unknown configuration key '{key}'; {_known_keys(section, sections, known)}")
+            raise ConfigError(f"unknown configuration key '{quote(given, 80)}'; {_known_keys(key, sections, known)}")
         hint = get_type_hints(type(sections[section]))[name]
-        changes.setdefault(section, {})[name] = _parse(text, hint, where=key)
+        if name in changes.setdefault(section, {}):
+            raise ConfigError(f"{key}: given twice, with a hyphen and with an underscore")
+        parsed = _parse(value, hint, where=key) if isinstance(value, str) else convert(value, hint, where=key)
+        changes[section][name] = parsed
     updated = {name: dataclasses.replace(sections[name], **values) for name, values in changes.items()}
     return dataclasses.replace(config, **updated)
 
@@ -265,19 +288,40 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
         item = rest.pop(0)
         key, equals, value = item.removeprefix("--").partition("=")
         if not item.startswith("--") or "." not in key:
-            raise ConfigError(f"unknown argument '{item}'; settings are given as --section.field value")
+            nearest = nearest_key(key) if item.startswith("--") else None
+            hint = f"did you mean --{nearest}?" if nearest else "settings are given as --section.field value"
+            raise ConfigError(f"unknown argument '{item}'; {hint}")
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"{item}: a value is missing; settings are given as --section.field value")
             value = rest.pop(0)
-        overrides[key] = value
+        overrides[key.replace("-", "_")] = value
     return overrides
 
 
-def _known_keys(section: str, sections: Mapping[str, Any], known: list[str]) -> str:
+def all_keys() -> list[str]:
+    """Return every `section.field`."""
+    sections = {f.name: getattr(Config(), f.name) for f in dataclasses.fields(Config)}
+    return [f"{section}.{f.name}" for section, value in sections.items() for f in dataclasses.fields(value)]
+
+
+def nearest_key(key: str) -> str | None:
+    """Return the known key that one may have been meant as: the same field of another section, or a near spelling."""
+    key, known = key.replace("-", "_"), all_keys()
+    field_name = key.rpartition(".")[2]
+    same_field = [name for name in known if name.partition(".")[2] == field_name]
+    near = difflib.get_close_matches(key, known, 1)
+    near_field = difflib.get_close_matches(field_name, [name.partition(".")[2] for name in known], 1)
+    found = [*same_field, *near, *(name for name in known if name.partition(".")[2] in near_field)]
+    return found[0] if found else None
+
+
+def _known_keys(key: str, sections: Mapping[str, Any], known: list[str]) -> str:
+    section, nearest = key.partition(".")[0], nearest_key(key)
+    meant = f"did you mean {nearest}? " if nearest else ""
     if known:
-        return "known keys: " + ", ".join(f"{section}.{name}" for name in known)
-    return "known sections: " + ", ".join(sections)
+        return meant + "known keys: " + ", ".join(f"{section}.{name}" for name in known)
+    return meant + "known sections: " + ", ".join(sections)
 
 
 def _parse(text: str, hint: Any, *, where: str) -> Any:

@@ -87,6 +87,20 @@ def read_annotations(path: str | Path, labels: Sequence[str] | None = None) -> A
     an unknown subset, numbers that are not finite, end <= start, segments outside the video, labels unknown or
     inconsistent with their ids.
     """
+    annotations, problems = survey_annotations(path, labels)
+    if len(problems) == 1:
+        raise AnnotationError(f"{path}: {problems[0]}")
+    if problems or annotations is None:
+        raise AnnotationError(f"{path}: {len(problems)} problems:{_listed(problems)}")
+    return annotations
+
+
+def survey_annotations(path: str | Path, labels: Sequence[str] | None = None) -> tuple[Annotations | None, list[str]]:
+    """Read an annotation file as `read_annotations`, passing over videos that are wrong.
+
+    Returns the others, None where there are none with an event, and all that is wrong. Raises AnnotationError for a
+    file that is not an annotation file at all.
+    """
     path = Path(path)
     table = LabelTable(labels)
     problems: list[str] = []
@@ -99,17 +113,15 @@ def read_annotations(path: str | Path, labels: Sequence[str] | None = None) -> A
             video = _read_video(video_id, record, table, problems)
             if video is not None:
                 videos[video_id] = video
-        if len(problems) == 1:
-            raise BadRecord(problems[0])
-        if problems:
-            raise AnnotationError(f"{path}: {len(problems)} problems:{_listed(problems)}")
         count = max(table.names, default=-1) + 1
+        if problems and (count == 0 or not videos):
+            return None, problems
         if count == 0:
             raise BadRecord("there is no event in it; expected at least one")
         names = tuple(table.names.get(label_id, f"class {label_id}") for label_id in range(count))
         if len(set(names)) < count:
             raise BadRecord("a class is called like 'class 3', which is what an id without events is called; name them")
-        return Annotations(path, names, videos, tuple(i for i in range(count) if i not in table.names))
+        return Annotations(path, names, videos, tuple(i for i in range(count) if i not in table.names)), problems
     except FileNotFoundError:
         raise AnnotationError(f"{path}: no such annotation file") from None
     except BadRecord as error:

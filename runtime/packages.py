@@ -13,6 +13,8 @@ EXTRAS = {
     "tensorboard": "train",
     "matplotlib": "show",
     "tqdm": "train",
+    "pyyaml": "train",
+    "tomli": "train",
     "onnx": "export",
     "onnxscript": "export",
     "polygraphy": "export",

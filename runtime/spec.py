@@ -39,11 +39,11 @@ class TimeBase:
     """How grid steps relate to seconds (defaults: UnAV-100's I3D features; ONE-PEACE uses 16 / 4 / 16)."""
 
     fps: float = 25.0
-    """Frames per second of the video the features were computed from."""
+    """Frames per second of the video the features were computed from. Paper: implementation details."""
     stride_frames: float = 8.0
-    """Frames between neighbouring steps."""
+    """Frames between neighbouring steps. Paper: implementation details."""
     window_frames: float = 24.0
-    """Frames that one step sees."""
+    """Frames that one step sees. Paper: implementation details."""
 
     def __post_init__(self) -> None:
         for name in ("fps", "stride_frames", "window_frames"):
@@ -76,7 +76,9 @@ class FeatureLayout:
     """
 
     visual: tuple[str, ...] = ("_rgb", "_flow")
+    """Endings of a video's visual files. Release: feature files."""
     audio: tuple[str, ...] = ("_vggish",)
+    """Endings of a video's audio files. Release: feature files."""
 
     def __post_init__(self) -> None:
         for name in ("visual", "audio"):
@@ -90,25 +92,26 @@ class PostProcessing:
     """Decoding and suppression settings of the released configuration. Thresholds live here, never in the network."""
 
     pre_nms_score: float = 0.001
-    """Candidates at or below this score are dropped while decoding."""
+    """Candidates at or below this score are dropped while decoding. Release: configuration."""
     pre_nms_top_k: int = 2000
-    """Best (point, class) pairs kept per pyramid level."""
+    """Best (point, class) pairs kept per pyramid level. Release: configuration."""
     min_length: float = 0.05
-    """Segments not longer than this many grid steps are dropped while decoding."""
+    """Segments not longer than this many grid steps are dropped while decoding. Release: configuration."""
     method: Method = "soft"
-    """Gaussian Soft-NMS, hard NMS, or none."""
+    """Gaussian Soft-NMS, hard NMS, or none. Paper: inference."""
     sigma: float = 0.4
-    """Soft-NMS decay: other scores are multiplied by exp(-iou^2 / sigma)."""
+    """Soft-NMS decay: other scores are multiplied by exp(-iou^2 / sigma). Release: configuration."""
     iou_threshold: float = 0.7
     """Hard NMS drops a segment whose IoU with a kept one is at least this."""
     min_score: float = 0.001
-    """Segments whose (decayed) score falls below this are dropped."""
+    """Segments whose (decayed) score falls below this are dropped. Release: configuration."""
     max_segments: int = 100
-    """Events kept per video, over all classes."""
+    """Events kept per video, over all classes. Release: configuration."""
     multiclass: bool = True
-    """Suppress every class on its own; False: all classes compete (class-agnostic)."""
+    """Suppress every class on its own; False: all classes compete (class-agnostic). Release: configuration."""
     voting_threshold: float = 0.75
-    """Class-agnostic only: boundary voting over segments with at least this IoU; 0 turns voting off."""
+    """Class-agnostic only: boundary voting over segments with at least this IoU; 0 turns voting off. Release:
+    configuration."""
 
     def __post_init__(self) -> None:
         require(0 <= self.pre_nms_score < 1, "post.pre_nms_score", self.pre_nms_score, "a number in [0, 1)")

@@ -42,6 +42,14 @@ def test_floats_are_written_as_in_python(text: str, value: float) -> None:
     assert with_overrides(preset("demo"), {"loss.offset_weight": text}).loss.offset_weight == value
 
 
+def test_hyphens_and_underscores_are_the_same() -> None:
+    arguments = ["--model.num-classes", "7", "--model.num_classes=8", "--time-base.stride-frames", "4"]
+    config = with_overrides(preset("unav100"), parse_overrides(arguments))
+    assert config.model.num_classes == 8  # the last one
+    assert config.time_base.stride_frames == 4
+    assert with_overrides(config, {"model.num-classes": 9}).model.num_classes == 9
+
+
 def test_a_negative_value_is_a_value() -> None:
     assert parse_overrides(["--loss.offset_weight", "-1"]) == {"loss.offset_weight": "-1"}
 
@@ -49,8 +57,16 @@ def test_a_negative_value_is_a_value() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model.lenght", "96"], "unknown configuration key 'model.lenght'; known keys: model.length"),
-        (["--modle.length", "96"], "unknown configuration key 'modle.length'; known sections: model"),
+        (
+            ["--model.lenght", "96"],
+            "unknown configuration key 'model.lenght'; did you mean model.length\\? known keys: model",
+        ),
+        (
+            ["--modle.length", "96"],
+            "unknown configuration key 'modle.length'; did you mean model.length\\? known sections",
+        ),
+        (["--epochs", "3"], "unknown argument '--epochs'; did you mean --train.epochs"),
+        (["--model.class-number", "3"], "did you mean model.num_classes"),
         (["--model.length", "long"], "model.length: got 'long', expected int"),
         (["--model.length", "1.5"], "model.length: got 1.5, expected int"),
         (["--model.length", "100"], "expected a multiple of 32"),
@@ -79,5 +95,5 @@ def test_override_errors(arguments: list[str], message: str) -> None:
 def test_spec_needs_a_label_per_class() -> None:
     config = Config(model=ModelConfig(num_classes=3))
     assert config.spec(("a", "b", "c")).num_classes == 3
-    with pytest.raises(ConfigError, match="labels: got 2, expected model.num_classes = 3"):
+    with pytest.raises(ConfigError, match="labels: got 2, expected model.num_classes = 3; --model.num_classes 2"):
         config.spec(("a", "b"))

@@ -30,7 +30,21 @@ OPTIONS: dict[str, set[str]] = {
         *("--annotations", "--difficulty", "--dtype", "--json", "--limit", "--out", "--preset", "--seed"),
         *("--subset", "--workers"),
     },
-    "train": {"--annotations", "--classes", "--features", "--json", "--out", "--preset", "--quiet", "--resume"},
+    "presets": {"--json"},
+    "check-data": {
+        "--annotations",
+        "--classes",
+        "--config",
+        "--features",
+        "--json",
+        "--per-class",
+        "--preset",
+        "--quick",
+        "--quiet",
+    },
+    "train": {
+        *("--annotations", "--classes", "--config", "--features", "--json", "--out", "--preset", "--quiet", "--resume"),
+    },
     "import-weights": {"--annotations", "--json", "--out", "--preset"},
     "export": {
         *("--compute-capability", "--format", "--graph", "--hardware-compatible", "--json", "--max-batch"),
@@ -101,6 +115,8 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (preset, "(name)"),
     (Config.spec, "(self, labels)"),
     (ccnet.load_checkpoint, "(folder, device='cpu')"),
+    (ccnet.load_bundle, "(folder, backend='auto', **options)"),
+    (ccnet.train, "(config, annotations, features, out, *, resume=False, quiet=False, classes=None)"),
     (ccnet.save_checkpoint, "(folder, model, *, config, labels, metrics=None)"),
 ]
 
@@ -108,7 +124,8 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
 def test_exported_names() -> None:
     assert runtime.__all__ == ["CCNetError", "Detections", "FeatureFiles", "Localizer", "ModelSpec"]
     assert ccnet.__all__ == [
-        *("CCNet", "Config", "Localizer", "ModelConfig", "load_checkpoint", "preset", "save_checkpoint"),
+        *("CCNet", "Config", "Localizer", "ModelConfig", "load_bundle", "load_checkpoint", "preset"),
+        *("save_checkpoint", "train"),
     ]
     for package in (runtime, ccnet):
         for name in package.__all__:
@@ -147,8 +164,12 @@ def test_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_names_without_pytorch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from ccnet import Config, Localizer, load_checkpoint, preset, save_checkpoint\n"
+        "from ccnet import Config, Localizer, load_bundle, load_checkpoint, preset, save_checkpoint, train\n"
         "from runtime import CCNetError, Detections, FeatureFiles, Localizer, ModelSpec\n"
         "preset('demo').spec(tuple('abcde'))\n"
+        "try:\n"
+        "    train('demo', 'annotations', 'features', 'out')\n"
+        "except CCNetError as error:\n"
+        "    assert \"pip install 'ccnet[train]'\" in str(error), error\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

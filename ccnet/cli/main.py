@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 COMMANDS = (
     "demo",
     "synthesize",
+    "presets",
+    "check_data",
     "train",
     "import_weights",
     "export",
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     former = argv[0] if argv and argv[0] in RENAMED else None
     if former is not None:
         argv[0] = RENAMED[former]
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args([_hyphenated(word) for word in argv])
     module = importlib.import_module(f"ccnet.cli.{arguments.command.replace('-', '_')}")
     if rest and not getattr(module, "TAKES_OVERRIDES", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -73,6 +75,12 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     for name in COMMANDS:
         importlib.import_module(f"ccnet.cli.{name}").register(subparsers)
     return parser, dict(subparsers.choices)
+
+
+def _hyphenated(word: str) -> str:
+    """Return an option with hyphens where it was typed with underscores; settings (`--section.field`) stay."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") and "." not in name else word
 
 
 def _complete(parser: argparse.ArgumentParser) -> None:

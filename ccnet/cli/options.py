@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from ccnet.config import PRESETS, Config, parse_overrides
+from ccnet.settings import RUN_KEYS, SettingsFile, read_settings
 from runtime.backends.registry import BACKENDS
 from runtime.backends.select import OnMismatch
-from runtime.errors import printable
+from runtime.errors import ConfigError, printable
 from runtime.files import check_output_file, write_json
 from runtime.localizer import Localizer
 from runtime.pipeline import LongVideos
@@ -98,6 +100,34 @@ def print_or_write(arguments: argparse.Namespace, record: Mapping[str, Any], tex
     print_text(text)
     if arguments.json:
         log.info("%s written", arguments.json)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what says which network on which data: `read_config` takes it, from the command line or a file."""
+    parser.add_argument(
+        "--config", metavar="FILE", help="TOML or YAML file with any of these options, and settings; options go first"
+    )
+    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)}; 'ccnet presets' explains them")
+    parser.add_argument("--annotations", metavar="F", help="annotation file")
+    parser.add_argument("--classes", metavar="C", help=CLASSES_HELP)
+    parser.add_argument("--features", metavar="DIR", help="folder of .npy feature files")
+
+
+def read_config(arguments: argparse.Namespace, overrides: list[str]) -> Config:
+    """Return the configuration of the command line; what a file of `--config` says otherwise goes into `arguments`.
+
+    Raises ConfigError for an option of `ccnet.settings.RUN_KEYS` that the command has and that is given nowhere.
+    """
+    settings = read_settings(arguments.config) if arguments.config else SettingsFile(Path(), {}, {})
+    for key in RUN_KEYS:
+        if not hasattr(arguments, key):
+            continue
+        if getattr(arguments, key) is None:
+            setattr(arguments, key, settings.run.get(key))
+        if getattr(arguments, key) is None and key != "classes":
+            where = f"give it here or as '{key}' in {arguments.config}" if arguments.config else "it has no default"
+            raise ConfigError(f"--{key} is missing: {where}")
+    return settings.config(arguments.preset, parse_overrides(overrides))
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ccnet.cli.options import CLASSES_HELP, add_json_argument, print_result
-from ccnet.config import PRESETS, parse_overrides, preset, with_overrides
+from ccnet.cli.options import add_config_arguments, add_json_argument, print_result, read_config
 
 TAKES_OVERRIDES = True
 
@@ -15,25 +14,23 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train a network from features and annotations",
-        usage="ccnet train --preset P --annotations F --features DIR --out DIR [--resume] [--section.field value ...]",
+        usage="ccnet train [--config FILE] --preset P --annotations F --features DIR --out DIR [--resume] "
+        "[--section.field value ...]",
         description="Train on the subset 'train', validate on 'validation'. OUT gets best/ and last/ checkpoints, "
         "metrics.csv, steps.csv and TensorBoard events. Ctrl-C leaves a state that --resume continues exactly.",
         epilog="Any setting of the preset can be changed as --section.field value, for example --train.epochs 20 "
-        "--train.precision bf16 --model.cmi off. A resumed run needs the same preset and settings "
-        "(only train.device and train.workers may differ).",
+        "--train.precision bf16 --model.cmi off, or in a file; 'ccnet presets' explains each. A resumed run needs the "
+        "same preset and settings (only train.device and train.workers may differ).",
     )
-    parser.add_argument("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
-    parser.add_argument("--annotations", required=True, metavar="F", help="annotation JSON")
-    parser.add_argument("--classes", metavar="C", help=CLASSES_HELP)
-    parser.add_argument("--features", required=True, metavar="DIR", help="folder of .npy feature files")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
+    add_config_arguments(parser)
+    parser.add_argument("--out", metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="continue the run in DIR")
     parser.add_argument("--quiet", action="store_true", help="print only the result")
     add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    config = with_overrides(preset(arguments.preset), parse_overrides(overrides))
+    config = read_config(arguments, overrides)
 
     from ccnet.training.loop import train
     from runtime.annotations import read_class_list

@@ -27,6 +27,7 @@ from ccnet.config import Config
 from ccnet.training.dataset import Batch, TrainingLoader, check_folder, check_shared_memory
 from ccnet.training.journal import LOSS_COLUMNS, Journal, Row
 from ccnet.training.learner import Learner, choose_device, describe_device
+from ccnet.training.memory import check_memory
 from ccnet.training.optimizer import learning_rate
 from ccnet.training.pictures import ValidationPictures
 from ccnet.training.state import Position, TrainingState, open_run, save_state
@@ -79,7 +80,7 @@ def train(
 
     Raises CheckpointError when `out` holds another run or has none to resume, AnnotationError and FeatureError for bad
     data, ConfigError for settings that do not fit the data, BackendUnavailable for an absent device, TrainingError
-    when the loss is no longer finite.
+    when memory does not suffice or the loss is no longer finite.
     """
     out = Path(out)
     videos = read_annotations(annotations, classes)
@@ -93,6 +94,7 @@ def train(
     check_folder(features, videos.subset("validation"), config)
     check_shared_memory(config)
     device = choose_device(config.train.device)
+    check_memory(config, device)
     annotations_sha256 = sha256_file(annotations)
     with _only_run(out):
         state = open_run(out, config, annotations_sha256=annotations_sha256, resume=resume)
