@@ -66,15 +66,17 @@ class FakePool:
         self, size: int, deadly: Mapping[int, CCNetError | OSError | None], *, useless: CCNetError | None = None
     ) -> None:
         self.size, self.deadly, self.useless = size, deadly, useless
+        self.unplaced: set[int] = set()  # workers for which there is no room
         self.starts: Counter[int] = Counter()
         self.finished: Counter[int] = Counter()
         self.careful: Counter[int] = Counter()
         self.shards: dict[int, deque[int]] = {}
+        self.opening: deque[int] = deque()
 
     def start(self, worker: int) -> None:
         assert worker not in self.shards
         self.starts[worker] += 1
-        self.shards[worker] = deque()
+        self.opening.append(worker)
 
     def give(self, worker: int, task: Task) -> None:
         self.shards[worker].append(task.shard)
@@ -82,17 +84,22 @@ class FakePool:
             self.careful[task.shard] += 1
 
     def wait(self) -> list[Event]:
+        if self.opening:
+            worker = self.opening.popleft()
+            if self.useless:
+                return [Died(worker, "useless", self.useless)]
+            if worker in self.unplaced:
+                return []
+            self.shards[worker] = deque()
+            return [Ready(worker, {})]
         worker = next(worker for worker in sorted(self.shards) if self.shards[worker])
-        if self.useless:
-            del self.shards[worker]
-            return [Died(worker, "useless", self.useless)]
         shard = self.shards[worker].popleft()
         if shard in self.deadly:
             del self.shards[worker]
-            return [Ready(worker, {}), Died(worker, f"died of {shard}", self.deadly[shard])]
+            return [Died(worker, f"died of {shard}", self.deadly[shard])]
         self.finished[shard] += 1
         self.shards[worker] = self.shards.pop(worker)
-        return [Ready(worker, {}), Done(worker, shard)]
+        return [Done(worker, shard)]
 
 
 def run(pool: FakePool, shards: int) -> dict[int, str]:
@@ -116,6 +123,13 @@ def test_no_more_workers_are_started_than_there_are_shards() -> None:
     pool = FakePool(8, {})
     run(pool, 3)
     assert sum(pool.starts.values()) <= 3
+
+
+def test_a_worker_for_which_there_is_no_room_keeps_no_shard_waiting() -> None:
+    pool = FakePool(3, {})
+    pool.unplaced = {0, 2}
+    run(pool, 9)
+    assert pool.finished == dict.fromkeys(range(9), 1)
 
 
 def test_a_mistake_ends_the_run_at_once() -> None:

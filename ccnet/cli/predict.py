@@ -285,8 +285,11 @@ def _print_result(out: str, summary: Summary, corpus: Run) -> None:
             print(f"next: ccnet evaluate {out} --annotations F --subset S")
     elif not corpus.complete:
         print("other parts of the run are not done yet")
-    elif summary.failed or summary.gave_up:
-        print(f"bad videos: {join_location(out, FAILED)}")
+    else:
+        if summary.failed or summary.gave_up:
+            print(f"bad videos: {join_location(out, FAILED)}")
+        if plan.settings.format == "jsonl" and not is_url(out):
+            print(f"next: cat {os.path.join(out, SHARDS)}/*.jsonl > events.jsonl")
 
 
 def _counts(summary: Summary) -> str:

@@ -76,7 +76,7 @@ class RayPool:
     restarts = True
 
     def __init__(self, job: Job, size: int | None) -> None:
-        """Connect to the cluster that RAY_ADDRESS names or that runs on this machine, or start one here.
+        """Connect to the cluster that RAY_ADDRESS names (`auto`: the one of this machine), or start one here.
 
         `size`: actors; None: one for every GPU of the cluster, or for every core where it has none, which they share
         out. Raises MissingDependency without Ray, EngineError when the cluster can't be reached.
@@ -84,9 +84,12 @@ class RayPool:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._ray = import_package("ray", "--on ray")
         try:
-            if not self._ray.is_initialized():
-                self._ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
-            self._one_node = os.environ.get("RAY_ADDRESS") is None and len(self._ray.nodes()) == 1
+            address = os.environ.get("RAY_ADDRESS")
+            self._one_node = address is None
+            if address is None:  # said so: else Ray would wait for a cluster that it remembers
+                self._ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="warning")
+            else:
+                self._ray.init(address=address, log_to_driver=False, logging_level="warning")
             resources = self._ray.cluster_resources()
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise EngineError(f"--on ray: no cluster ({error})") from None
@@ -127,7 +130,7 @@ class RayPool:
         return [self._event(call) for call in ready if call in self._calls]
 
     def _check_cluster(self) -> None:
-        """Raise EngineError where a cluster of one node, such as one that was started here, has lost it."""
+        """Raise EngineError where the cluster that was started here has lost its only node."""
         if self._one_node and time.monotonic() - self._checked > _CHECK_SECONDS:
             self._checked = time.monotonic()
             if not any(node["Alive"] for node in self._ray.nodes()):

@@ -32,7 +32,7 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Ready:
-    """A worker has opened its engine."""
+    """A worker has opened its engine, and can be given shards."""
 
     worker: int
     engine: Mapping[str, Any]
@@ -103,8 +103,13 @@ class ShardQueue:
         self._left = len(self._ready)
 
     @property
+    def left(self) -> int:
+        """How many shards are not done, dropped or given up."""
+        return self._left
+
+    @property
     def finished(self) -> bool:
-        """Whether every shard is done, dropped or given up."""
+        """Whether no shard is left."""
         return self._left == 0
 
     @property
@@ -184,11 +189,17 @@ def drive(
     started: set[int] = set()
     idle: set[int] = set()
 
+    def start_workers() -> None:
+        """Start as many workers as there are shards for; one that can't be had yet must not keep a shard waiting."""
+        for worker in range(pool.size):
+            if len(started) >= queue.left:
+                return
+            if worker not in started:
+                started.add(worker)
+                pool.start(worker)
+
     def fill(worker: int) -> None:
         while (shard := take(worker)) is not None:
-            if worker not in started:
-                pool.start(worker)
-                started.add(worker)
             pool.give(worker, queue.task(shard))
         if queue.held(worker):
             idle.discard(worker)
@@ -198,8 +209,7 @@ def drive(
     ever_ready = False
     fruitless = 0
     most_fruitless = 10 * (pool.size + 1)
-    for worker in range(pool.size):
-        fill(worker)
+    start_workers()
     while not queue.finished:
         tick()
         for worker in sorted(idle) if queue.waiting else ():
@@ -209,12 +219,14 @@ def drive(
             on_event(event)
             if isinstance(event, Ready):
                 ever_ready = True
+                fill(event.worker)
             elif isinstance(event, Done):
                 fruitless = 0
                 queue.done(event.worker, event.shard)
                 fill(event.worker)
             elif isinstance(event, Died):
                 started.discard(event.worker)
+                idle.discard(event.worker)
                 fruitless += 1
                 for shard in queue.lost(event.worker):
                     give_up(shard, event.reason)
@@ -223,4 +235,4 @@ def drive(
                     raise event.error or EngineError(event.reason)
                 if fruitless >= most_fruitless:
                     raise EngineError(f"workers died {fruitless} times without finishing a shard; last: {event.reason}")
-                fill(event.worker)
+                start_workers()
