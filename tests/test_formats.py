@@ -440,6 +440,14 @@ def test_what_our_own_files_need(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["bundle.json", "model.onnx", "v_rgb.npy"])
+def test_a_folder_with_a_note_beside_something_else_has_no_events(name: str, tmp_path: Path) -> None:
+    (tmp_path / "readme.txt").write_text("hello")
+    assert holds_events(tmp_path)
+    (tmp_path / name).write_text("")
+    assert not holds_events(tmp_path)
+
+
 def test_a_folder_keeps_its_other_files(tmp_path: Path) -> None:
     (tmp_path / "clip.one.mp4").write_text("a video")
     write_videos(tmp_path, VIDEOS, FORMATS["srt"])

@@ -25,6 +25,7 @@ from runtime.schema import show
 
 Fact = Literal["scores", "durations", "label ids", "subsets", "videos without events"]
 _ROUNDED_SCORES = f"scores are rounded to {SCORE_DIGITS} decimals"
+_OF_OTHER_FOLDERS = (".onnx", ".engine", ".plan", ".npy")
 _MILLISECONDS = "times are rounded to milliseconds"
 
 
@@ -230,8 +231,10 @@ def _formats_in(folder: Path) -> list[str]:
 
 
 def holds_events(folder: Path) -> bool:
-    """Return whether a folder is one of files with events, and not a bundle."""
-    return not (folder / MANIFEST).exists() and bool(_formats_in(folder))
+    """Return whether a folder is one of files with events: no bundle, nor a part of one, and no features."""
+    if (folder / MANIFEST).exists() or not _formats_in(folder):
+        return False
+    return not any(Path(entry.name).suffix.lower() in _OF_OTHER_FOLDERS for entry in os.scandir(folder))
 
 
 def read_videos(path: str | Path, format: Format) -> list[Video]:
