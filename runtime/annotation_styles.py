@@ -102,7 +102,7 @@ def _thumos(folder: Path, labels: Sequence[str] | None) -> dict[str, Any]:
     durations = _durations(folder / "durations.csv")
     found: dict[str, dict[str, Any]] = {}
     names: set[str] = set()
-    for path in sorted(Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(".txt")):
+    for path in sorted(folder / name for name in os.listdir(folder) if name.endswith(".txt")):
         label, _, subset = path.stem.rpartition("_")
         subset = subset_name(subset)
         if not label or subset not in ("train", "validation", "test"):

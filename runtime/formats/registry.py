@@ -226,7 +226,7 @@ def _format_of_folder(folder: Path) -> Format:
 
 
 def _formats_in(folder: Path) -> list[str]:
-    suffixes = {Path(entry.name).suffix.lower() for entry in os.scandir(folder)}
+    suffixes = {Path(name).suffix.lower() for name in os.listdir(folder)}
     return [format.name for format in FORMATS.values() if format.one_video and format.suffix in suffixes]
 
 
@@ -234,7 +234,7 @@ def holds_events(folder: Path) -> bool:
     """Return whether a folder is one of files with events: no bundle, nor a part of one, and no features."""
     if (folder / MANIFEST).exists() or not _formats_in(folder):
         return False
-    return not any(Path(entry.name).suffix.lower() in _OF_OTHER_FOLDERS for entry in os.scandir(folder))
+    return not any(Path(name).suffix.lower() in _OF_OTHER_FOLDERS for name in os.listdir(folder))
 
 
 def read_videos(path: str | Path, format: Format) -> list[Video]:
@@ -242,7 +242,7 @@ def read_videos(path: str | Path, format: Format) -> list[Video]:
     path = Path(path)
     files = [path]
     if path.is_dir() and format.one_video:
-        files = sorted(Path(e.path) for e in os.scandir(path) if e.name.lower().endswith(format.suffix) and e.is_file())
+        files = sorted(path / name for name in os.listdir(path) if name.lower().endswith(format.suffix))
         if not files:
             raise PredictionError(f"{path}: has no *{format.suffix} file")
     videos: list[Video] = []
