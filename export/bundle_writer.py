@@ -12,9 +12,20 @@ import shutil
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
-from runtime.bundle import MANIFEST, PARITY, SCHEMA, Bundle, Engine, FileRecord, Manifest, ModelFile, read_bundle
+from runtime.bundle import (
+    MANIFEST,
+    PARITY,
+    SCHEMA,
+    AnyContents,
+    Bundle,
+    Engine,
+    FileRecord,
+    Manifest,
+    ModelFile,
+    read_bundle,
+)
 from runtime.errors import BundleError
 from runtime.files import atomic_folder, sha256_file, write_json
 from runtime.records import BadRecord, get_values, read_json
@@ -24,17 +35,17 @@ from runtime.spec import ModelSpec
 PARITY_SCHEMA = 1
 
 
-class Draft:
-    """A bundle in the making. Files are written into `folder` by the caller; the manifest comes last."""
+class FolderDraft(Generic[AnyContents]):
+    """A folder of model files in the making. The caller writes files into `folder`; the manifest comes last."""
 
-    def __init__(self, folder: Path, manifest: Manifest, parity: dict[str, Any]) -> None:
-        """Use `new_bundle` or `changed_bundle`."""
+    def __init__(self, folder: Path, manifest: AnyContents, parity: dict[str, Any]) -> None:
+        """Use `new_folder`, `new_bundle` or `changed_bundle`."""
         self.folder = folder
         self._manifest = manifest
         self._parity = parity
 
     @property
-    def manifest(self) -> Manifest:
+    def manifest(self) -> AnyContents:
         return self._manifest
 
     def add_model_file(self, model_file: ModelFile) -> None:
@@ -63,13 +74,36 @@ class Draft:
         else:
             self._parity["engines"][engine.name] = report
 
-    def bundle(self) -> Bundle:
-        """Write the reports and the manifest, and read the bundle as the runtime does."""
+    def write(self) -> None:
+        """Write the reports and the manifest."""
         write_json(self.folder / PARITY, self._parity)
         files = tuple(record for record in self._manifest.files if record.name != PARITY)
         self._manifest = dataclasses.replace(self._manifest, files=(*files, _file_record(self.folder / PARITY)))
-        write_json(self.folder / MANIFEST, self._manifest.to_json())
+        write_json(self.folder / self._manifest.FILE, self._manifest.to_json())
+
+
+class Draft(FolderDraft[Manifest]):
+    """A bundle in the making."""
+
+    def bundle(self) -> Bundle:
+        """Write the reports and the manifest, and read the bundle as the runtime does."""
+        self.write()
         return read_bundle(self.folder)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path, manifest: AnyContents) -> Iterator[FolderDraft[AnyContents]]:
+    """Open a draft that becomes the folder `path` when the block ends well; an earlier one of its kind is replaced.
+
+    `manifest` is to list no files yet. Raises BundleError as `new_bundle`.
+    """
+    path = Path(path)
+    refuse_foreign(path, manifest.FILE)
+    with atomic_folder(path) as folder:
+        draft = FolderDraft(folder, manifest, {"schema": PARITY_SCHEMA, "engines": {}})
+        yield draft
+        draft.write()
+        _finish(draft, path)
 
 
 @contextlib.contextmanager
@@ -101,6 +135,7 @@ def new_bundle(
     with atomic_folder(path) as folder:
         draft = Draft(folder, manifest, {"schema": PARITY_SCHEMA, "engines": {}})
         yield draft
+        draft.bundle()
         _finish(draft, path)
 
 
@@ -124,6 +159,7 @@ def changed_bundle(path: str | Path) -> Iterator[Draft]:
         shutil.copytree(path, folder, copy_function=_link_or_copy, dirs_exist_ok=True)
         draft = Draft(folder, bundle.manifest, parity)
         yield draft
+        draft.bundle()
         _finish(draft, path)
 
 
@@ -134,20 +170,19 @@ def _reports(content: Any) -> dict[str, Any]:
     return engines
 
 
-def refuse_foreign(path: Path) -> None:
+def refuse_foreign(path: Path, manifest: str = MANIFEST) -> None:
     """Raise BundleError when `path` exists and is neither a bundle nor an empty folder: it would be replaced."""
-    if path.is_dir() and (not any(path.iterdir()) or (path / MANIFEST).is_file()):
+    if path.is_dir() and (not any(path.iterdir()) or (path / manifest).is_file()):
         return
     if path.exists():
         raise BundleError(f"{path}: exists and is no bundle; name another place with --out")
 
 
-def _finish(draft: Draft, path: Path) -> None:
-    bundle = draft.bundle()
-    if not bundle.manifest.model_files:
+def _finish(draft: FolderDraft[Any], path: Path) -> None:
+    if not draft.manifest.model_files:
         raise BundleError(f"{path}: a bundle needs a model file")
-    for record in bundle.manifest.files:
-        with open(bundle.folder / record.name, "rb") as stream:
+    for record in draft.manifest.files:
+        with open(draft.folder / record.name, "rb") as stream:
             os.fsync(stream.fileno())
 
 

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from runtime.errors import BundleError, ConfigError
 from runtime.files import file_identity, sha256_file
@@ -93,16 +93,15 @@ class Engine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """Content of `bundle.json`."""
+class Contents:
+    """What every manifest holds; a bundle's and an extractor's add what they are made of."""
+
+    FILE: ClassVar[str]
+    """Name of the manifest in its folder."""
 
     schema: int
-    spec: ModelSpec
-    model: dict[str, Any]
-    """The `ModelConfig` the network was built with, as JSON."""
-    checkpoint_sha256: str
     versions: dict[str, str]
-    """Versions of the toolkit and of the libraries that made the bundle."""
+    """Versions of the toolkit and of the libraries that made the folder."""
     created: str
     """UTC, ISO 8601."""
     files: tuple[FileRecord, ...]
@@ -115,16 +114,27 @@ class Manifest:
         return data
 
 
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Contents):
+    """Content of `bundle.json`."""
+
+    FILE: ClassVar[str] = MANIFEST
+
+    spec: ModelSpec
+    model: dict[str, Any]
+    """The `ModelConfig` the network was built with, as JSON."""
+    checkpoint_sha256: str
+
+
+AnyContents = TypeVar("AnyContents", bound=Contents)
+
+
 @dataclass(frozen=True)
-class Bundle:
-    """A bundle whose manifest has been read. `verify` checks the files."""
+class ModelFolder(Generic[AnyContents]):
+    """A folder of model files whose manifest has been read. `verify` checks the files."""
 
     folder: Path
-    manifest: Manifest
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.manifest.spec
+    manifest: AnyContents
 
     def model_file(self, name: str) -> ModelFile:
         for model_file in self.manifest.model_files:
@@ -182,65 +192,83 @@ class Bundle:
         for record in self.manifest.files:
             if record.name == name:
                 return _verify_file(self.folder, record)
-        raise BundleError(f"{self.folder / MANIFEST}: '{name}' has no file record")
+        raise BundleError(f"{self.folder / self.manifest.FILE}: '{name}' has no file record")
+
+
+@dataclass(frozen=True)
+class Bundle(ModelFolder[Manifest]):
+    """A bundle: the model files of a CCNet."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.manifest.spec
 
 
 def read_bundle(folder: str | Path) -> Bundle:
     """Read and check the manifest of a bundle. Raises BundleError for anything that is not a whole bundle."""
+    return Bundle(Path(folder), read_manifest(folder, Manifest, "bundle", "ccnet export CHECKPOINT --out", SCHEMA))
+
+
+def read_manifest(folder: str | Path, contents: type[AnyContents], kind: str, command: str, schema: int) -> AnyContents:
+    """Read and check the manifest of a folder of model files, a `kind` that `command FOLDER` makes.
+
+    Raises BundleError for anything that is not a whole one.
+    """
     folder = Path(folder)
-    path = folder / MANIFEST
+    path = folder / contents.FILE
+    article = "an" if kind[0] in "aeiou" else "a"
     if not folder.is_dir():
-        raise BundleError(f"{folder}: no such bundle folder; 'ccnet export CHECKPOINT --out {folder}' makes one")
+        raise BundleError(f"{folder}: no such {kind} folder; '{command} {folder}' makes one")
     if not path.is_file():
-        raise BundleError(f"{folder}: has no {MANIFEST}, so it is not a bundle, or its copy was not finished")
+        raise BundleError(
+            f"{folder}: has no {contents.FILE}, so it is not {article} {kind}, or its copy was not finished"
+        )
     try:
         data = read_json(path, limit=_LARGEST_MANIFEST)
     except BadRecord as error:
-        raise BundleError(f"{path}: {error}; copy the bundle again") from None
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != SCHEMA:
-        raise BundleError(f"{path}: got schema {show(schema)}, this version reads {SCHEMA}; export the bundle again")
+        raise BundleError(f"{path}: {error}; copy the {kind} again") from None
+    found = data.get("schema") if isinstance(data, dict) else None
+    if found != schema:
+        raise BundleError(f"{path}: got schema {show(found)}, this version reads {schema}; export the {kind} again")
     try:
-        manifest = section_from_json(Manifest, data, where=MANIFEST)
+        manifest = section_from_json(contents, data, where=contents.FILE)
     except ConfigError as error:
         raise BundleError(f"{folder}: {error}") from error
     _check_names(folder, manifest)
-    return Bundle(folder, manifest)
+    return manifest
 
 
-def _check_names(folder: Path, manifest: Manifest) -> None:
+def _check_names(folder: Path, manifest: Contents) -> None:
+    where = folder / manifest.FILE
     for kind, names in (
         ("model file", [model_file.name for model_file in manifest.model_files]),
         ("engine", [engine.name for engine in manifest.engines]),
     ):
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise BundleError(
-                f"{folder / MANIFEST}: lists {kind} '{quote(twice[0])}' more than once; export the bundle again"
-            )
+            raise BundleError(f"{where}: lists {kind} '{quote(twice[0])}' more than once; export the bundle again")
     model_files = {model_file.name for model_file in manifest.model_files}
     for engine in manifest.engines:
         if engine.model_file not in model_files:
             raise BundleError(
-                f"{folder / MANIFEST}: engine '{quote(engine.name)}' names an unknown model file "
-                f"'{quote(engine.model_file)}'"
+                f"{where}: engine '{quote(engine.name)}' names an unknown model file '{quote(engine.model_file)}'"
             )
     for name in [record.name for record in manifest.files] + [f for a in manifest.model_files for f in a.files]:
         if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
-            raise BundleError(f"{folder / MANIFEST}: file name {show(name)} leaves the bundle folder")
+            raise BundleError(f"{where}: file name {show(name)} leaves the bundle folder")
     for engine in manifest.engines:
         speed = engine.speed.get("ms_per_video", 1.0)
         if not is_number(speed) or speed <= 0:
             raise BundleError(
-                f"{folder / MANIFEST}: engine '{quote(engine.name)}': speed: got {show(speed)}, expected milliseconds"
+                f"{where}: engine '{quote(engine.name)}': speed: got {show(speed)}, expected milliseconds"
             )
     for model_file in manifest.model_files:
         if model_file.max_batch < 1:
             raise BundleError(
-                f"{folder / MANIFEST}: model file '{quote(model_file.name)}': max_batch: got {model_file.max_batch}, "
+                f"{where}: model file '{quote(model_file.name)}': max_batch: got {model_file.max_batch}, "
                 "expected 1 or more"
             )
         if not model_file.files:
-            raise BundleError(f"{folder / MANIFEST}: model file '{quote(model_file.name)}' lists no files")
+            raise BundleError(f"{where}: model file '{quote(model_file.name)}' lists no files")
 
 
 def _copy_link(source: Path, target: Path) -> None:

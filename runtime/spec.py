@@ -125,6 +125,40 @@ class PostProcessing:
         require(0 <= self.voting_threshold <= 1, "post.voting_threshold", self.voting_threshold, "in [0, 1]")
 
 
+Shape = tuple[int | str, ...]
+"""Extents; a text names a free one, `rows`, or a multiple of it, `8*rows`."""
+
+
+@dataclass(frozen=True)
+class GraphTensors:
+    """Names and shapes of a graph's inputs and outputs, float32 unless `types` says otherwise."""
+
+    inputs: Mapping[str, Shape]
+    outputs: Mapping[str, Shape]
+    types: Mapping[str, type[np.generic]] = field(default_factory=dict)
+
+    def sized(self, **sizes: int) -> GraphTensors:
+        """Return the tensors with some of the free extents fixed."""
+
+        def fixed(extent: int | str) -> int | str:
+            factor, _, name = str(extent).rpartition("*")
+            return int(factor or 1) * sizes[name] if name in sizes else extent
+
+        inputs, outputs = (
+            {name: tuple(fixed(extent) for extent in shape) for name, shape in shapes.items()}
+            for shapes in (self.inputs, self.outputs)
+        )
+        return dataclasses.replace(self, inputs=inputs, outputs=outputs)
+
+    def input_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the inputs, free but for the batch axis, as `ModelSpec.input_shapes` does."""
+        return cast("dict[str, tuple[int, ...]]", dict(self.sized(batch=batch).inputs))
+
+    def output_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the outputs."""
+        return cast("dict[str, tuple[int, ...]]", dict(self.sized(batch=batch).outputs))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """The contract of one exported network.
@@ -171,6 +205,15 @@ class ModelSpec:
     def output_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         points = self.grid.num_points
         return {LOGITS: (batch, points, self.num_classes), OFFSETS: (batch, points, self.num_classes, 2)}
+
+    @property
+    def tensors(self) -> GraphTensors:
+        """The same shapes with the batch axis free."""
+        inputs, outputs = (
+            {name: ("batch", *shape[1:]) for name, shape in shapes.items()}
+            for shapes in (self.input_shapes(1), self.output_shapes(1))
+        )
+        return GraphTensors(inputs, outputs, INPUT_TYPES)
 
     def to_json(self) -> dict[str, Any]:
         return cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(self))))

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from export.graph.opset17 import lower_to_17
 from runtime.errors import ExportError
 from runtime.packages import distribution_of, missing
-from runtime.spec import AUDIO, INPUT_NAMES, LENGTHS, OUTPUT_NAMES, VISUAL, ModelSpec
+from runtime.spec import AUDIO, LENGTHS, VISUAL, GraphTensors, ModelSpec, Shape
 
 MIN_OPSET, MAX_OPSET = 17, 23
 """17 brings LayerNormalization and is the last one TensorRT 8.6 reads; 20 brings Gelu; none above 23 was tried."""
@@ -64,15 +65,42 @@ def export_onnx(
 
     Raises ExportError when the exporter fails or the file is not what was asked for, MissingDependency without onnx.
     """
+    if max_batch < 1 or (batch is not None and batch < 1):
+        raise ExportError(f"batch: got max_batch {max_batch} and batch {batch}, expected 1 or more")
+    tensors, sizes = spec.tensors, {}
+    if batch is None:
+        # A range of one value would make the axis static, the exporter specialises on an example batch of 1, and where
+        # the range ends at the example's 2 it no longer sees that the inputs share one axis.
+        sizes[BATCH_AXIS] = (1, max(max_batch, 3))
+    else:
+        tensors = tensors.sized(batch=batch)
+    return export_graph(
+        module, tensors, example_inputs(spec, batch or 2), path, sizes=sizes, opset=opset, metadata=metadata
+    )
+
+
+def export_graph(
+    module: nn.Module,
+    tensors: GraphTensors,
+    inputs: tuple[torch.Tensor, ...],
+    path: str | Path,
+    *,
+    sizes: Mapping[str, tuple[int, int]],
+    opset: int = 20,
+    metadata: Mapping[str, str] | None = None,
+) -> OnnxInfo:
+    """Export any module whose forward takes and returns the tensors that `tensors` names, in that order.
+
+    `inputs`: examples to trace with. `sizes`: smallest and largest value of every free extent. Writes and raises as
+    `export_onnx`.
+    """
     path = Path(path)
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise ExportError(f"opset: got {opset}, expected {MIN_OPSET} to {MAX_OPSET}")
-    if max_batch < 1 or (batch is not None and batch < 1):
-        raise ExportError(f"batch: got max_batch {max_batch} and batch {batch}, expected 1 or more")
     started = time.perf_counter()
     with _quiet() as log:
         # The exporter writes nothing older than 18, and keeps 18 without an error when lowering it fails.
-        program = _onnx_program(_exported(module, spec, max_batch, batch), max(opset, 18), log)
+        program = _onnx_program(_exported(module, tensors, inputs, sizes), tensors, max(opset, 18), log)
         model = program.model
         if opset == 17:
             lower_to_17(model)
@@ -80,7 +108,7 @@ def export_onnx(
         weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
         _save(model, path, external=weight_bytes > EXTERNAL_BYTES)
     files = (path.name, external_name(path)) if weight_bytes > EXTERNAL_BYTES else (path.name,)
-    graph = audit(path, spec, opset=opset, batch=batch)
+    graph = audit_graph(path, tensors, opset=opset)
     operators = Counter(node.op_type for node in graph.graph.node)
     return OnnxInfo(
         path=path,
@@ -111,6 +139,11 @@ def example_inputs(spec: ModelSpec, batch: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def audit(path: Path, spec: ModelSpec, *, opset: int, batch: int | None) -> Any:
+    """Check a graph of `export_onnx`; see `audit_graph`."""
+    return audit_graph(path, spec.tensors if batch is None else spec.tensors.sized(batch=batch), opset=opset)
+
+
+def audit_graph(path: Path, tensors: GraphTensors, *, opset: int) -> Any:
     """Read a written graph back and check everything that the exporter does not promise.
 
     Returns it as an onnx.ModelProto, without its external weights. Raises ExportError naming what is wrong.
@@ -124,29 +157,24 @@ def audit(path: Path, spec: ModelSpec, *, opset: int, batch: int | None) -> Any:
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     if opsets.get("") != opset or set(opsets) != {""}:
         raise ExportError(f"{path}: got operator sets {opsets}, expected the standard one at {opset}")
-    axis: int | str = BATCH_AXIS if batch is None else batch
-    names = [
-        (INPUT_NAMES, model.graph.input, spec.input_shapes),
-        (OUTPUT_NAMES, model.graph.output, spec.output_shapes),
-    ]
-    for expected_names, values, shapes in names:
-        if tuple(value.name for value in values) != expected_names:
-            raise ExportError(f"{path}: got tensors {[v.name for v in values]}, expected {list(expected_names)}")
-        for value, shape in zip(values, shapes(1).values(), strict=True):
-            _check_value(path, value, (axis, *shape[1:]))
+    for shapes, values in ((tensors.inputs, model.graph.input), (tensors.outputs, model.graph.output)):
+        if [value.name for value in values] != list(shapes):
+            raise ExportError(f"{path}: got tensors {[v.name for v in values]}, expected {list(shapes)}")
+        for value in values:
+            _check_value(path, value, shapes[value.name], tensors.types.get(value.name, np.float32))
     _check_types(path, model)
     if opset < 18:
         _check_old_operators(path, model)
     return model
 
 
-def _check_value(path: Path, value: Any, expected: tuple[int | str, ...]) -> None:
+def _check_value(path: Path, value: Any, expected: Shape, kind: type[np.generic]) -> None:
     onnx = _onnx()
     tensor = value.type.tensor_type
     shape = dimensions(value)
-    if shape != expected:
+    if shape != tuple(expected):
         raise ExportError(f"{path}: tensor '{value.name}' has shape {shape}, expected {expected}")
-    wanted = onnx.TensorProto.INT32 if value.name == LENGTHS else onnx.TensorProto.FLOAT
+    wanted = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
     if tensor.elem_type != wanted:
         got = onnx.TensorProto.DataType.Name(tensor.elem_type)
         raise ExportError(f"{path}: tensor '{value.name}' is {got}, expected {onnx.TensorProto.DataType.Name(wanted)}")
@@ -181,29 +209,38 @@ def _check_old_operators(path: Path, model: Any) -> None:
         raise ExportError(f"{path}: operators of a later opset at {', '.join(bad[:5])}")
 
 
-def _exported(module: nn.Module, spec: ModelSpec, max_batch: int, batch: int | None) -> torch.export.ExportedProgram:
-    """Trace the module and prove that its batch axis is free: a module that fixes it is an error here."""
+def _exported(
+    module: nn.Module,
+    tensors: GraphTensors,
+    inputs: tuple[torch.Tensor, ...],
+    sizes: Mapping[str, tuple[int, int]],
+) -> torch.export.ExportedProgram:
+    """Trace the module and prove that its free extents are free: a module that fixes one is an error here."""
     module.eval()
-    shapes: dict[str, Any] | None = None
-    if batch is None:
-        # A range of one value would make the axis static, the exporter specialises on an example batch of 1, and where
-        # the range ends at the example's 2 it no longer sees that the inputs share one axis.
-        axis = torch.export.Dim(BATCH_AXIS, min=1, max=max(max_batch, 3))
-        shapes = {name: {0: axis} for name in INPUT_NAMES}
+    free = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in sizes.items()}
+
+    def extent(text: str) -> Any:
+        factor, _, name = text.rpartition("*")
+        return int(factor) * free[name] if factor else free[name]
+
+    shapes = {
+        name: {axis: extent(size) for axis, size in enumerate(shape) if isinstance(size, str)}
+        for name, shape in tensors.inputs.items()
+    }
     try:
         with torch.no_grad():
-            return torch.export.export(module, example_inputs(spec, batch or 2), dynamic_shapes=shapes)
+            return torch.export.export(module, inputs, dynamic_shapes=tuple(shapes.values()) if sizes else None)
     except Exception as error:
         raise ExportError(f"torch.export could not trace the network: {error}") from error
 
 
-def _onnx_program(exported: torch.export.ExportedProgram, opset: int, log: io.StringIO) -> Any:
+def _onnx_program(exported: torch.export.ExportedProgram, tensors: GraphTensors, opset: int, log: io.StringIO) -> Any:
     _onnx()
     try:
         program = torch.onnx.export(
             exported,
-            input_names=list(INPUT_NAMES),
-            output_names=list(OUTPUT_NAMES),
+            input_names=list(tensors.inputs),
+            output_names=list(tensors.outputs),
             opset_version=opset,
             custom_translation_table={torch.ops.aten.split_with_sizes.default: _split},
             verbose=False,
@@ -212,11 +249,34 @@ def _onnx_program(exported: torch.export.ExportedProgram, opset: int, log: io.St
         raise ExportError(f"torch.onnx could not translate the network: {error}\n{log.getvalue()[-2000:]}") from error
     if program is None:
         raise ExportError("torch.onnx returned no program")
-    graph: Any = program.model.graph
-    axes = {str(value.shape[0]) for value in graph.inputs if not isinstance(value.shape[0], int)}
-    if len(axes) == 1:
-        program.rename_axes({axes.pop(): BATCH_AXIS})
+    _name_axes(program, tensors)
     return program
+
+
+def _name_axes(program: Any, tensors: GraphTensors) -> None:
+    """Give the exporter's symbols the names of `tensors`; where one symbol would need two names, the audit sees it."""
+    import onnx_ir
+
+    graph: Any = program.model.graph
+    names: dict[str, str] = {}
+    for values, shapes in ((graph.inputs, tensors.inputs), (graph.outputs, tensors.outputs)):
+        for value, shape in zip(values, shapes.values(), strict=True):
+            for found, wanted in zip(value.shape, shape, strict=False):
+                if not isinstance(found, int) and isinstance(wanted, str):
+                    symbol, name = str(found).rpartition("*")[2], wanted.rpartition("*")[2]
+                    names.setdefault(symbol, name)
+    program.rename_axes(names)
+    for values in (graph.inputs, graph.outputs):
+        for value in values:
+            value.shape = onnx_ir.Shape([_renamed(extent, names) for extent in value.shape])
+
+
+def _renamed(extent: Any, names: Mapping[str, str]) -> Any:
+    """Return an extent with its symbol renamed: renaming axes leaves multiples of one alone."""
+    if isinstance(extent, int):
+        return extent
+    factor, star, symbol = str(extent).rpartition("*")
+    return f"{factor}{star}{names.get(symbol, symbol)}"
 
 
 def _split(x: Any, sizes: Any, dim: int = 0) -> Any:
