@@ -303,5 +303,5 @@ def test_reading_can_be_given_up_at_any_frame(tmp_path: Path) -> None:
     report = ReadReport()
     reading = read_frames(str(path), 64, FPS, ReadOptions(threads=2), report)
     next(reading)
-    reading.close()  # type: ignore[attr-defined]
+    reading.close()
     path.unlink()

@@ -25,6 +25,8 @@ COMMANDS = (
     "check_data",
     "train",
     "import_weights",
+    "import_extractor",
+    "extract",
     "export",
     "rebuild",
     "verify",

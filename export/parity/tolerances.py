@@ -126,3 +126,22 @@ def torch_dtype(precision: Precision) -> torch.dtype:
     import torch
 
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}[precision]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorTolerance:
+    """How far an extractor's graph may be from its network, in shares of an output's largest value."""
+
+    largest: float
+    mean: float
+
+
+def extractor_tolerance(precision: str, *, rounded: bool) -> ExtractorTolerance:
+    """Return the limits of an extractor's graph; `rounded`: in levels, for the flow graph. Raises ConfigError.
+
+    Measured in fp32 with seeded weights, ONNX Runtime and OpenVINO: I3D 3e-6 of the largest feature, VGGish 1e-6, the
+    encodings 2e-6. Of the rounded flow, levels whose value lies at a half flip: one level, 1 in 10,000 of them.
+    """
+    if graph_precision(precision) != "fp32":
+        raise ConfigError(f"precision: got {precision!r}; extractors are compared in fp32 only")
+    return ExtractorTolerance(largest=1.0, mean=1e-3) if rounded else ExtractorTolerance(largest=5e-5, mean=5e-6)

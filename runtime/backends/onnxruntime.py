@@ -8,16 +8,18 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from runtime.backends.base import BaseBackend, Float32, Int32, Outputs, check_graph
+from runtime.backends.graphs import GraphRunner, check_names
 from runtime.bundle import ModelFile
 from runtime.errors import BackendUnavailable, BundleError, EngineError
 from runtime.packages import import_package
-from runtime.spec import AUDIO, INPUT_TYPES, LENGTHS, LOGITS, OFFSETS, OUTPUT_NAMES, VISUAL, ModelSpec
+from runtime.spec import AUDIO, INPUT_TYPES, LENGTHS, LOGITS, OFFSETS, OUTPUT_NAMES, VISUAL, GraphTensors, ModelSpec
 
 Device = Literal["cpu", "cuda"]
 
@@ -45,6 +47,30 @@ def open_engine(
     return OnnxRuntimeBackend.open(
         path, spec, device=_DEVICES[name], precision=precision, max_batch=model_file.max_batch, threads=threads
     )
+
+
+def open_graph(
+    name: str, path: Path, model_file: ModelFile, tensors: GraphTensors, precision: str, threads: int | None
+) -> GraphRunner:
+    """Load any ONNX file with the inputs and outputs of `tensors`. Raises as `OnnxRuntimeBackend.open`."""
+    device = _DEVICES[name]
+    onnxruntime = load_library(device)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if device == "cuda":
+        session, _ = _cuda_session(onnxruntime, path, options, tf32=precision != "fp32")
+    else:
+        session = _session(onnxruntime, path, options, [_PROVIDERS["cpu"]])
+    found = [value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()]
+    check_names(path, *found, tensors)
+
+    def run(inputs: Mapping[str, Float32]) -> dict[str, Float32]:
+        return dict(zip(found[1], session.run(found[1], dict(inputs)), strict=True))
+
+    facts = {"library": "onnxruntime", "version": onnxruntime.__version__, "threads": threads or "library default"}
+    return GraphRunner(name, precision, tensors, run, facts)
 
 
 def probe(name: str) -> str:

@@ -6,7 +6,7 @@ Shapes: see `runtime.spec.ModelSpec` (B batch, T steps, P points, C classes).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from runtime.backends.base import BaseBackend, Float32, Int32, Outputs, check_graph
+from runtime.backends.graphs import GraphRunner, check_names
 from runtime.bundle import ModelFile
 from runtime.errors import BackendUnavailable, BundleError, EngineError, FeatureError
 from runtime.packages import import_package
-from runtime.spec import AUDIO, INPUT_NAMES, LENGTHS, LOGITS, OFFSETS, VISUAL, ModelSpec
+from runtime.spec import AUDIO, INPUT_NAMES, LENGTHS, LOGITS, OFFSETS, VISUAL, GraphTensors, ModelSpec
 
 # Precision -> (OpenVINO's name of the arithmetic, capability the processor must have). An int8 graph holds its own
 # quantization; what is not quantized in it runs in fp32.
@@ -28,6 +29,9 @@ _MATMULS = {"FullyConnected", "MatMul", "Convolution", "Deconvolution", "GroupCo
 # Entries of a row that share a scale when the left side of an int8 product is quantized on the fly. Rows are quantized
 # each by itself, so no video sees another one. Without this OpenVINO computes in fp32 from the int8 weights.
 _INT8_GROUP = 128
+
+# Sets of input shapes that a graph stays compiled for, each with its own copy of the weights.
+_COMPILED_SHAPES = 4
 
 # Precision -> what at least one of those layers must run in.
 _EVIDENCE = {"bf16": {"bf16"}, "int8": {"i8", "u8"}}
@@ -43,6 +47,41 @@ def open_engine(
 ) -> OpenVinoBackend:
     """Compile an ONNX file of a bundle; see `OpenVinoBackend.open`."""
     return OpenVinoBackend.open(path, spec, precision=precision, max_batch=model_file.max_batch, threads=threads)
+
+
+def open_graph(
+    name: str, path: Path, model_file: ModelFile, tensors: GraphTensors, precision: str, threads: int | None
+) -> GraphRunner:
+    """Load any ONNX file with the inputs and outputs of `tensors`, compiled for each set of shapes when it comes.
+
+    Raises as `OpenVinoBackend.open`.
+    """
+    core = check_available(precision)
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": ARITHMETIC[precision][0], "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    if not path.is_file():
+        raise EngineError(f"{path}: no such ONNX file")
+    try:
+        model = core.read_model(str(path))
+    except RuntimeError as error:
+        raise EngineError(f"{path}: OpenVINO can't read it: {error}") from error
+    check_names(path, [p.get_any_name() for p in model.inputs], [p.get_any_name() for p in model.outputs], tensors)
+    requests: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+    def run(inputs: Mapping[str, Float32]) -> dict[str, Float32]:
+        shapes = tuple(array.shape for array in inputs.values())
+        if shapes not in requests:
+            if len(requests) >= _COMPILED_SHAPES:
+                requests.pop(next(iter(requests)))
+            model.reshape({tensor: list(array.shape) for tensor, array in inputs.items()})
+            requests[shapes] = core.compile_model(model, "CPU", settings).create_infer_request()
+        found = requests[shapes].infer(dict(inputs), share_inputs=True)
+        return {tensor: found[tensor] for tensor in tensors.outputs}
+
+    version = str(core.get_versions("CPU")["CPU"].build_number).split("-")[0]
+    facts = {"library": "openvino", "version": version, "device": core.get_property("CPU", "FULL_DEVICE_NAME")}
+    return GraphRunner(name, precision, tensors, run, facts)
 
 
 def probe(name: str) -> str:

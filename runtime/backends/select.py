@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from runtime.backends.base import BaseBackend
 from runtime.backends.registry import BACKENDS, PRECISIONS, REGISTRY, runs_on_gpu
-from runtime.bundle import Bundle, Engine
+from runtime.bundle import Bundle, Engine, ModelFolder
 from runtime.errors import BackendUnavailable, BundleError, EngineError, EngineMismatch
 from runtime.machine import measured_here
 
 OnMismatch = Literal["error", "onnx"]
+Load = Callable[..., Any]
+"""(folder, engine, threads=...) -> loaded engine."""
 
 
 @dataclass(frozen=True)
 class OpenedEngine:
     """A loaded engine and how it was chosen."""
 
-    backend: BaseBackend
+    backend: Any
+    """A `BaseBackend`, or what `load` gave."""
     engine: Engine
     skipped: tuple[str, ...] = field(default=())
     """Why each engine that would have been preferred could not be taken."""
 
 
 def open_engine(
-    bundle: Bundle,
+    bundle: ModelFolder[Any],
     backend: str = "auto",
     *,
     precision: str | None = None,
     on_mismatch: OnMismatch = "error",
     threads: int | None = None,
+    load: Load | None = None,
 ) -> OpenedEngine:
     """Check the files of one engine of a bundle and load it.
 
@@ -41,7 +45,7 @@ def open_engine(
     is taken only when no verified one can run or it was asked for by name, with a RuntimeWarning; one that failed the
     parity check is never run. `on_mismatch`, for an engine built for another library version or GPU: raise
     EngineMismatch, or run one of the bundle's ONNX files instead, with a RuntimeWarning. `threads`: CPU threads of one
-    operator.
+    operator. `load`: what loads an engine that is no bundle's; `load_engine` without.
 
     Raises BackendUnavailable (listing what the bundle has and why each could not be taken), MissingDependency,
     EngineMismatch, BundleError when a file was altered, EngineError when an engine does not load.
@@ -49,16 +53,17 @@ def open_engine(
     if on_mismatch not in get_args(OnMismatch):
         raise BackendUnavailable(f"on_mismatch: got {on_mismatch!r}, expected one of {', '.join(get_args(OnMismatch))}")
     engines = matching_engines(bundle, backend, precision=precision)
+    load = load or load_engine
     if backend == "auto":
-        return _open_first(bundle, engines, threads, why_none="none of its engines can run on this machine")
+        return _open_first(bundle, engines, threads, load, why_none="none of its engines can run on this machine")
     try:
-        return _warn_unverified(OpenedEngine(load_engine(bundle, engines[0], threads=threads), engines[0]))
+        return _warn_unverified(OpenedEngine(load(bundle, engines[0], threads=threads), engines[0]))
     except EngineMismatch as mismatch:
         if on_mismatch == "error":
             raise
         instead = [e for e in matching_engines(bundle) if REGISTRY[e.backend].format == "onnx"]
         skipped = (f"{engines[0].name}: {mismatch}",)
-        opened = _open_first(bundle, instead, threads, skipped, why_none="no ONNX file of it can run instead")
+        opened = _open_first(bundle, instead, threads, load, skipped, why_none="no ONNX file of it can run instead")
         warnings.warn(f"{mismatch}; running '{opened.engine.name}' instead", RuntimeWarning, stacklevel=3)
         return opened
 
@@ -81,7 +86,7 @@ def load_engine(bundle: Bundle, engine: Engine, *, threads: int | None = None) -
 
 
 def matching_engines(
-    bundle: Bundle, backend: str = "auto", *, precision: str | None = None, failed: bool = False
+    bundle: ModelFolder[Any], backend: str = "auto", *, precision: str | None = None, failed: bool = False
 ) -> list[Engine]:
     """Return the engines of a bundle that fit what is asked for, best first (verified, then fastest or preferred).
 
@@ -107,21 +112,27 @@ def matching_engines(
 
 
 def _open_first(
-    bundle: Bundle, engines: Sequence[Engine], threads: int | None, skipped: tuple[str, ...] = (), *, why_none: str
+    bundle: ModelFolder[Any],
+    engines: Sequence[Engine],
+    threads: int | None,
+    load: Load,
+    skipped: tuple[str, ...] = (),
+    *,
+    why_none: str,
 ) -> OpenedEngine:
     """Open the first engine that can run here. Raises BackendUnavailable with the reason of each when none can."""
     for engine in engines:
-        opened = _try_open(bundle, engine, threads)
+        opened = _try_open(bundle, engine, threads, load)
         if not isinstance(opened, str):
             return _warn_unverified(OpenedEngine(opened, engine, skipped))
         skipped = (*skipped, f"{engine.name}: {opened}")
     raise BackendUnavailable(f"{bundle.folder}: {why_none}:" + "".join(f"\n  {line}" for line in skipped))
 
 
-def _try_open(bundle: Bundle, engine: Engine, threads: int | None) -> BaseBackend | str:
+def _try_open(bundle: ModelFolder[Any], engine: Engine, threads: int | None, load: Load) -> Any:
     """Return the loaded engine, or why it can't run here."""
     try:
-        return load_engine(bundle, engine, threads=threads)
+        return load(bundle, engine, threads=threads)
     except (EngineMismatch, EngineError) as error:
         # This deserves more than a line in a report: the next engine may be 100 times slower.
         warnings.warn(f"engine '{engine.name}' is skipped: {error}", RuntimeWarning, stacklevel=5)

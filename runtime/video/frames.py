@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -77,7 +77,9 @@ def shown_frames(
             yield Shown(current[1], begin, until)
 
 
-def read_frames(path: str, side: int, fps: Fraction, options: ReadOptions, report: ReadReport) -> Iterator[UInt8]:
+def read_frames(
+    path: str, side: int, fps: Fraction, options: ReadOptions, report: ReadReport
+) -> Generator[UInt8, None, None]:
     """Yield the frames of a video file at `fps`, uint8 rgb [h, w, 3]; the same array again where a frame is repeated.
 
     Decoding, conversion and resizing run in `options.decoding_threads` threads, a bounded number of frames ahead.

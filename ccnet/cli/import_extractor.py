@@ -1,0 +1,52 @@
+"""`ccnet import-extractor`: the public weight files of I3D, RAFT and VGGish -> an extractor folder, verified."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "import-extractor",
+        help="make an extractor, which turns videos into features, from public weight files",
+        description="Reads the weight files of I3D (rgb and flow), RAFT and VGGish, writes their graphs as ONNX, "
+        "compares every graph on every CPU engine of this machine with the network in PyTorch, and leaves an extractor "
+        "only when all passed (exit status 3 otherwise). Weight files are not part of this program; docs/video.md says "
+        "which ones are meant.",
+    )
+    parser.add_argument("--i3d-rgb", required=True, metavar="F", help="i3d_rgb.pt, or piergiaj's rgb_imagenet.pt")
+    parser.add_argument("--i3d-flow", required=True, metavar="F", help="i3d_flow.pt, or piergiaj's flow_imagenet.pt")
+    parser.add_argument("--raft", required=True, metavar="F", help="raft-sintel.pth, or torchvision's raft_large")
+    parser.add_argument("--vggish", required=True, metavar="F", help="vggish-10086976.pth")
+    parser.add_argument("--out", required=True, metavar="E", help="extractor folder; an earlier extractor is replaced")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from export.bundle_writer import refuse_foreign
+    from export.extractors.bundle import Networks, make_extractor
+    from export.extractors.weights import load_i3d, load_raft, load_vggish
+    from runtime.files import sha256_file
+    from runtime.video.extractor import MANIFEST
+
+    refuse_foreign(Path(arguments.out), MANIFEST)
+    files = {name: getattr(arguments, name) for name in ("i3d_rgb", "i3d_flow", "raft", "vggish")}
+    networks = Networks(
+        rgb=load_i3d(files["i3d_rgb"], 3),
+        flow=load_i3d(files["i3d_flow"], 2),
+        raft=load_raft(files["raft"]),
+        vggish=load_vggish(files["vggish"]),
+    )
+    weights = {name: sha256_file(path) for name, path in files.items()}
+    extractor, skipped = make_extractor(networks, networks.spec(), weights, arguments.out)
+    print(arguments.out)
+    for engine in extractor.manifest.engines:
+        print(f"  {engine.name}: {engine.status}")
+    for name, reason in skipped.items():
+        log.info("  %s: not run here: %s", name, reason.splitlines()[0])
+    print(f"next:\n  ccnet extract VIDEO... --extractor {arguments.out} --out FEATURES")
+    return 0

@@ -1,0 +1,388 @@
+"""`ccnet import-extractor` and `ccnet extract`: from weights to an extractor, from video files to features."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("av")
+pytest.importorskip("PIL")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+import torch
+from feature_cases import cases, weights
+from video_files import golden_mp4, write_video
+
+from ccnet.cli.main import main
+from export.extractors.bundle import Networks, compare_graph, example_inputs, graph_module, make_extractor
+from export.extractors.i3d import I3D
+from export.extractors.raft import RAFT
+from export.extractors.vggish import Vggish
+from export.extractors.weights import load_i3d, load_raft, load_vggish
+from runtime.errors import BundleError, VideoError
+from runtime.features import find_videos, read_video
+from runtime.spec import FeatureLayout
+from runtime.video.check import compare_part
+from runtime.video.container import ReadOptions
+from runtime.video.engines import load_graph, open_engines
+from runtime.video.extractor import GRAPHS, Extractor, ExtractorSpec, read_extractor
+from runtime.video.features import FeatureExtractor, Schedule, Timer
+from runtime.video.files import find_video_files
+from runtime.video.frames import centre_crop, padded
+
+WIDTH = 1 / 16
+LAYOUT = FeatureLayout()
+
+
+@pytest.fixture(scope="module")
+def networks() -> Networks:
+    """Small networks whose flow is not nothing."""
+    torch.manual_seed(0)
+    made = Networks(
+        rgb=I3D(3, width=WIDTH).eval(),
+        flow=I3D(2, width=WIDTH).eval(),
+        raft=RAFT(width=WIDTH).eval(),
+        vggish=Vggish(width=WIDTH).eval(),
+    )
+    for network in (made.rgb, made.flow, made.vggish, made.raft):
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.kaiming_normal_(parameter)
+    return made
+
+
+@pytest.fixture(scope="module")
+def extractor(networks: Networks, session_folder: Path) -> Extractor:
+    """An extractor of reduced width; its graphs take many seconds to export, so one process does it."""
+    from filelock import FileLock
+
+    folder = session_folder / "extractor"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            hashes = dict.fromkeys(("i3d_rgb", "i3d_flow", "raft", "vggish"), "0" * 64)
+            make_extractor(networks, networks.spec(side=128, crop=112, iterations=2), hashes, folder)
+    return read_extractor(folder)
+
+
+def test_every_graph_is_compared_with_its_network(extractor: Extractor, networks: Networks) -> None:
+    spec = extractor.spec
+    assert (spec.rgb_dim, spec.flow_dim, spec.audio_dim) == (64, 64, 8)
+    for graph in GRAPHS:
+        engines = {engine.backend: engine for engine in extractor.engines(graph)}
+        assert engines["onnxruntime"].status == "verified"
+        assert engines["onnxruntime-cuda"].status == "unverified"
+        assert engines["onnxruntime"].accuracy
+    extractor.verify()
+
+    # the check can fail: weights that differ a little
+    runner = load_graph(extractor, extractor.engines("i3d_rgb")[0])
+    other = Networks(rgb=I3D(3, width=WIDTH).eval(), flow=networks.flow, raft=networks.raft, vggish=networks.vggish)
+    other.rgb.load_state_dict(networks.rgb.state_dict())
+    with torch.no_grad():
+        other.rgb.conv3d_1a_7x7.conv3d.weight *= 1.001
+    inputs = example_inputs("i3d_rgb", spec, networks)
+    assert compare_graph(runner, "i3d_rgb", graph_module("i3d_rgb", networks, spec), inputs)["passed"]
+    assert not compare_graph(runner, "i3d_rgb", graph_module("i3d_rgb", other, spec), inputs)["passed"]
+
+
+def test_graphs_take_frames_of_any_size(extractor: Extractor, networks: Networks) -> None:
+    """One file of each graph serves wide, tall and square videos, one pair or several at a time."""
+    spec, draw = extractor.spec, np.random.default_rng(0)
+    engines = open_engines(extractor, "onnxruntime", threads=1)
+    for height, width, batch in ((128, 128, 1), (128, 232, 2), (176, 128, 1)):
+        frames = draw.uniform(0, 255, (batch + 1, 3, height, width)).astype(np.float32)
+        features, context = engines.runners["encode"].run(frames)
+        inputs = features[:-1], features[1:], context[:-1]
+        (levels,) = engines.runners["flow"].run(*inputs)
+        with torch.no_grad():
+            expected = graph_module("flow", networks, spec)(*map(torch.from_numpy, inputs))
+        assert np.abs(levels - expected.numpy()).max() <= 1
+        assert levels.std() > 1
+    engines.close()
+
+
+def every_pair_again(path: Path, extractor: Extractor, networks: Networks) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the features of the picture in the public order: every window by itself, in PyTorch."""
+    from fractions import Fraction
+
+    from runtime.video.container import ReadReport
+    from runtime.video.frames import read_frames
+
+    spec = extractor.spec
+    frames = list(read_frames(str(path), spec.side, Fraction(25), ReadOptions(threads=1), ReadReport()))
+    modules = {graph: graph_module(graph, networks, spec) for graph in GRAPHS}
+    rgb, flow = [], []
+    with torch.no_grad():
+        for start in range(0, len(frames) - spec.window, spec.stride):
+            window = frames[start : start + spec.window + 1]
+            crops = torch.stack([torch.from_numpy(centre_crop(frame, spec.crop)) for frame in window[:-1]])
+            rgb.append(modules["i3d_rgb"](crops[None])[0].numpy())
+            features, context = modules["encode"](torch.stack([torch.from_numpy(padded(frame)) for frame in window]))
+            levels = modules["flow"](features[:-1], features[1:], context[:-1])
+            flow.append(modules["i3d_flow"](levels[None])[0].numpy())
+    return np.stack(rgb), np.stack(flow)
+
+
+def test_nothing_computed_twice_gives_what_every_window_by_itself_gives(
+    extractor: Extractor, networks: Networks, tmp_path: Path
+) -> None:
+    path = write_video(tmp_path / "a.mp4", count=60, sound=2.4)
+    with FeatureExtractor.load(extractor.folder, "onnxruntime", threads=1) as extract:
+        found = extract(path)
+    rgb, flow = every_pair_again(path, extractor, networks)
+    assert len(found.rgb) == (60 - 25) // 8 + 1 == len(found.sound)
+    assert np.abs(found.rgb - rgb).max() < 1e-4 * rgb.max()
+    # rounded levels may flip between PyTorch and ONNX Runtime
+    assert np.abs(found.flow - flow).max() < 1e-2 * flow.max()
+    assert found.visual.shape == (5, 128)
+
+
+def test_the_schedule_computes_each_pair_once(extractor: Extractor) -> None:
+    """Of 60 frames, 57 end in a step; a frame that is shown twice is encoded once."""
+    engines = open_engines(extractor, "onnxruntime", threads=1)
+    calls: dict[str, int] = {}
+    for graph, runner in engines.runners.items():
+        real = runner.run
+
+        def counted(*inputs: Any, graph: str = graph, real: Any = real) -> Any:
+            calls[graph] = calls.get(graph, 0) + len(inputs[0])
+            return real(*inputs)
+
+        runner.run = counted  # type: ignore[method-assign]
+    schedule = Schedule(engines, extractor.spec, Timer())
+    frames = np.random.default_rng(0).integers(0, 255, (60, 128, 170, 3), np.uint8)
+    again = frames[0]
+    for index in range(60):
+        schedule.push(again if index < 3 else frames[index])
+    assert calls == {"encode": 55, "flow": 56, "i3d_rgb": 5, "i3d_flow": 5}
+    engines.close()
+
+
+def extract(*words: object) -> int:
+    return main(["extract", *map(str, words), "--quiet"])
+
+
+def test_features_are_written_as_unav_names_them(
+    extractor: Extractor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos, out = tmp_path / "videos", tmp_path / "features"
+    videos.mkdir()
+    write_video(videos / "a b.mp4", count=33, sound=1.4)
+    write_video(videos / "silent.mkv", count=33, sound=None)
+    write_video(videos / "short.mp4", count=20, sound=0.8)
+    (videos / "text.mp4").write_text("not a video")
+    (videos / "notes.doc").write_text("ignored")
+    (tmp_path / "list.txt").write_text("# mine\nvideos/a b.mp4\n")
+
+    assert extract(tmp_path / "list.txt", "--extractor", extractor.folder, "--out", out) == 0
+    captured = capsys.readouterr()
+    assert "no GPU engine is used" in captured.err
+    assert "1 videos extracted, 0 done before" in captured.out
+    assert sorted(p.name for p in out.iterdir()) == ["a b.json", "a b_flow.npy", "a b_rgb.npy", "a b_vggish.npy"]
+    features = read_video(out, "a b", LAYOUT, 128, 8)
+    assert features.steps == 2
+    record = json.loads((out / "a b.json").read_text())
+    assert record["steps"] == record["visual_steps"] == 2
+    assert record["picture"]["frames"] == 33
+    assert set(record["seconds"]) >= {"decode", "encode", "flow", "i3d", "log_mel", "vggish", "total"}
+
+    before = (out / "a b_rgb.npy").stat().st_mtime_ns
+    assert extract(videos, "--extractor", extractor.folder, "--out", out) == 1
+    captured = capsys.readouterr()
+    assert "0 videos extracted, 1 done before" in captured.out
+    for part in ("silent: ", "has no sound", "short: ", "lasts 0.80 s", "text: ", "not a video file"):
+        assert part in captured.err
+    assert find_videos(out, LAYOUT) == ["a b"]
+    assert (out / "a b_rgb.npy").stat().st_mtime_ns == before
+
+    words = [videos / "silent.mkv", "--extractor", extractor.folder, "--out", out]
+    assert extract(*words, "--on-error", "stop") == 1
+    assert extract(*words, "--missing-audio", "silence") == 0
+    assert read_video(out, "silent", LAYOUT, 128, 8).steps == 2
+    # a file that has changed is done again
+    os.utime(videos / "a b.mp4", (1, 1))
+    assert extract(videos / "a b.mp4", "--extractor", extractor.folder, "--out", out, "--check", out) == 0
+    printed = capsys.readouterr().out
+    assert "1 videos extracted" in printed
+    assert "_flow: cosine 1.0000" in printed
+
+
+def test_sound_that_ends_early_cuts_the_picture_unless_silence_is_asked_for(
+    extractor: Extractor, tmp_path: Path
+) -> None:
+    path = write_video(tmp_path / "a.mp4", count=75, sound=1.5)
+    with FeatureExtractor.load(extractor.folder, "onnxruntime", threads=1) as load:
+        found = load(path)
+        assert found.facts["visual_steps"] == 7
+        assert len(found.rgb) == len(found.sound) == 2
+        assert "--missing-audio silence" in found.warnings[0]
+        load.options = ReadOptions(missing_audio="silence")
+        assert len(load(path).rgb) == 7
+
+
+def test_mistakes_are_told_before_any_work(
+    extractor: Extractor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    for place in ("one/a.mp4", "two/a.mkv"):
+        (tmp_path / place).write_bytes(b"x")
+    with pytest.raises(VideoError, match=r"one/a.mp4 and .*two/a.mkv would both be called 'a'"):
+        find_video_files([tmp_path / "one", tmp_path / "two"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VideoError, match="no video files"):
+        find_video_files([tmp_path / "empty"])
+    with pytest.raises(VideoError, match="can't be read"):
+        find_video_files([tmp_path / "absent.txt"])
+    out = tmp_path / "out"
+    assert extract(tmp_path / "one", "--extractor", tmp_path / "one", "--out", out) == 2
+    assert "is not an extractor" in capsys.readouterr().err
+    assert extract("http://127.0.0.1:9/a.mp4", "--extractor", extractor.folder, "--out", out) == 1
+    assert "--remote" in capsys.readouterr().err
+    assert not any(out.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_folder(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(VideoError, match="closed: can't be read"):
+        find_video_files([tmp_path / "closed"])
+
+
+def test_a_folder_that_cannot_be_written_to_ends_the_command(
+    extractor: Extractor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_video(tmp_path / "a.mp4", count=33, sound=1.4)
+    (tmp_path / "file").write_text("")
+    assert extract(path, "--extractor", extractor.folder, "--out", tmp_path / "file") == 2
+    assert "file" in capsys.readouterr().err
+    if Path("/dev/full").exists():  # a full disk: what was there is not done, and nothing half is left
+        out = tmp_path / "full"
+        out.mkdir()
+        (out / "a_flow.npy").symlink_to("/dev/full")
+        assert extract(path, "--extractor", extractor.folder, "--out", out) == 2
+        assert "No space left" in capsys.readouterr().err
+        assert not (out / "a.json").exists()
+
+
+def test_killed_at_any_moment_the_same_command_goes_on(extractor: Extractor, tmp_path: Path) -> None:
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    for name in "abc":
+        write_video(videos / f"{name}.mp4", count=33, sound=1.4)
+    command = [sys.executable, "-m", "ccnet", "extract", str(videos), "--extractor", str(extractor.folder)]
+    command += ["--out", str(out), "--threads", "1", "--quiet"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not (out / "a.json").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = [path.stem for path in out.glob("*.json")]
+    assert done
+    assert extract(videos, "--extractor", extractor.folder, "--out", out) == 0
+    assert sorted(path.stem for path in out.glob("*.json")) == ["a", "b", "c"]
+    assert all(read_video(out, name, LAYOUT, 128, 8).steps == 2 for name in "abc")
+    assert len(list(out.iterdir())) == 12  # no temporary files
+
+
+def test_an_altered_extractor_is_refused(extractor: Extractor, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(extractor.folder, copy)
+    with (copy / "vggish.onnx").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"!")
+    with pytest.raises(BundleError, match=r"vggish.onnx: SHA-256"):
+        open_engines(read_extractor(copy))
+    manifest = json.loads((copy / "extractor.json").read_text())
+    for change, message in (({"schema": 99}, "schema"), ({"kind": 1}, "unknown key"), ({"spec": {"side": 3}}, "side")):
+        (copy / "extractor.json").write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(BundleError, match=message):
+            read_extractor(copy)
+
+
+def test_weight_files_are_checked_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.pt").write_text("Not Found")
+    words = [f"--{name}={tmp_path / 'text.pt'}" for name in ("i3d-rgb", "i3d-flow", "raft", "vggish")]
+    assert main(["import-extractor", *words, "--out", str(tmp_path / "e")]) == 2
+    assert "text.pt: not a file of plain tensors" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("")
+    assert main(["import-extractor", *words, "--out", str(tmp_path / "thesis")]) == 2
+
+
+def test_published_features_that_differ_get_a_likely_cause() -> None:
+    draw = np.random.default_rng(0)
+    own = draw.uniform(0, 1, (60, 32)).astype(np.float32)
+    same = compare_part("v", "_rgb", own, own)
+    assert (round(same.cosine, 6), same.lag, same.likely) == (1, 0, "")
+    later = compare_part("v", "_vggish", own[:-2], own[1:])
+    assert later.lag == -1
+    assert "1 steps earlier" in later.likely
+    assert "hop of 0.96 s" in compare_part("v", "_vggish", own, own[::3]).likely
+    assert "PCA" in compare_part("v", "_vggish", own, np.round(own * 255)).likely
+    assert "PWC" in compare_part("v", "_flow", own, draw.uniform(0, 1, own.shape).astype(np.float32)).likely
+    assert "another network" in compare_part("v", "_flow", own, own[:, :5]).likely
+
+
+@pytest.mark.slow
+def test_the_golden_file_from_pixels_and_sound_to_features_at_full_size(tmp_path: Path) -> None:
+    """The public programs' features of a whole mp4, from weights saved as files, through PyTorch.
+
+    Measured: rgb 2e-5 of 31, flow 7e-4 of 25 (levels flip), sound 0.075 of 23 (the resampler).
+    """
+    for net in ("i3d_rgb", "i3d_flow", "raft", "vggish"):
+        torch.save({name: torch.from_numpy(array) for name, array in weights(net).items()}, tmp_path / f"{net}.pt")
+    networks = Networks(
+        rgb=load_i3d(tmp_path / "i3d_rgb.pt", 3),
+        flow=load_i3d(tmp_path / "i3d_flow.pt", 2),
+        raft=load_raft(tmp_path / "raft.pt"),
+        vggish=load_vggish(tmp_path / "vggish.pt"),
+    )
+    spec = networks.spec()
+    assert spec == ExtractorSpec()
+    from runtime.backends.graphs import GraphRunner
+    from runtime.bundle import Engine
+    from runtime.video.engines import Engines
+
+    def eager(graph: Any) -> GraphRunner:
+        module, tensors = graph_module(graph, networks, spec), spec.tensors(graph)
+
+        def run(inputs: Any) -> dict[str, Any]:
+            with torch.no_grad():
+                found = module(*(torch.from_numpy(array) for array in inputs.values()))
+            arrays = found if isinstance(found, tuple) else (found,)
+            return {name: array.numpy() for name, array in zip(tensors.outputs, arrays, strict=True)}
+
+        return GraphRunner("torch", "fp32", tensors, run, {})
+
+    engine = Engine(name="flow-torch", backend="torch", precision="fp32", model_file="", status="unverified")
+    engines = Engines({graph: eager(graph) for graph in GRAPHS}, dict.fromkeys(GRAPHS, engine))
+
+    class Folder:
+        """What an extraction needs of an extractor's folder."""
+
+        spec = networks.spec()
+
+    found = FeatureExtractor(Folder(), engines)(golden_mp4(tmp_path))  # type: ignore[arg-type]
+    golden = cases()
+    assert np.abs(found.rgb - golden["video/rgb"]).max() < 1e-3
+    assert np.abs(found.flow - golden["video/flow"]).max() < 1e-2
+    assert np.abs(found.sound - golden["video/vggish_without_priming"]).max() < 0.5
