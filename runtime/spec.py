@@ -209,11 +209,11 @@ class ModelSpec:
     @property
     def tensors(self) -> GraphTensors:
         """The same shapes with the batch axis free."""
-        inputs, outputs = (
-            {name: ("batch", *shape[1:]) for name, shape in shapes.items()}
-            for shapes in (self.input_shapes(1), self.output_shapes(1))
-        )
-        return GraphTensors(inputs, outputs, INPUT_TYPES)
+
+        def free(shapes: dict[str, tuple[int, ...]]) -> dict[str, Shape]:
+            return {name: ("batch", *shape[1:]) for name, shape in shapes.items()}
+
+        return GraphTensors(free(self.input_shapes(1)), free(self.output_shapes(1)), INPUT_TYPES)
 
     def to_json(self) -> dict[str, Any]:
         return cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(self))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 import torch
+from builders import LABELS, make_bundle
 from feature_cases import cases, weights
 from video_files import golden_mp4, write_video
 
@@ -30,15 +32,17 @@ from export.extractors.i3d import I3D
 from export.extractors.raft import RAFT
 from export.extractors.vggish import Vggish
 from export.extractors.weights import load_i3d, load_raft, load_vggish
+from runtime.detections import read_events
 from runtime.errors import BundleError, VideoError
 from runtime.features import find_videos, read_video
-from runtime.spec import FeatureLayout
+from runtime.localizer import Localizer
+from runtime.spec import FeatureLayout, ModelSpec
 from runtime.video.check import compare_part
 from runtime.video.container import ReadOptions
 from runtime.video.engines import load_graph, open_engines
 from runtime.video.extractor import GRAPHS, Extractor, ExtractorSpec, read_extractor
 from runtime.video.features import FeatureExtractor, Schedule, Timer
-from runtime.video.files import find_video_files
+from runtime.video.files import find_video_files, localize_video
 from runtime.video.frames import centre_crop, padded
 
 WIDTH = 1 / 16
@@ -296,6 +300,47 @@ def test_killed_at_any_moment_the_same_command_goes_on(extractor: Extractor, tmp
     assert sorted(path.stem for path in out.glob("*.json")) == ["a", "b", "c"]
     assert all(read_video(out, name, LAYOUT, 128, 8).steps == 2 for name in "abc")
     assert len(list(out.iterdir())) == 12  # no temporary files
+
+
+def test_events_of_video_files_in_one_command_and_in_python(
+    extractor: Extractor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = ModelSpec(length=32, levels=4, visual_dim=128, audio_dim=8, labels=LABELS)
+    make_bundle(tmp_path / "bundle", spec=spec)
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write_video(videos / "a.mp4", count=41, sound=1.7)
+    write_video(videos / "mute.mp4", count=41, sound=None)
+    out = tmp_path / "events.jsonl"
+    command = ["predict", str(tmp_path / "bundle"), "--videos", str(videos), "--out", str(out), "--quiet"]
+    assert main([*command, "--extractor", str(extractor.folder)]) == 1
+    assert "mute: " in capsys.readouterr().err
+    found = read_events(out, LABELS)
+    assert list(found) == ["a"]
+    assert find_videos(tmp_path / "events.jsonl.features", LAYOUT) == ["a"]
+
+    cache = tmp_path / "cache"
+    with (
+        Localizer.load(tmp_path / "bundle") as localizer,
+        FeatureExtractor.load(extractor.folder, threads=1) as extract,
+    ):
+        fresh, first, again = (
+            localize_video(localizer, extract, videos / "a.mp4", cache=place) for place in (None, cache, cache)
+        )
+        for one in (fresh, first, again):
+            assert len(one) == len(found["a"])
+            assert np.allclose(one.segments, found["a"].segments, atol=1e-2)
+    assert sorted(path.name for path in cache.iterdir()) == ["a.json", "a_flow.npy", "a_rgb.npy", "a_vggish.npy"]
+
+    make_bundle(tmp_path / "other", spec=dataclasses.replace(spec, visual_dim=130))
+    for words, message in (
+        (["--extractor", str(extractor.folder)], "visual width: got 128, the network was trained on 130"),
+        ([], "--videos needs --extractor"),
+    ):
+        assert main(["predict", str(tmp_path / "other"), *command[2:], *words]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["predict", str(tmp_path / "bundle"), "--out", str(out)]) == 2
+    assert "--videos VIDEO..." in capsys.readouterr().err
 
 
 def test_an_altered_extractor_is_refused(extractor: Extractor, tmp_path: Path) -> None:

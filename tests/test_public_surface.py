@@ -24,6 +24,7 @@ ENGINE_OPTIONS = {
     "--workers",
 }
 PARITY_OPTIONS = {"--annotations", "--device", "--features", "--videos"}
+READ_OPTIONS = {"--decode-threads", "--max-duration", "--missing-audio", "--remote", "--timestamps"}
 OPTIONS: dict[str, set[str]] = {
     "demo": {"--out"},
     "synthesize": {
@@ -46,6 +47,11 @@ OPTIONS: dict[str, set[str]] = {
         *("--annotations", "--classes", "--config", "--features", "--json", "--out", "--preset", "--quiet", "--resume"),
     },
     "import-weights": {"--annotations", "--json", "--out", "--preset"},
+    "import-extractor": {"--i3d-flow", "--i3d-rgb", "--out", "--raft", "--vggish"},
+    "extract": {
+        *("--backend", "--check", "--extractor", "--on-error", "--out", "--precision", "--quiet", "--threads"),
+        *READ_OPTIONS,
+    },
     "export": {
         *("--compute-capability", "--format", "--graph", "--hardware-compatible", "--json", "--max-batch"),
         *("--opset", "--opt-batch", "--optimization-level", "--out", "--precision", "--timing-cache"),
@@ -56,6 +62,7 @@ OPTIONS: dict[str, set[str]] = {
     "verify": {"--backend", "--checkpoint", "--json", "--polygraphy", "--precision", "--reference", *PARITY_OPTIONS},
     "reference": {"--json", "--out", *PARITY_OPTIONS},
     "predict": {
+        *("--extractor", "--videos", *READ_OPTIONS),
         *("--annotations", "--features", "--format", "--on", "--on-error", "--out", "--processes", "--quiet"),
         *("--shard", "--shard-size", "--subset", *ENGINE_OPTIONS),
     },

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from ccnet.cli.extract import add_extractor_arguments, extract, read_options, summary
 from ccnet.cli.logs import video_list
 from ccnet.cli.options import add_engine_arguments, open_localizer, output_file, positive
 from runtime.bundle import Bundle, read_bundle
@@ -40,16 +41,19 @@ log = logging.getLogger(__name__)
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "predict",
-        help="find the events of videos from their feature files",
+        help="find the events of videos from their feature files, or from the videos themselves",
         description="Finds the events of videos. Interrupted, or killed, it goes on where it was when the same command "
         "is run again. docs/corpora.md explains runs over many videos and on several machines.",
     )
     parser.add_argument("bundle", help="bundle folder")
     parser.add_argument(
         "--features",
-        required=True,
         metavar="DIR|MANIFEST",
-        help="folder of feature files, or a .jsonl file that lists videos and where their files are; paths or URLs",
+        help="folder of feature files, or a .jsonl file that lists videos and where their files are; paths or URLs; "
+        "with --videos: the folder that their features are kept in (default: OUT.features)",
+    )
+    parser.add_argument(
+        "--videos", nargs="+", metavar="VIDEO", help="video files, folders of them, or .txt lists, instead of features"
     )
     parser.add_argument(
         "--out",
@@ -73,6 +77,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--on", choices=("ray",), help="run the workers on a Ray cluster")
     add_engine_arguments(parser)
+    add_extractor_arguments(parser, required=False)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -83,10 +88,48 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     form: Format = arguments.format or ("parquet" if arguments.out.endswith(".parquet") else "jsonl")
     if form == "parquet":
         check_parquet()
+    found, bad = _extracted(arguments, spec)
     folder, entries = find_entries(arguments.features, spec, annotations=arguments.annotations, subset=arguments.subset)
+    if found is not None:
+        entries = [entry for entry in entries if entry.video_id in found]
     if not is_url(arguments.out) and is_stream(arguments.out):
-        return _stream(arguments, spec, form, folder, entries)
-    return _resumable(arguments, bundle, form, folder, entries)
+        return max(bad, _stream(arguments, spec, form, folder, entries))
+    return max(bad, _resumable(arguments, bundle, form, folder, entries))
+
+
+def _extracted(arguments: argparse.Namespace, spec: ModelSpec) -> tuple[set[str] | None, int]:
+    """Extract the features of `--videos` into the folder that `--features` names, or will name.
+
+    Returns the ids of the videos that have them, None where there are no videos; and 1 where some failed, else 0.
+    """
+    if arguments.videos is None:
+        if arguments.features is None:
+            raise ConfigError("nothing to predict on; expected --features DIR, or --videos VIDEO... --extractor E")
+        if arguments.extractor is not None:
+            raise ConfigError("--extractor goes with --videos")
+        return None, 0
+    if arguments.extractor is None:
+        raise ConfigError("--videos needs --extractor E; 'ccnet import-extractor' makes one")
+    if arguments.features is None:
+        if is_url(arguments.out) or is_stream(arguments.out):
+            raise ConfigError(
+                f"--videos: name the folder of their features with --features; {arguments.out} is no file"
+            )
+        arguments.features = f"{os.path.realpath(arguments.out)}.features"
+    from runtime.video.features import FeatureExtractor
+    from runtime.video.files import check_fits, find_video_files
+
+    videos = find_video_files(arguments.videos)
+    options = read_options(arguments)
+    with FeatureExtractor.load(arguments.extractor, threads=arguments.threads, options=options) as extractor:
+        check_fits(extractor.spec, spec)
+        stop = arguments.on_error == "stop"
+        outcome = extract(videos, arguments.features, extractor, stop=stop, quiet=arguments.quiet)
+    log.info("%s", summary(arguments.features, outcome))
+    ids = {video.video_id for video in videos} - set(outcome.failed)
+    if not ids:
+        raise VideoFailed("none of the videos could be used")
+    return ids, int(bool(outcome.failed))
 
 
 def _part(text: str) -> Part:

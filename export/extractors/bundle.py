@@ -60,7 +60,7 @@ class Networks:
     raft: RAFT
     vggish: Vggish
 
-    def spec(self, **sizes: int) -> ExtractorSpec:
+    def spec(self, **sizes: Any) -> ExtractorSpec:
         """Return the sizes of an extractor of these networks; `sizes` replace those of the published features."""
         return ExtractorSpec(
             encoding_dim=2 * self.raft.hidden,

@@ -139,8 +139,9 @@ class ExtractorTolerance:
 def extractor_tolerance(precision: str, *, rounded: bool) -> ExtractorTolerance:
     """Return the limits of an extractor's graph; `rounded`: in levels, for the flow graph. Raises ConfigError.
 
-    Measured in fp32 with seeded weights, ONNX Runtime and OpenVINO: I3D 3e-6 of the largest feature, VGGish 1e-6, the
-    encodings 2e-6. Of the rounded flow, levels whose value lies at a half flip: one level, 1 in 10,000 of them.
+    Measured in fp32 with seeded weights of the real sizes, the worse of ONNX Runtime and OpenVINO: I3D 6e-7 of the
+    largest feature, VGGish 2e-6, the encodings 5e-6 (mean 8e-7). Of the rounded flow, levels at a half flip: by one,
+    15 in a million of them.
     """
     if graph_precision(precision) != "fp32":
         raise ConfigError(f"precision: got {precision!r}; extractors are compared in fp32 only")

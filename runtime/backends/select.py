@@ -53,17 +53,17 @@ def open_engine(
     if on_mismatch not in get_args(OnMismatch):
         raise BackendUnavailable(f"on_mismatch: got {on_mismatch!r}, expected one of {', '.join(get_args(OnMismatch))}")
     engines = matching_engines(bundle, backend, precision=precision)
-    load = load or load_engine
+    loading: Load = load or load_engine
     if backend == "auto":
-        return _open_first(bundle, engines, threads, load, why_none="none of its engines can run on this machine")
+        return _open_first(bundle, engines, threads, loading, why_none="none of its engines can run on this machine")
     try:
-        return _warn_unverified(OpenedEngine(load(bundle, engines[0], threads=threads), engines[0]))
+        return _warn_unverified(OpenedEngine(loading(bundle, engines[0], threads=threads), engines[0]))
     except EngineMismatch as mismatch:
         if on_mismatch == "error":
             raise
         instead = [e for e in matching_engines(bundle) if REGISTRY[e.backend].format == "onnx"]
         skipped = (f"{engines[0].name}: {mismatch}",)
-        opened = _open_first(bundle, instead, threads, load, skipped, why_none="no ONNX file of it can run instead")
+        opened = _open_first(bundle, instead, threads, loading, skipped, why_none="no ONNX file of it can run instead")
         warnings.warn(f"{mismatch}; running '{opened.engine.name}' instead", RuntimeWarning, stacklevel=3)
         return opened
 

@@ -17,11 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from runtime.errors import CCNetError, Interrupted, VideoError
+from runtime.detections import Detections
+from runtime.errors import CCNetError, ConfigError, Interrupted, VideoError
+from runtime.features import read_video
 from runtime.files import atomic_file, sha256_file, write_json
+from runtime.localizer import Localizer
 from runtime.machine import library_versions
 from runtime.records import BadRecord, check_video_id, read_json
 from runtime.signals import StopRequest
+from runtime.spec import ModelSpec
 from runtime.video.container import (
     ReadOptions,
     is_remote,
@@ -29,15 +33,17 @@ from runtime.video.container import (
     picture_stream,
     stated_seconds,
 )
-from runtime.video.extractor import Extractor
+from runtime.video.extractor import Extractor, ExtractorSpec
 from runtime.video.features import FeatureExtractor, Features
 from runtime.video.frames import resized_size
 
 log = logging.getLogger(__name__)
 
 ENDINGS = frozenset(
-    [".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".flv", ".wmv", ".asf"]
-    + [".ogv", ".3gp", ".mxf"]
+    [
+        *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".flv", ".wmv"),
+        *(".asf", ".ogv", ".3gp", ".mxf"),
+    ]
 )
 """Of the files of a folder that are taken for videos; a file that is named is opened whatever it is called."""
 RECORD_SCHEMA = 1
@@ -71,7 +77,7 @@ def find_video_files(names: Sequence[str | Path]) -> list[VideoPath]:
     Raises VideoError where there is none, a folder or list can't be read, or two would get the same features' name.
     """
     paths: list[str] = []
-    for name in map(os.fspath, names):
+    for name in (os.fspath(name) for name in names):
         if not is_remote(name) and os.path.isdir(name):
             paths += _files_of(name)
         elif name.lower().endswith(".txt"):
@@ -113,8 +119,7 @@ def extract_videos(
     with StopRequest() as stop:
         for index, video in enumerate(videos):
             if stop.requested:
-                left = len(videos) - index
-                text = f"interrupted; {index} of {len(videos)} videos are dealt with, the same command does the other {left}"
+                text = f"interrupted; {index} of {len(videos)} videos are dealt with, the same command does the others"
                 raise Interrupted(text, stop.signal_number)
             if is_done(video, out, extractor.extractor, extractor.options):
                 outcome.kept.append(video.video_id)
@@ -182,6 +187,38 @@ def is_done(video: VideoPath, out: str | Path, extractor: Extractor, options: Re
         return same and all((out / name).is_file() and Path(name).name == name for name in names)
     except (BadRecord, OSError, KeyError, TypeError):
         return False
+
+
+def localize_video(
+    localizer: Localizer, extractor: FeatureExtractor, path: str | Path, *, cache: str | Path | None = None
+) -> Detections:
+    """Find the events of a video file. `cache`: a folder where its features are kept, and taken from the next time.
+
+    Raises VideoError for a file that can't be used, ConfigError when the network takes other features.
+    """
+    check_fits(extractor.spec, localizer.spec)
+    if cache is None:
+        features = extractor(path)
+        return localizer(features.visual, features.sound, features.duration)
+    (video,) = find_video_files([path])
+    outcome = extract_videos([video], cache, extractor, stop_at_error=True)
+    log.debug("%s: %s", path, "from the cache" if outcome.kept else "extracted")
+    found = read_video(
+        cache, video.video_id, localizer.spec.layout, localizer.spec.visual_dim, localizer.spec.audio_dim
+    )
+    record = read_json(_record_path(Path(cache), video.video_id))
+    return localizer(found.visual, found.audio, float(record["duration"]))
+
+
+def check_fits(extractor: ExtractorSpec, network: ModelSpec) -> None:
+    """Raise ConfigError unless a network takes the features that an extractor makes."""
+    made = extractor.rgb_dim + extractor.flow_dim, extractor.audio_dim, extractor.layout, extractor.time_base
+    taken = network.visual_dim, network.audio_dim, network.layout, network.time_base
+    for name, got, expected in zip(
+        ("visual width", "audio width", "file names", "time base"), made, taken, strict=True
+    ):
+        if got != expected:
+            raise ConfigError(f"the extractor's {name}: got {got}, the network was trained on {expected}")
 
 
 @dataclass(frozen=True)
