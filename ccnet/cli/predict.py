@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -90,17 +91,21 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         check_parquet()
     found, bad = _extracted(arguments, spec)
     folder, entries = find_entries(arguments.features, spec, annotations=arguments.annotations, subset=arguments.subset)
-    if found is not None:
-        entries = [entry for entry in entries if entry.video_id in found]
+    if found is not None:  # an annotation file's durations come first, then those of the pictures
+        entries = [
+            dataclasses.replace(entry, duration=entry.duration or found[entry.video_id])
+            for entry in entries
+            if entry.video_id in found
+        ]
     if not is_url(arguments.out) and is_stream(arguments.out):
         return max(bad, _stream(arguments, spec, form, folder, entries))
     return max(bad, _resumable(arguments, bundle, form, folder, entries))
 
 
-def _extracted(arguments: argparse.Namespace, spec: ModelSpec) -> tuple[set[str] | None, int]:
+def _extracted(arguments: argparse.Namespace, spec: ModelSpec) -> tuple[dict[str, float] | None, int]:
     """Extract the features of `--videos` into the folder that `--features` names, or will name.
 
-    Returns the ids of the videos that have them, None where there are no videos; and 1 where some failed, else 0.
+    Returns the seconds of the videos that have them, None where there are no videos; and 1 where some failed, else 0.
     """
     if arguments.videos is None:
         if arguments.features is None:
@@ -117,7 +122,7 @@ def _extracted(arguments: argparse.Namespace, spec: ModelSpec) -> tuple[set[str]
             )
         arguments.features = f"{os.path.realpath(arguments.out)}.features"
     from runtime.video.features import FeatureExtractor
-    from runtime.video.files import check_fits, find_video_files
+    from runtime.video.files import check_fits, find_video_files, recorded_duration
 
     videos = find_video_files(arguments.videos)
     options = read_options(arguments)
@@ -126,10 +131,10 @@ def _extracted(arguments: argparse.Namespace, spec: ModelSpec) -> tuple[set[str]
         stop = arguments.on_error == "stop"
         outcome = extract(videos, arguments.features, extractor, stop=stop, quiet=arguments.quiet)
     log.info("%s", summary(arguments.features, outcome))
-    ids = {video.video_id for video in videos} - set(outcome.failed)
-    if not ids:
+    good = [video.video_id for video in videos if video.video_id not in outcome.failed]
+    if not good:
         raise VideoFailed("none of the videos could be used")
-    return ids, int(bool(outcome.failed))
+    return {name: recorded_duration(arguments.features, name) for name in good}, int(bool(outcome.failed))
 
 
 def _part(text: str) -> Part:

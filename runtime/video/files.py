@@ -206,8 +206,7 @@ def localize_video(
     found = read_video(
         cache, video.video_id, localizer.spec.layout, localizer.spec.visual_dim, localizer.spec.audio_dim
     )
-    record = read_json(_record_path(Path(cache), video.video_id))
-    return localizer(found.visual, found.audio, float(record["duration"]))
+    return localizer(found.visual, found.audio, recorded_duration(cache, video.video_id))
 
 
 def check_fits(extractor: ExtractorSpec, network: ModelSpec) -> None:
@@ -219,6 +218,11 @@ def check_fits(extractor: ExtractorSpec, network: ModelSpec) -> None:
     ):
         if got != expected:
             raise ConfigError(f"the extractor's {name}: got {got}, the network was trained on {expected}")
+
+
+def recorded_duration(out: str | Path, video_id: str) -> float:
+    """Return how many seconds the picture of a video lasts whose features are in `out`."""
+    return float(read_json(_record_path(Path(out), video_id))["duration"])
 
 
 @dataclass(frozen=True)
