@@ -35,6 +35,10 @@ from export.parity.inputs import synthetic_inputs
 from export.parity.reference import Reference, load_reference, record, save_reference
 from runtime.annotations import read_annotations
 from runtime.bundle import MANIFEST, PARITY
+from runtime.corpus.plan import pinned_engine, read_plan
+from runtime.corpus.run import Run
+from runtime.corpus.sources import read_manifest
+from runtime.corpus.store import LocalStore
 from runtime.detections import read_events
 from runtime.errors import CCNetError
 from runtime.features import read_video
@@ -474,3 +478,34 @@ def test_uploads(tmp_path: Path) -> None:
         tmp_path / "form",
         lambda rng: mutated_bytes(form, rng),
     )
+
+
+def test_manifest_of_videos(tmp_path: Path) -> None:
+    good = [{"video_id": name, "features": "part", "duration": 9.5} for name in ("v", "w")]
+    attack(
+        lambda path: read_manifest(str(path)),
+        tmp_path / "videos.jsonl",
+        lambda rng: b"\n".join(mutated_json(line, rng) for line in good),
+    )
+
+
+@pytest.mark.parametrize("name", ["plan.json", "videos.jsonl", "engine.json", "done/000000.json"])
+def test_the_folder_of_a_run(name: str, tmp_path: Path) -> None:
+    write_features(tmp_path, "v", features_with(12, [(2, 8, 1, 3.0)]))
+    bundle, out = make_bundle(tmp_path / "bundle"), tmp_path / "run"
+    assert main(["predict", str(bundle.folder), "--features", str(tmp_path), "--out", str(out), "--quiet"]) == 0
+    good = json.loads((out / name).read_bytes())
+
+    def read(path: Path) -> None:
+        store = LocalStore(out)
+        plan = read_plan(store)
+        assert plan is not None
+        run = Run(store, plan)
+        pinned_engine(store)
+        if plan.shards:
+            plan.entries(store, 0)
+        run.summary()
+        if run.complete:
+            run.finish(str(tmp_path))
+
+    attack(read, out / name, lambda rng: mutated_json(good, rng))

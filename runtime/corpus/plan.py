@@ -159,7 +159,17 @@ def read_plan(store: Store) -> Plan | None:
         raise ConfigError(f"{where}: {error}; delete the folder and run again") from None
     schema = data.get("schema") if isinstance(data, dict) else None
     require(schema == SCHEMA, f"{where}: schema", schema, f"{SCHEMA}; delete the folder and run again")
-    return section_from_json(Plan, data, where=where)
+    plan = section_from_json(Plan, data, where=where)
+    offsets, size = plan.offsets, plan.shard_size
+    whole = (
+        size >= 1
+        and plan.videos >= 1
+        and plan.shards == -(-plan.videos // size)
+        and list(offsets) == sorted({*offsets})
+        and (offsets[0], offsets[-1]) == (0, store.size(VIDEOS))
+    )
+    require(whole, f"{where}: offsets", offsets, f"those of {VIDEOS}; delete the folder and run again")
+    return plan
 
 
 def settle_plan(store: Store, plan: Plan, videos: bytes, *, any_shard_size: bool) -> tuple[Plan, bool]:
@@ -181,8 +191,9 @@ def settle_plan(store: Store, plan: Plan, videos: bytes, *, any_shard_size: bool
                 f"{store.location}: holds another run, which differs in\n{differences}\n"
                 "Repeat the command that began it, name another folder, or delete this one"
             )
-        store.remove(ENGINE)  # a run in which nothing was done, such as one of a mistaken command
-    ours = {PLAN, VIDEOS, ENGINE, SHARDS, DONE, CLAIMS}
+        for name in (PLAN, ENGINE):  # of a run in which nothing was done, such as one of a mistaken command
+            store.remove(name)
+    ours = {VIDEOS, ENGINE, SHARDS, DONE, CLAIMS}
     foreign = [name for name in store.names() if name not in ours and not name.startswith(".")]
     if foreign:
         raise ConfigError(f"{store.location}: holds other files, such as {show(foreign[0])}; name a new folder")
