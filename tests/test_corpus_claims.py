@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -37,6 +38,17 @@ def test_a_shard_has_one_owner(claims: tuple[FileClaims, FileClaims], tmp_path: 
     assert mine.acquire(3) is None
     yours.close()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_goes_when_the_run_is_done_is_no_error(
+    claims: tuple[FileClaims, FileClaims], tmp_path: Path
+) -> None:
+    mine, _ = claims
+    assert mine.acquire(1) == 0
+    shutil.rmtree(tmp_path)
+    assert mine.attempts() == {}
+    assert mine.acquire(2) == 0
+    mine.release(1)
 
 
 def claim_and_die(folder: Path, shard: int) -> None:

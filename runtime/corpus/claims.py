@@ -73,6 +73,18 @@ class FileClaims:
     def acquire(self, shard: int) -> int | None:
         if shard in self._held:
             return 0
+        while True:
+            try:
+                attempts = self._acquire(shard)
+                break
+            except FileNotFoundError:  # another process found the whole run done, and removed the folder
+                self._folder.mkdir(parents=True, exist_ok=True)
+        if attempts is not None:
+            with self._lock:
+                self._held.add(shard)
+        return attempts
+
+    def _acquire(self, shard: int) -> int | None:
         path = self._path(shard)
         temporary = self._folder / f".{path.name}.{self._owner['token']}"
         attempts = 0
@@ -80,16 +92,13 @@ class FileClaims:
             while True:
                 temporary.write_text(json.dumps({**self._owner, "attempts": attempts}))
                 if link_exclusively(temporary, path):
-                    break
+                    return attempts
                 found = self._void(path, now=temporary.stat().st_mtime)
                 if found is None:
                     return None
                 attempts = max(attempts, found)
         finally:
             temporary.unlink(missing_ok=True)
-        with self._lock:
-            self._held.add(shard)
-        return attempts
 
     def release(self, shard: int) -> None:
         with self._lock:
@@ -102,14 +111,15 @@ class FileClaims:
     def attempts(self) -> dict[int, int]:
         now_file = self._folder / f".now.{self._owner['token']}"
         found = {}
-        try:
-            now_file.write_bytes(b"")
-            now = now_file.stat().st_mtime
-            for path in self._folder.iterdir():
-                if path.name.isdecimal() and self._is_void(path, now):
-                    found[int(path.name)] = _attempts(_read(path)) + 1
-        finally:
-            now_file.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # as above
+            try:
+                now_file.write_bytes(b"")
+                now = now_file.stat().st_mtime
+                for path in self._folder.iterdir():
+                    if path.name.isdecimal() and self._is_void(path, now):
+                        found[int(path.name)] = _attempts(_read(path)) + 1
+            finally:
+                now_file.unlink(missing_ok=True)
         return found
 
     def close(self) -> None:
