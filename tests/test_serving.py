@@ -208,6 +208,19 @@ def test_long_videos_in_windows() -> None:
     assert found == [localizer(*video(i)).to_json() for i in range(12)]
 
 
+def test_a_long_video_with_a_hole_in_a_later_window(caplog: pytest.LogCaptureFixture) -> None:
+    holed = features_with(100)
+    holed.visual[70, 2] = np.inf
+    engine = OracleBackend()
+    localizer = Localizer([engine], SPEC, long_videos="windows")
+    with running([engine], localizer=localizer, batch=4) as server:
+        answer = server.localize(holed)
+        assert answer.status == 400
+        assert "inf at step 70, channel 2" in answer.json()["error"]
+        assert events_of(server.localize(video(5))) == localizer(*video(5)).to_json()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_a_request_waits_for_company_no_longer_than_stated() -> None:
     engine = OracleBackend()
     with running([engine], batch=2, max_wait=SECONDS / 4) as server, ThreadPoolExecutor(2) as clients:

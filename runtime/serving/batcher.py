@@ -174,6 +174,8 @@ class Batcher(Generic[J]):
                 if wait:
                     self._arrived.wait()
                     continue
+                if not hands.jobs:  # what is in the batch are windows of a video that has failed since
+                    break
                 hands.backend = hands.backend or self._contexts.acquire_now()
                 if hands.backend is None:
                     self._arrived.wait()
