@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import random
 import signal
 import socket
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(setting: Setting) -> Path:
     """Measure everything and write the results; returns the path of the JSON."""
-    machine = machine_facts()
+    machine, niceness = machine_facts(), os.nice(0)
     with Localizer.load(setting.bundle) as localizer:
         videos = mixed_videos(localizer)
         exchanges = [exchange(video, localizer) for video in videos]
@@ -148,7 +149,7 @@ def run(setting: Setting) -> Path:
             ),
             Measurement(name="bad clients, resident memory grown", value=bad["grown_mib"], unit="MiB"),
         ],
-        page=page(times, added, rates, shares, bad, ended, full),
+        page=page(niceness, times, added, rates, shares, bad, ended, full),
         machine=machine,
         latency_ms={name: timing.summary() for name, timing in times.items()},
         videos_per_second=rates,
@@ -394,6 +395,7 @@ def full_queue(setting: Setting, exchanges: Sequence[Exchange]) -> dict[str, Any
 
 
 def page(
+    niceness: int,
     times: Mapping[str, Timing],
     added: Mapping[str, float],
     rates: Mapping[str, Sequence[float]],
@@ -409,7 +411,7 @@ def page(
             "# Server",
             "`ccnet serve` beside the localizer called directly, on a machine that server and clients share. Requests "
             "are binary tensors over loopback; every answer was compared with the localizer's, byte by byte.",
-            "One client:",
+            f"One client; latency and throughput were measured at niceness {niceness}:",
             markdown_table(
                 ("", "p50 ms", "p90 ms", "p99 ms", "n"),
                 [[name, *(f"{s[p]:.2f}" for p in ("p50", "p90", "p99")), str(s["n"])] for name, s in summaries.items()],
