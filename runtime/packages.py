@@ -31,6 +31,7 @@ EXTRAS = {
     "prometheus-client": "serve",
     "httptools": "serve",
     "ray": "ray",
+    "tritonclient": "triton",
     "fsspec": "remote",
     "av": "video",
     "pillow": "video",

@@ -84,6 +84,10 @@ OPTIONS: dict[str, set[str]] = {
         *("--contexts", "--host", "--max-body", "--max-connections", "--max-wait", "--port", "--queue", "--quiet"),
         *("--timeout", "--tls-cert", "--tls-key", "--token-file", *ENGINE_OPTIONS),
     },
+    "triton": {
+        *("--backends", "--check", "--device", "--format", "--instances", "--json", "--name", "--onnxruntime", "--out"),
+        *("--precision", "--queue-delay", "--tensorrt"),
+    },
     "show": {
         *("--annotations", "--features", "--json", "--media", "--names", "--out", "--quiet", "--subset", "--title"),
         *("--video", "--videos"),

@@ -36,6 +36,7 @@ COMMANDS = (
     "convert",
     "compare",
     "serve",
+    "triton",
     "show",
     "inspect",
     "bench",
