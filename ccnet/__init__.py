@@ -52,9 +52,11 @@ def check_packages() -> None:
     here = Path(__file__).resolve().parents[1]
     for package in ("runtime", "export"):
         found = importlib.util.find_spec(package)
-        if found is None or found.origin is None or Path(found.origin).resolve().parents[1] != here:
+        if found is None:  # a lean installation may lack `export`
+            continue
+        if found.origin is None or Path(found.origin).resolve().parents[1] != here:
             raise ImportError(
-                f"{(found and found.origin) or package}: not the package '{package}' that belongs to {here / 'ccnet'}; "
+                f"{found.origin or package}: not the package '{package}' that belongs to {here / 'ccnet'}; "
                 "rename what is called so, or take its folder off the module search path (PYTHONPATH)"
             )
 
