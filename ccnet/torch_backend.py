@@ -56,12 +56,19 @@ class TorchBackend(BaseBackend):
         logits, offsets = model(*released_inputs(visual, audio, lengths))
         return logits, offsets
 
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[nn.Module]:
+        """Yield the model in evaluation mode while PyTorch computes in this backend's precision, without gradients."""
+        if self._model is None:
+            raise EngineError("torch: the backend is closed")
+        with torch.inference_mode(), _evaluating(self._model), self._arithmetic():
+            yield self._model
+
     def _infer(self, visual: Float32, audio: Float32, lengths: Int32) -> Outputs:
-        assert self._model is not None
         tensors = [torch.tensor(array, device=self.device) for array in (visual, audio, lengths)]
         try:
-            with torch.inference_mode(), _evaluating(self._model), self._arithmetic():
-                logits, offsets = self.forward(self._model, *tensors)
+            with self.computing() as model:
+                logits, offsets = self.forward(model, *tensors)
         except RuntimeError as error:  # out of memory, or what torch.compile could not compile
             raise EngineError(f"torch: {error}") from error
         return logits.float().cpu().numpy(), offsets.float().cpu().numpy()

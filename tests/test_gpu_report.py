@@ -229,6 +229,28 @@ def test_a_backend_is_timed_only_if_its_parity_check_passed() -> None:
     assert gpu_stages.time_backend(builders.OracleBackend(), settings, verified=False)["rows"] == []
 
 
+def test_batch_sizes_that_were_done_outlive_their_stage(arguments: list[str], tmp_path: Path) -> None:
+    class Slow(builders.OracleBackend):
+        def infer(self, visual: Any, audio: Any, lengths: Any) -> Any:
+            if len(visual) > 1:
+                raise EngineError("out of memory")
+            return super().infer(visual, audio, lengths)
+
+    partial = tmp_path / "partial.json"
+    with pytest.raises(EngineError, match="out of memory"):
+        gpu_stages.time_backend(Slow(), SETTINGS | {"partial": str(partial)}, verified=True, facts={"status": "x"})
+    kept = json.loads(partial.read_text())
+    assert [row["batch"] for row in kept["rows"]] == [1]
+    assert kept["status"] == "x"
+
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f"#!/bin/sh\ncp {partial} {tmp_path}/work/odd.partial.json\nexec sleep 60\n")
+    interpreter.chmod(0o755)
+    outcome = run_one([*arguments, "--torch-python", str(interpreter)], Stage("odd", "torch", "peer", 60), limit=1)
+    assert (outcome["status"], outcome["error"]) == ("failed", "took longer than 1 s")
+    assert outcome["result"] == kept
+
+
 def test_a_verified_backend_that_can_not_be_measured_is_an_error() -> None:
     class Broken(builders.OracleBackend):
         def describe(self) -> dict[str, Any]:
@@ -358,10 +380,11 @@ def test_the_torch_side(
         found = gpu_torch.peer(settings | {"form": form, "precision": "fp32"})
         assert found["status"]["passed"], found["status"]
         assert [row["batch"] for row in found["rows"]] == [1, 4]
-    found = gpu_stages.onnxruntime(settings | {"precision": "fp32"})
+        assert all(row["device_ms"]["p50"] > 0 for row in found["rows"])
+    found = gpu_stages.onnxruntime(settings | {"precision": "fp32", "cuda_graph": False})
     assert found["status"]["passed"], found["status"]
     with pytest.raises(Absent, match="no bf16 graph"):
-        gpu_stages.onnxruntime(settings | {"precision": "bf16"})
+        gpu_stages.onnxruntime(settings | {"precision": "bf16", "cuda_graph": False})
 
 
 @pytest.mark.parametrize("kind", ["latency", "throughput"])

@@ -95,8 +95,9 @@ def _speeds(done: Outcomes) -> str:
         return ""
     header = ["Batch and engine", *(label.capitalize() for label in TIMES.values()), "Videos/s", "CUDA graph"]
     note = (
-        "Milliseconds per batch, p50 / p99: on the device alone, back to back; engine: host arrays to host arrays; end "
-        "to end: features to events. Videos/s of `Localizer.stream`, where these overlap."
+        "Milliseconds per batch, p50 / p99: on the device alone, back to back (of ONNX Runtime by the host's clock, "
+        "its own work included); engine: host arrays to host arrays; end to end: features to events. Videos/s of "
+        "`Localizer.stream`, where these overlap."
     )
     return f"## Speed\n\n{note}\n\n" + markdown_table(header, rows)
 

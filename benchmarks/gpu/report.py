@@ -94,11 +94,13 @@ def plan(options: argparse.Namespace) -> list[Stage]:
                 chosen["batches"] = sorted({min(options.batches), max(options.batches)})
             limit = 600 if form == "compiled" else 300
             stages.append(Stage(f"torch {form} {precision}", "torch", "peer", limit, chosen))
-    stages += [
-        Stage(f"onnxruntime {precision}", "tensorrt", "onnxruntime", 180, {"precision": precision}, graphs)
-        for precision in ("fp32", "fp16")
-        if precision in options.precisions
-    ]
+    for precision in ("fp32", "fp16"):
+        if precision in options.precisions:
+            for kind, cuda_graph in (("", False), (" with CUDA graphs", True)):
+                if not cuda_graph or options.device == "cuda":
+                    chosen = {"precision": precision, "cuda_graph": cuda_graph}
+                    name = f"onnxruntime {precision}{kind}"
+                    stages.append(Stage(name, "tensorrt", "onnxruntime", 180, chosen, graphs))
     return stages
 
 
@@ -140,8 +142,10 @@ def run_stage(stage: Stage, options: argparse.Namespace, common: dict[str, Any],
     slug = stage.name.replace(" ", "-")
     settings = options.work / f"{slug}.settings.json"
     result = options.work / (f"{slug}.xml" if stage.side == "pytest" else f"{slug}.result.json")
-    result.unlink(missing_ok=True)
-    write_json(settings, common | stage.settings)
+    partial = options.work / f"{slug}.partial.json"
+    for stale in (result, partial):
+        stale.unlink(missing_ok=True)
+    write_json(settings, common | stage.settings | {"partial": str(partial)})
     command, environment = _command(stage, options, settings, result)
     begin = time.perf_counter()
     with sampled() as gpu:
@@ -153,6 +157,8 @@ def run_stage(stage: Stage, options: argparse.Namespace, common: dict[str, Any],
             outcome = {"status": "failed", "error": f"took longer than {limit:.0f} s", "output": _kept(error)}
         else:
             outcome = _outcome(stage, process, result)
+    if "result" not in outcome and partial.is_file():  # the batch sizes that were done before it failed
+        outcome["result"] = json.loads(partial.read_text(encoding="utf-8"))
     return outcome | {"seconds": time.perf_counter() - begin} | ({"gpu": gpu} if gpu else {})
 
 

@@ -16,9 +16,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.gpu.running import contexts, copies
 from benchmarks.gpu.settings import Absent, Settings, bench_plan, engine_of, engine_path, graph_of
@@ -38,6 +39,18 @@ from runtime.machine import machine_facts
 from runtime.profiling.bench import Candidate, bench
 from runtime.profiling.timing import Rules, Timing, measure
 from runtime.spec import ModelSpec
+
+
+@runtime_checkable
+class OnDevice(Protocol):
+    """A backend that can time what the device does alone."""
+
+    def engine_milliseconds(
+        self, batch: int, repeats: int = ..., *, warmup_seconds: float = ...
+    ) -> npt.NDArray[np.float64]:
+        """Return [repeats] times of the engine, its inputs and outputs on the device."""
+        ...
+
 
 COPY_BYTES = 1 << 30
 SLOWEST = 10
@@ -178,6 +191,7 @@ def onnxruntime(settings: Settings) -> dict[str, Any]:
         device=settings["device"],
         precision=settings["precision"],
         max_batch=max(settings["batches"]),
+        cuda_graph=settings["device"] == "cuda" and settings["cuda_graph"],
     ) as backend:
         return {"load_seconds": time.perf_counter() - begin, **check_and_time(backend, settings)}
 
@@ -187,31 +201,44 @@ def check_and_time(backend: Backend, settings: Settings) -> dict[str, Any]:
     if not settings.get("reference"):
         return time_backend(backend, settings, verified=True)
     status = check_backend(backend, Path(settings["reference"]), settings["batches"])
-    return {"status": status, **time_backend(backend, settings, verified=status["passed"])}
+    return time_backend(backend, settings, verified=status["passed"], facts={"status": status})
 
 
-def time_backend(backend: Backend, settings: Settings, *, verified: bool) -> dict[str, Any]:
-    """Time a backend as `ccnet bench` does, an engine on the device alone too, and close it.
+def time_backend(
+    backend: Backend, settings: Settings, *, verified: bool, facts: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Time a backend as `ccnet bench` does, on the device alone too where it can tell, and close it.
 
-    Raises EngineError when a verified backend can't be measured.
+    What was measured is written to the file `partial` of the settings after every batch size, with `facts`. Raises
+    EngineError when a verified backend can't be measured.
     """
-    batches = tuple(batch for batch in settings["batches"] if batch <= backend.max_batch)
-    engine = backend if isinstance(backend, TensorRTBackend) else None
-    seconds = settings["seconds"]
-    device = {batch: _device_time(engine, batch, seconds) for batch in batches} if engine else {}
+    plan = bench_plan(settings, backend.max_batch)
+    device: dict[int, dict[str, float | int]] = {}
+    if verified and isinstance(backend, OnDevice):
+        device = {batch: _device_time(backend, batch, settings["seconds"]) for batch in plan.batches}
+
+    def found(report: dict[str, Any]) -> dict[str, Any]:
+        engine = report["candidates"][0]["engine"]
+        graphs = (engine or {}).get("cuda_graphs", {})
+        rows = [
+            row | ({"device_ms": device[row["batch"]], "graph": graphs.get(row["batch"])} if device else {})
+            for row in report["rows"]
+        ]
+        return (facts or {}) | {"describe": engine, "rows": rows}
+
+    def keep(report: dict[str, Any]) -> None:
+        if partial := settings.get("partial"):
+            write_json(partial, found(report))
+
     candidate = Candidate(name=backend.name, open=lambda: backend, status="verified" if verified else "failed")
-    report = bench(backend.spec, [candidate], bench_plan(settings, backend.max_batch))
-    (entry,) = report["candidates"]
-    if verified and entry["not_measured"]:
-        raise EngineError(f"{backend.name}: not measured: {entry['not_measured']}")
-    rows = report["rows"]
-    if device and rows:
-        graphs = entry["engine"]["cuda_graphs"]
-        rows = [row | {"device_ms": device[row["batch"]], "graph": graphs.get(row["batch"])} for row in rows]
-    return {"describe": entry["engine"], "rows": rows}
+    report = bench(backend.spec, [candidate], plan, after_batch=keep)
+    reason = report["candidates"][0]["not_measured"]
+    if verified and reason:
+        raise EngineError(f"{backend.name}: not measured: {reason}")
+    return found(report)
 
 
-def _device_time(backend: TensorRTBackend, batch: int, seconds: float) -> dict[str, float | int]:
+def _device_time(backend: OnDevice, batch: int, seconds: float) -> dict[str, float | int]:
     warmup = min(0.3, seconds)
     once = float(backend.engine_milliseconds(batch, FEWEST_REPEATS, warmup_seconds=warmup).mean()) / 1e3
     repeats = int(np.clip(seconds / max(once, 1e-6), FEWEST_REPEATS, MOST_REPEATS))

@@ -104,18 +104,12 @@ def peer(settings: Settings) -> dict[str, Any]:
     """Verify and time PyTorch as `eager`, `compiled` or `fused` network, in one precision."""
     import torch
 
+    from benchmarks.gpu.torch_peers import FusedBackend, TimedBackend
     from ccnet.checkpoint import read_checkpoint
-    from ccnet.torch_backend import TorchBackend
-
-    class FusedBackend(TorchBackend):
-        """Runs the fused network, which takes the inputs of an engine as they are."""
-
-        def forward(self, model: Any, visual: Any, audio: Any, lengths: Any) -> Any:
-            return model(visual, audio, lengths)
 
     checkpoint = read_checkpoint(settings["checkpoint"])
     model: Any = checkpoint.load_model()
-    opened = TorchBackend
+    opened = TimedBackend
     if settings["form"] == "fused":
         from export.fused.network import fused_network
 

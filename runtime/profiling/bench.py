@@ -103,8 +103,14 @@ def _engine_candidate(bundle: Bundle, engine: Engine) -> Candidate:
     )
 
 
-def bench(spec: ModelSpec, candidates: Sequence[Candidate], plan: Plan | None = None) -> dict[str, Any]:
-    """Measure all candidates and return the report, as JSON.
+def bench(
+    spec: ModelSpec,
+    candidates: Sequence[Candidate],
+    plan: Plan | None = None,
+    *,
+    after_batch: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Measure all candidates and return the report, as JSON. `after_batch` is given what there is of it so far.
 
     All candidates are open at the same time, so memory must hold them all. One that can't be opened here is listed with
     the reason. Ratios are those of an engine's time to that of the first candidate in a row's batch, and of its peer.
@@ -136,6 +142,8 @@ def bench(spec: ModelSpec, candidates: Sequence[Candidate], plan: Plan | None = 
         peers = {candidate.name: candidate.peer for candidate in candidates if candidate.peer}
         for batch in plan.batches:
             report["rows"] += _measure(spec, opened, peers, batch, plan.rules_for(batch))
+            if after_batch is not None:
+                after_batch(report)
     report["machine"]["load_average_after"] = machine_facts()["load_average"]
     return report
 
