@@ -21,6 +21,7 @@ _HEADER_BYTES = 16  # tag, checksum, length of the text as a 64-bit number
 _ITEM = re.compile(r'^  ([a-z_0-9]+)=\{ name="?([^" ]+)', re.M)
 _TENSOR = re.compile(r'^  tensor=\{.*? name="([^"]*)".* region="([^"]*)".* type=(\w+)', re.M)
 _OUTPUT = re.compile(r" output(?:_args)?=\{ ?\"([^\"]*)\"")
+_NAME = re.compile(r'"([^"]+)"')
 _HOST_ITEMS = frozenset({"signal", "wait", "shape_call"})
 _MATRIX_KINDS = frozenset({"corrltn", "fully_connected", "runtime_fusion"})
 _PRECISIONS = {"float": "fp32", "half": "fp16", "bfloat": "bf16", "bf16": "bf16", "bfloat16": "bf16"}
@@ -48,6 +49,8 @@ class RtxPlan:
     """Floating point tensors in device memory by precision, `fp32`, `fp16`, `bf16`."""
     matrix_kernels: dict[str, int]
     """Convolutions, matmuls and fused attentions by the precision of what they write."""
+    fp8_kernels: int
+    """Those of them that read fp8."""
 
 
 def check_version(version: str) -> None:
@@ -74,7 +77,7 @@ def read_plan(path: Path, version: str) -> RtxPlan:
     kinds: Counter[str] = Counter()
     tensors: Counter[str] = Counter()
     matrix: Counter[str] = Counter()
-    fused = scratch = streams = 0
+    fused = scratch = streams = fp8 = 0
     for text in texts:
         types = {name: kind for name, _, kind in _TENSOR.findall(text)}
         tensors.update(_PRECISIONS[kind] for _, region, kind in _TENSOR.findall(text) if kind in _PRECISIONS)
@@ -88,6 +91,7 @@ def read_plan(path: Path, version: str) -> RtxPlan:
             fused += attention
             if attention or kind in _MATRIX_KINDS:
                 matrix[_PRECISIONS.get(written, "other")] += 1
+                fp8 += any(types.get(tensor) == "fp8_e4m3" for tensor in _NAME.findall(line))
         regions = re.findall(r"region = \{ name=(\w+) size=(\d+) .*?place=accelerator.*?\}", text)
         scratch += sum(int(size) for name, size in regions if name.startswith("devmem"))
         streams = max(streams, int(_field(text, "n_streams")))
@@ -102,6 +106,7 @@ def read_plan(path: Path, version: str) -> RtxPlan:
         targets=tuple(_field(texts[0], "accelerators").strip("{} ").split()),
         tensors=dict(sorted(tensors.items())),
         matrix_kernels=dict(sorted(matrix.items())),
+        fp8_kernels=fp8,
     )
 
 

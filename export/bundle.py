@@ -20,9 +20,11 @@ from export.parity.tolerances import graph_precision
 from export.tensorrt.build import build_engine
 from export.tensorrt.options import EngineOptions, EnginePrecision
 from runtime.backends.registry import PRECISIONS, REGISTRY
+from runtime.batches import pack
 from runtime.bundle import Bundle, Engine, Format, ModelFile
 from runtime.errors import BackendUnavailable, CCNetError, ConfigError, EngineMismatch, ExportError, ParityError
 from runtime.machine import library_versions
+from runtime.spec import INPUT_NAMES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +35,11 @@ if TYPE_CHECKING:
 
 Graph = Literal["fused", "reference"]
 AUTO = "auto"
+FP8_OPSET = 20
+"""As `export.graph.fp8.LEAST_OPSET`, which needs onnx."""
+CALIBRATION_VIDEOS = 16
+DERIVED = {"int8": "fp32", "fp8": "fp16"}
+"""Precisions whose numbers are put into the finished graph of another one."""
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +64,8 @@ class ExportOptions:
         for precision in self.precisions:
             if precision not in (*PRECISIONS, AUTO):
                 raise ConfigError(f"precision: got {precision!r}, expected {AUTO} or some of {', '.join(PRECISIONS)}")
+        if "fp8" in self.precisions and self.opset < FP8_OPSET:
+            raise ConfigError(f"opset: got {self.opset} with precision fp8, expected {FP8_OPSET} or newer")
         if self.automatic and len(self.precisions) > 1:
             raise ConfigError(f"precision: got {' '.join(self.precisions)}, expected {AUTO} alone")
         if "int8" in self.precisions and set(self.formats) != {"onnx"}:
@@ -106,9 +115,11 @@ def make_bundle(
     ) as draft:
         graphs = {REGISTRY[engine.backend].precisions[cast(Any, engine.precision)] for engine in asked}
         for precision in PRECISIONS:
-            # int8 weights are put into the fp32 graph
-            if precision in graphs or (precision == "fp32" and "int8" in graphs):
-                _add_graph(draft, checkpoint, model, options, precision, skipped)
+            if precision in graphs or precision in {DERIVED.get(graph) for graph in graphs}:
+                if precision in DERIVED:
+                    _add_derived_graph(draft, reference, options, precision, skipped)
+                else:
+                    _add_graph(draft, checkpoint, model, options, precision)
         for engine in asked:
             if REGISTRY[engine.backend].format != "onnx":
                 _add_engine(draft, engine, options, skipped)
@@ -150,6 +161,8 @@ def _plan(options: ExportOptions) -> tuple[list[Engine], list[Engine], dict[str,
                 model_file=f"onnx-{graph}" if onnx else name,
                 status="unverified",
             )
+            if options.automatic and precision == "fp8":
+                continue  # for those who ask for it
             if options.automatic:
                 reason = _unavailable(engine) if onnx else None
                 typed = options.graph == "reference" or onnx  # the reference graph is fp32; CPUs emulate half precision
@@ -173,48 +186,59 @@ def _unavailable(engine: Engine) -> str | None:
     return None
 
 
-def _add_graph(
-    draft: Draft,
-    checkpoint: Checkpoint,
-    model: CCNet,
-    options: ExportOptions,
-    precision: str,
-    skipped: dict[str, str],
-) -> None:
+def _graph_path(draft: Draft, precision: str) -> Path:
+    return draft.folder / ("model.onnx" if precision == "fp32" else f"model-{precision}.onnx")
+
+
+def _add_graph(draft: Draft, checkpoint: Checkpoint, model: CCNet, options: ExportOptions, precision: str) -> None:
     """Write the ONNX graph of one precision into the draft."""
-    from export.graph.quantize import quantize_weights
     from export.graph.to_onnx import export_onnx
 
-    path = draft.folder / ("model.onnx" if precision == "fp32" else f"model-{precision}.onnx")
+    path = _graph_path(draft, precision)
     log.info("writing %s (%s graph, opset %d)", path.name, options.graph, options.opset)
-    facts: dict[str, Any] = {"graph": options.graph}
-    info: Any
-    if precision == "int8":
-        try:
-            info = quantize_weights(draft.folder / "model.onnx", path, metadata={"precision": precision})
-        except ExportError as error:
-            if not options.automatic:
-                raise
-            log.info("  left out: %s", error)
-            skipped["openvino-int8"] = str(error)
-            return
-        facts |= {"int8_matmuls": info.matmuls}
-    else:
-        info = export_onnx(
-            _module(model, options, precision),
-            checkpoint.spec,
-            path,
-            opset=options.opset,
-            max_batch=options.max_batch,
-            metadata={
-                "checkpoint_sha256": checkpoint.weights_sha256,
-                "precision": precision,
-                "graph": str(options.graph),
-                "opset": str(options.opset),
-                "ccnet_version": __version__,
-            },
-        )
-        facts |= {"seconds": round(info.seconds, 1)}
+    info = export_onnx(
+        _module(model, options, precision),
+        checkpoint.spec,
+        path,
+        opset=options.opset,
+        max_batch=options.max_batch,
+        metadata={
+            "checkpoint_sha256": checkpoint.weights_sha256,
+            "precision": precision,
+            "graph": str(options.graph),
+            "opset": str(options.opset),
+            "ccnet_version": __version__,
+        },
+    )
+    _add_onnx(draft, info, precision, options, {"seconds": round(info.seconds, 1)})
+
+
+def _add_derived_graph(
+    draft: Draft, reference: Reference, options: ExportOptions, precision: str, skipped: dict[str, str]
+) -> None:
+    """Write the graph of another precision with int8 weights or fp8 matmuls into the draft."""
+    source, path = _graph_path(draft, DERIVED[precision]), _graph_path(draft, precision)
+    log.info("writing %s", path.name)
+    metadata = {"precision": precision}
+    try:
+        if precision == "fp8":
+            from export.graph.fp8 import quantize_fp8
+
+            info = quantize_fp8(source, path, calibration_feeds(reference), metadata=metadata)
+        else:
+            from export.graph.quantize import quantize_weights
+
+            info = quantize_weights(source, path, metadata=metadata)
+    except ExportError as error:
+        if not options.automatic:
+            raise
+        log.info("  left out: %s", error)
+        skipped["openvino-int8"] = str(error)
+        return
+    _add_onnx(draft, info, precision, options, {f"{precision}_matmuls": info.matmuls})
+
+
+def _add_onnx(draft: Draft, info: Any, precision: str, options: ExportOptions, facts: dict[str, Any]) -> None:
     log.info("  %d nodes, %.0f MB of weights", info.nodes, info.weight_bytes / 1e6)
     draft.add_model_file(
         ModelFile(
@@ -224,9 +248,16 @@ def _add_graph(
             precision=precision,
             max_batch=options.max_batch,
             opset=options.opset,
-            build={**facts, "nodes": info.nodes, "weight_bytes": info.weight_bytes},
+            build={"graph": options.graph, **facts, "nodes": info.nodes, "weight_bytes": info.weight_bytes},
         )
     )
+
+
+def calibration_feeds(reference: Reference) -> list[dict[str, Any]]:
+    """Return the inputs of some videos that the parity check runs on, spread over all kinds of them."""
+    step = max(1, len(reference.videos) // CALIBRATION_VIDEOS)
+    chosen = reference.videos[::step][:CALIBRATION_VIDEOS]
+    return [dict(zip(INPUT_NAMES, pack([video.features], reference.spec), strict=True)) for video in chosen]
 
 
 def _module(model: CCNet, options: ExportOptions, precision: str) -> nn.Module:

@@ -51,7 +51,7 @@ def test_plan_counts(tmp_path: Path) -> None:
     assert read_plan(path, "1.7.1.116") == RtxPlan(
         kernels=4, kinds={"corrltn": 1, "fully_connected": 1, "function": 2}, fused_attentions=1, scratch_bytes=1024,
         streams=2, capturable=True, tf32=False, targets=("sm89",), tensors={"fp16": 1, "fp32": 1},
-        matrix_kernels={"fp16": 2, "fp32": 1},
+        matrix_kernels={"fp16": 2, "fp32": 1}, fp8_kernels=0,
     )  # fmt: skip
     path.write_bytes(blob + plan_block(SCHEDULE))
     assert read_plan(path, "1.7").kernels == 8  # an engine may hold several graphs

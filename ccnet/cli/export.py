@@ -32,8 +32,8 @@ def register(subparsers: Any) -> None:
         nargs="+",
         default=["fp32"],
         metavar="P",
-        help="fp32, tf32, fp16, bf16, int8; or auto: all that this machine can run, those that pass the parity check "
-        "are kept, fastest first",
+        help="fp32, tf32, fp16, bf16, int8, fp8; or auto: all but fp8 that this machine can run, those that pass the "
+        "parity check are kept, fastest first",
     )
     parser.add_argument("--opset", type=int, default=20, help="ONNX opset, 17 to 23 (17 for TensorRT 8.6)")
     parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="largest batch")

@@ -133,7 +133,7 @@ def read_config(arguments: argparse.Namespace, overrides: list[str]) -> Config:
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that choose an engine and say how to run it; `open_localizer` takes them."""
     parser.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help="default: the fastest verified")
-    parser.add_argument("--precision", help="only this precision (fp32, tf32, bf16, fp16, int8)")
+    parser.add_argument("--precision", help="only this precision (fp32, tf32, bf16, fp16, int8, fp8)")
     parser.add_argument("--batch", type=positive, metavar="N", help="videos per engine call")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the engine")
     parser.add_argument(

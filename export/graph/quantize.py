@@ -35,7 +35,7 @@ class QuantizedInfo:
     files: tuple[str, ...]
     """File names in the folder of `path`: the graph, then its external weights."""
     matmuls: int
-    """Matmuls whose weights are int8; a stack of matmuls counts each one."""
+    """Matmuls whose weights are int8, a stack of matmuls counting each one; or matmul nodes in fp8."""
     nodes: int
     weight_bytes: int
 
@@ -53,7 +53,7 @@ def quantize_weights(
     matrices too, of at least `least_weights` entries per matrix (None: `LEAST_WEIGHTS`). `metadata` is added to the
     file's metadata_props. Raises ExportError when no matmul is large enough, MissingDependency without onnx.
     """
-    onnx = _onnx()
+    onnx = onnx_package()
     least_weights = LEAST_WEIGHTS if least_weights is None else least_weights
     source, target = Path(source), Path(target)
     model = onnx.load(str(source))
@@ -87,7 +87,14 @@ def quantize_weights(
         if name not in used:
             graph.initializer.remove(weights[name])
 
-    onnx.helper.set_model_props(model, {p.key: p.value for p in model.metadata_props} | dict(metadata or {}))
+    files, weight_bytes = save_graph(model, target, metadata or {})
+    return QuantizedInfo(path=target, files=files, matmuls=matmuls, nodes=len(rewritten), weight_bytes=weight_bytes)
+
+
+def save_graph(model: Any, target: Path, metadata: Mapping[str, str]) -> tuple[tuple[str, ...], int]:
+    """Write an onnx.ModelProto and its weights, and check it. Returns the names of the files and the weights' bytes."""
+    onnx = onnx_package()
+    onnx.helper.set_model_props(model, {p.key: p.value for p in model.metadata_props} | dict(metadata))
     target.parent.mkdir(parents=True, exist_ok=True)
     data = target.with_name(external_name(target))
     data.unlink(missing_ok=True)  # onnx appends to a file that is there
@@ -95,19 +102,15 @@ def quantize_weights(
     if data.exists():
         shutil.copymode(target, data)  # onnx lets its owner alone read it
     onnx.checker.check_model(str(target))
-    return QuantizedInfo(
-        path=target,
-        files=(target.name, data.name) if data.exists() else (target.name,),
-        matmuls=matmuls,
-        nodes=len(rewritten),
-        weight_bytes=data.stat().st_size if data.exists() else target.stat().st_size,
-    )
+    if data.exists():
+        return (target.name, data.name), data.stat().st_size
+    return (target.name,), target.stat().st_size
 
 
 def _stack(weight: Any, left: Sequence[int | str], least_weights: int) -> int:
     """Return how many matrices of a constant to quantize: 1, the size of a stack, or 0 to leave it as it is."""
     dims = list(weight.dims)
-    if weight.data_type != _onnx().TensorProto.FLOAT or math.prod(dims[-2:]) < least_weights:
+    if weight.data_type != onnx_package().TensorProto.FLOAT or math.prod(dims[-2:]) < least_weights:
         return 0
     if len(dims) == 2:
         return 1
@@ -116,7 +119,7 @@ def _stack(weight: Any, left: Sequence[int | str], least_weights: int) -> int:
 
 def _int8_matrices(weight: Any, graph: Any, nodes: list[Any]) -> list[str]:
     """Add int8 values and scales of each matrix and the nodes that restore them; return the restored names."""
-    onnx = _onnx()
+    onnx = onnx_package()
     values = onnx.numpy_helper.to_array(weight)
     matrices = [values] if values.ndim == 2 else list(values)
     names = []
@@ -134,7 +137,7 @@ def _int8_matrices(weight: Any, graph: Any, nodes: list[Any]) -> list[str]:
 
 def _unstacked(node: Any, matrices: list[str], graph: Any) -> list[Any]:
     """Return a stacked matmul as one matmul for each of its restored matrices."""
-    onnx = _onnx()
+    onnx = onnx_package()
     helper, x, y = onnx.helper, node.input[0], node.output[0]
     sizes = f"ones.{len(matrices)}"
     if sizes not in {tensor.name for tensor in graph.initializer}:
@@ -161,7 +164,8 @@ def quantize_columns(weight: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray
     return values, scales
 
 
-def _onnx() -> Any:
+def onnx_package() -> Any:
+    """Import onnx. Raises MissingDependency without it."""
     try:
         import onnx
     except ModuleNotFoundError as error:

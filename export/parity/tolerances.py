@@ -99,6 +99,7 @@ TOLERANCES: dict[Precision, Tolerance] = {
     # Int8 weights, rows quantized each by itself. Seen on a trained network (513 events): logits 0.035, mean 0.003,
     # offsets 0.028, mean 0.002, mAP 2e-4 (measured before the stretching and channel layers were int8 too).
     "int8": _SEVEN_BITS,
+    "fp8": _SEVEN_BITS,
 }
 
 
@@ -122,10 +123,16 @@ def tolerance(precision: str) -> Tolerance:
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:
-    """Return the torch type that a graph is traced in; int8 weights are put into the finished fp32 graph."""
+    """Return the torch type that a graph is traced in; int8 and fp8 are put into the finished graph."""
     import torch
 
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}[precision]
+    return {
+        "fp32": torch.float32,
+        "fp16": torch.float16,
+        "bf16": torch.bfloat16,
+        "int8": torch.float32,
+        "fp8": torch.float16,
+    }[precision]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,6 +87,8 @@ def build_engine(onnx_path: str | Path, out_path: str | Path, options: EngineOpt
     if device is not None:
         check_driver(trt, device.driver)
     targets = _targets(options, device)
+    if options.precision == "fp8" and device is not None:
+        options.check_fp8(trt, (device.compute_capability,))
     begin = time.perf_counter()
     logger, log = library_logger(trt)
     with log.collect() as messages:

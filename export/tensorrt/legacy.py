@@ -23,6 +23,8 @@ MAX_OPSET = 17
 def check_supported(trt: Any, precision: str, opset: int) -> None:
     """Raise ExportError for a graph that 8.6 can't build, or would compute wrongly."""
     library = f"{trt.__name__} {trt.__version__}"
+    if precision == "fp8":
+        raise ExportError(f"{library} does not support fp8; use --precision fp16 or TensorRT 10 or newer")
     if precision == "bf16":
         raise ExportError(f"{library} does not support bfloat16; use --precision fp16 or TensorRT 10 or newer")
     if opset > MAX_OPSET:

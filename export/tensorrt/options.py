@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,8 +13,10 @@ from runtime.backends.tensorrt.context import Copies
 from runtime.backends.tensorrt.library import TensorRTFormat
 from runtime.errors import ExportError
 
-EnginePrecision = Literal["fp32", "tf32", "fp16", "bf16"]
+EnginePrecision = Literal["fp32", "tf32", "fp16", "bf16", "fp8"]
 CURRENT = "current"
+FP8_CAPABILITY = (8, 9)
+"""The first GPUs with fp8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +82,23 @@ class EngineOptions:
         """Raise ExportError for what this library version does not support, or would accept and ignore."""
         for what, instead in _unsupported_by_rtx(self) if self.format == "tensorrt-rtx" else _unsupported_by_full(self):
             raise ExportError(f"{trt.__name__} {trt.__version__} does not support {what}; {instead}")
+        if self.precision == "fp8":
+            self.check_fp8(trt, self.compute_capabilities)
         if legacy.is_legacy(trt):
             legacy.check_supported(trt, self.precision, opset)
+
+    def check_fp8(self, trt: Any, capabilities: Iterable[str]) -> None:
+        """Raise ExportError when GPUs of these compute capabilities have no fp8."""
+        for capability in capabilities:
+            if capability != CURRENT and _numbers(capability) < FP8_CAPABILITY:
+                raise ExportError(
+                    f"{trt.__name__} {trt.__version__} does not support fp8 on compute capability {capability}, which "
+                    "begins with 8.9; use --precision fp16"
+                )
+
+
+def _numbers(capability: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in capability.split(".") if part.isdigit())
 
 
 def _unsupported_by_rtx(options: EngineOptions) -> list[tuple[str, str]]:

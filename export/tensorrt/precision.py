@@ -14,8 +14,10 @@ from typing import Any
 from export.tensorrt.options import EnginePrecision
 from runtime.errors import ExportError
 
-_BY_NAME = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
+_BY_NAME = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "FP8": "fp8"}
 _BY_TEXT = (
+    ("FP8", "fp8"),
+    ("E4M3", "fp8"),
     ("BF16", "bf16"),
     ("BFLOAT", "bf16"),
     ("FP16", "fp16"),
@@ -23,7 +25,9 @@ _BY_TEXT = (
     ("FP32", "fp32"),
     ("FLOAT", "fp32"),
 )
-_HALF = ("fp16", "bf16")
+_GRAPH_TYPES = {"fp16": {"fp16"}, "bf16": {"bf16"}, "fp8": {"fp8", "fp16"}}
+"""Types below fp32 that the graph of a precision has; none for the others."""
+_NARROW = ("fp16", "bf16", "fp8")
 _LARGE_GRAPH = 64 << 20
 _LARGEST_RATIO = 1.5
 """Half way between weights as they are in the graph and weights twice as wide."""
@@ -42,13 +46,12 @@ def requested_precisions(network: Any) -> dict[str, int]:
 
 def check_requested(requested: dict[str, int], precision: EnginePrecision, onnx_path: Any) -> None:
     """Raise ExportError when the graph's types are not those of the precision that the engine is to have."""
-    for half in _HALF:
-        if (precision == half) != (requested.get(half, 0) > 0):
-            types = ", ".join(f"{count} layers {name}" for name, count in requested.items())
-            raise ExportError(
-                f"{onnx_path}: asked for a {precision} engine of a graph with {types}; precision lives in the graph: "
-                f"export it with --precision {precision}"
-            )
+    if {name for name in _NARROW if requested.get(name, 0)} != _GRAPH_TYPES.get(precision, set()):
+        types = ", ".join(f"{count} layers {name}" for name, count in requested.items())
+        raise ExportError(
+            f"{onnx_path}: asked for a {precision} engine of a graph with {types}; precision lives in the graph: "
+            f"export it with --precision {precision}"
+        )
 
 
 def inspected_precisions(engine_information: str) -> dict[str, int] | None:
@@ -90,12 +93,12 @@ def _counted(type_names: Iterable[str]) -> dict[str, int] | None:
 
 
 def check_size(engine_bytes: int, graph_bytes: int, precision: EnginePrecision) -> None:
-    """Raise ExportError when an engine of a half graph holds its weights in full.
+    """Raise ExportError when an engine of a half or fp8 graph holds its weights in full.
 
     Where the library does not tell the types of its layers, nothing else would show that. Small graphs are not
     checked: there kernels weigh more than weights.
     """
-    if precision in _HALF and graph_bytes >= _LARGE_GRAPH and engine_bytes > _LARGEST_RATIO * graph_bytes:
+    if precision in _GRAPH_TYPES and graph_bytes >= _LARGE_GRAPH and engine_bytes > _LARGEST_RATIO * graph_bytes:
         raise ExportError(
             f"asked for {precision}, but the built engine has {engine_bytes / 1e6:.0f} MB for a {precision} graph of "
             f"{graph_bytes / 1e6:.0f} MB, as if its weights were fp32; nothing was written"
@@ -103,9 +106,9 @@ def check_size(engine_bytes: int, graph_bytes: int, precision: EnginePrecision) 
 
 
 def check_inspected(delivered: dict[str, int] | None, precision: EnginePrecision) -> None:
-    """Raise ExportError when an engine shows no layer of its precision, or half layers in a full one."""
+    """Raise ExportError when an engine shows no layer of its precision, or narrow layers in a full one."""
     if delivered is None:
         return
-    half = {name: delivered[name] for name in _HALF if name in delivered}
-    if (precision in _HALF and precision not in delivered) or (precision not in _HALF and half):
+    narrow = {name for name in _NARROW if name in delivered}
+    if (precision in _GRAPH_TYPES and precision not in delivered) or narrow - _GRAPH_TYPES.get(precision, set()):
         raise ExportError(f"asked for {precision}, but the built engine's layers are {delivered}; nothing was written")

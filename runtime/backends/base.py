@@ -31,7 +31,7 @@ class Backend(Protocol):
     name: str
     """As in `runtime.backends.registry.REGISTRY`; `torch` for eager PyTorch."""
     precision: str
-    """`fp32`, `tf32`, `fp16`, `bf16` or `int8`."""
+    """`fp32`, `tf32`, `fp16`, `bf16`, `int8` or `fp8`."""
     spec: ModelSpec
     max_batch: int
 

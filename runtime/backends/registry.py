@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from runtime.bundle import Format
 
-Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 """The most exact one first."""
 
@@ -32,14 +32,20 @@ class Registration:
     gpu: bool
     precisions: Mapping[Precision, Precision]
     """Precision of the arithmetic -> type of the ONNX graph that is run or built into the engine. `auto` prefers them
-    in this order where no speed was measured: ONNX Runtime emulates half precision on a CPU, so it comes last there."""
+    in this order where no speed was measured: ONNX Runtime emulates fp16 and fp8 on a CPU, so they come last there."""
 
     def load(self) -> Any:
         """Import the backend's module; the engine library is imported when an engine is checked or opened."""
         return importlib.import_module(self.module)
 
 
-_TYPED: Mapping[Precision, Precision] = {"fp16": "fp16", "bf16": "bf16", "tf32": "fp32", "fp32": "fp32"}
+_TYPED: Mapping[Precision, Precision] = {
+    "fp16": "fp16",
+    "bf16": "bf16",
+    "tf32": "fp32",
+    "fp32": "fp32",
+    "fp8": "fp8",
+}
 _TENSORRT, _ONNXRUNTIME = "runtime.backends.tensorrt.backend", "runtime.backends.onnxruntime"
 
 REGISTRY: Mapping[str, Registration] = {
@@ -55,7 +61,7 @@ REGISTRY: Mapping[str, Registration] = {
         precisions={"int8": "int8", "bf16": "fp32", "fp32": "fp32"},
     ),
     "onnxruntime": Registration(
-        module=_ONNXRUNTIME, format="onnx", gpu=False, precisions={"fp32": "fp32", "fp16": "fp16"}
+        module=_ONNXRUNTIME, format="onnx", gpu=False, precisions={"fp32": "fp32", "fp16": "fp16", "fp8": "fp8"}
     ),
 }
 """By name, in the order in which `auto` prefers them where no speed was measured here."""
