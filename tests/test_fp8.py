@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from benchmarks.rtx_plan import read_plan
+from ccnet.torch_backend import TorchBackend
 from export.bundle import ExportOptions, make_bundle
 from export.parity.inputs import stress_inputs, synthetic_inputs
 from export.parity.reference import Reference, record
@@ -171,31 +174,29 @@ def test_a_plan_of_rtx_with_fp8_kernels(tmp_path: Path) -> None:
     built = build_engine(info.path, tmp_path / "e.engine", EngineOptions(precision="fp8", **rtx))
     assert built.build["delivered_precisions"]["fp8"] > 0
     assert read_plan(built.path, built.library_version).fp8_kernels == 3
+    precision: Any
     for graph, precision in ((source, "fp8"), (info.path, "fp16")):
         with pytest.raises(ExportError, match="precision lives in the graph"):
             build_engine(graph, tmp_path / "no.engine", EngineOptions(precision=precision, **rtx))
 
 
 def test_an_fp8_graph_is_verified_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    from ccnet.torch_backend import TorchBackend
-
     spec = ModelSpec(length=16, levels=2, visual_dim=128, audio_dim=128, labels=("a", "b", "c"))
     generator = torch.Generator().manual_seed(0)
 
-    class FeedForward(torch.nn.Module):
+    class FeedForward(nn.Module):
         """A network of one feed-forward layer, with the inputs of an engine."""
 
         def __init__(self) -> None:
             super().__init__()
             for name, size in (("up", (256, 512)), ("down", (512, 256)), ("out", (256, 9))):
                 weight = torch.randn(*size, generator=generator) / size[0] ** 0.5
-                setattr(self, name, torch.nn.Parameter(weight))
+                setattr(self, name, nn.Parameter(weight))
 
         def forward(self, visual: Any, audio: Any, lengths: Any) -> Any:
             x = torch.cat([visual, audio], dim=2)
-            x = torch.nn.functional.layer_norm(x, (256,)).to(self.up.dtype)
-            x = (torch.nn.functional.gelu(x @ self.up) @ self.down @ self.out).float()
+            x = nn.functional.layer_norm(x, (256,)).to(self.up.dtype)
+            x = (nn.functional.gelu(x @ self.up) @ self.down @ self.out).float()
             points = torch.cat([x, x[:, ::2]], dim=1)
             # the shortest video tells the exporter that the lengths are used
             points = points + 0 * lengths[:, None, None].float()
