@@ -89,7 +89,12 @@ PROPERTIES: dict[str, tuple[str, ...]] = {
     "IExecutionContext": ("profiler", "enqueue_emits_profile"),
     "OnnxParser": ("num_errors",),
     "INetworkDefinition": ("num_inputs", "num_layers"),
-    "IBuilderConfig": ("profiling_verbosity", "builder_optimization_level", "hardware_compatibility_level"),
+    "IBuilderConfig": (
+        "profiling_verbosity",
+        "builder_optimization_level",
+        "hardware_compatibility_level",
+        "avg_timing_iterations",
+    ),
     "IHostMemory": ("nbytes",),
 }
 SINCE_10_METHODS: dict[str, dict[str, int]] = {"ICudaEngine": {"create_execution_context": 1}}
@@ -293,6 +298,8 @@ def test_bindings_of_tensorrt(wheels: Path, version: str, tmp_path: Path) -> Non
         names -= {"NetworkDefinitionCreationFlag.STRONGLY_TYPED"}
     else:
         names -= OF_8
+        if release >= (10, 9):
+            names |= {"TilingOptimizationLevel.MODERATE", "IBuilderConfig.tiling_optimization_level"}
         tables += [SINCE_10_METHODS, NEWER] if release >= (10, 9) else [SINCE_10_METHODS]
     found = inspect(
         package.name,

@@ -55,7 +55,7 @@ OPTIONS: dict[str, set[str]] = {
     "export": {
         *("--compute-capability", "--format", "--graph", "--hardware-compatible", "--json", "--max-batch"),
         *("--opset", "--opt-batch", "--optimization-level", "--out", "--precision", "--timing-cache"),
-        *("--version-compatible", "--workspace-mib", "--copies", "--high-priority"),
+        *("--version-compatible", "--workspace-mib", "--copies", "--high-priority", "--tiling"),
         *PARITY_OPTIONS,
     },
     "rebuild": {"--json"},

@@ -59,18 +59,19 @@ def test_every_batch_size_gives_its_own_outputs(sim: Simulation, engine_path: Pa
 
 def test_a_graph_is_captured_once_per_batch_size_after_one_plain_run(sim: Simulation, engine_path: Path) -> None:
     with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as backend:
-        assert (sim.plain_runs, sim.launches) == (1, 2)  # plain at load, replay compared with it, first request
+        # of batch 2 and of 1: plain at load, replay compared with it, first request
+        assert (sim.plain_runs, sim.launches) == (2, 4)
         for _ in range(5):
             backend.infer(*inputs(2))
-        assert (sim.plain_runs, sim.launches) == (1, 7)
-        backend.infer(*inputs(3))
         assert (sim.plain_runs, sim.launches) == (2, 9)
-        assert backend.describe()["cuda_graphs"] == {2: "replayed", 4: "replayed"}
-        backend.infer(*inputs(2))  # the larger batch took the buffers of its graph
+        backend.infer(*inputs(3))
         assert (sim.plain_runs, sim.launches) == (3, 11)
+        assert backend.describe()["cuda_graphs"] == {1: "replayed", 2: "replayed", 4: "replayed"}
+        backend.infer(*inputs(2))  # the larger batch took the buffers of its graph
+        assert (sim.plain_runs, sim.launches) == (4, 13)
         for batch in (2, 4, 3, 2):
             backend.infer(*inputs(batch))
-        assert (sim.plain_runs, sim.launches) == (3, 15)
+        assert (sim.plain_runs, sim.launches) == (4, 17)
 
 
 def test_outputs_belong_to_the_caller(sim: Simulation, engine_path: Path) -> None:

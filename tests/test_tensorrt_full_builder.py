@@ -98,6 +98,35 @@ def test_what_is_known_of_a_built_engine(build: Any) -> None:
     assert info.model_file(name="tensorrt-fp32").options == info.options.to_json()
 
 
+def test_the_engine_of_lowest_latency(build: Any) -> None:
+    library = Library()
+    info = build(library, optimization_level=5, tiling="moderate")
+    assert library.config.tiling_optimization_level is library.TilingOptimizationLevel.MODERATE
+    assert (library.config.builder_optimization_level, library.config.avg_timing_iterations) == (5, 8)
+    assert info.options.to_json()["tiling"] == "moderate"
+    library = Library("10.3.0")
+    del library.TilingOptimizationLevel
+    with pytest.raises(ExportError, match=r"10\.3\.0 does not support tiling optimization, which is new in 10\.9"):
+        build(library, tiling="fast")
+
+
+def test_a_version_compatible_engine_needs_the_lean_runtime(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def load(name: str, mode: int) -> None:
+        asked.append(name)
+        if "/" not in name:
+            raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("ctypes.CDLL", load)
+    with pytest.raises(ExportError, match=r"needs libnvinfer_lean\.so\.10.*pip install 'tensorrt_lean==10\.9\.0'"):
+        build(Library(), version_compatible=True)
+    spec = SimpleNamespace(submodule_search_locations=["/site/tensorrt_lean_libs"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    build(Library(), version_compatible=True)
+    assert asked[-1] == "/site/tensorrt_lean_libs/libnvinfer_lean.so.10"
+
+
 def test_a_library_that_builds_nothing(build: Any, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"(?s)tensorrt 10\.9\.0 built no engine.*could not find any implementation"):
         build(Library(plan=None))

@@ -112,12 +112,17 @@ def build(settings: Settings) -> dict[str, Any]:
         precision=precision,
         profile=(1, min(TUNED_BATCH, largest), largest),
         optimization_level=5 if full and settings["kind"] == "latency" else None,
+        tiling="moderate" if full and settings["kind"] == "latency" and _has_tiling() else "none",
         timing_cache=path.parent / "timings.cache" if full else None,
     )
     info = build_here(bundle.path(graph), path, options, gpu=settings["device"] == "cuda")
     model_file = info.model_file(name=f"{format}-{precision}")
     write_json(path.with_suffix(".json"), dataclasses.asdict(model_file))
     return {"engine": info.build, "profile": info.options.profile, "opset": info.opset, "onnx_sha256": info.onnx_sha256}
+
+
+def _has_tiling() -> bool:
+    return hasattr(load_library("tensorrt"), "TilingOptimizationLevel")
 
 
 def build_here(graph: Path, out: Path, options: EngineOptions, *, gpu: bool = True) -> EngineInfo:

@@ -50,6 +50,9 @@ def register(subparsers: Any) -> None:
     engine.add_argument("--workspace-mib", type=positive, metavar="N", help="limit of scratch memory while building")
     engine.add_argument("--optimization-level", type=int, metavar="0..5", help="effort of the builder")
     engine.add_argument(
+        "--tiling", default="none", choices=["none", "fast", "moderate", "full"], help="kernels that stay in the cache"
+    )
+    engine.add_argument(
         "--timing-cache", type=Path, metavar="FILE", help="timings of earlier builds, kept beside the bundle"
     )
     engine.add_argument(
@@ -115,6 +118,7 @@ def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
         compute_capabilities=tuple(arguments.compute_capability),
         workspace_bytes=None if mib is None else mib << 20,
         optimization_level=arguments.optimization_level,
+        tiling=arguments.tiling,
         copies=arguments.copies,
         high_priority=arguments.high_priority,
         hardware_compatible=arguments.hardware_compatible,

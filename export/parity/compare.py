@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.parity.events import EventAgreement, MapAgreement, compare_map, detections, match_events
+from export.parity.events import EventAgreement, MapAgreement, compare_map, detections, match_events, without_ties
 from export.parity.inputs import ParityVideo
 from export.parity.reference import Outputs, record
 from export.parity.tolerances import Tolerance, tolerance
@@ -165,7 +165,7 @@ def compare(
     events: dict[str, EventAgreement] = {}
     metric: MapAgreement | None = None
     if finite:
-        events, metric = _compare_events(found, expected, videos, spec, limits.tiou)
+        events, metric = _compare_events(found, expected, videos, spec, limits)
     checks += _event_checks(events, metric, limits)
     stress = sum(video.stress for video in videos)
     return ParityReport(
@@ -267,9 +267,10 @@ def _mixed(videos: Sequence[ParityVideo]) -> list[int]:
 
 
 def _compare_events(
-    found: Outputs, expected: Outputs, videos: Sequence[ParityVideo], spec: ModelSpec, least_tiou: float
+    found: Outputs, expected: Outputs, videos: Sequence[ParityVideo], spec: ModelSpec, limits: Tolerance
 ) -> tuple[dict[str, EventAgreement], MapAgreement | None]:
     theirs = detections(expected, videos, spec)
+    decided = without_ties(expected, videos, spec, limits.undecided, limits.tiou)
     ours = detections(found, videos, spec, keep=2)
     events, metric = {}, None
     for kind, stress in (("videos", False), ("stress inputs", True)):
@@ -277,7 +278,7 @@ def _compare_events(
         if not rows:
             continue
         wanted, chosen = [theirs[i] for i in rows], [videos[i] for i in rows]
-        events[kind] = match_events([ours[i] for i in rows], wanted, chosen, least_tiou)
+        events[kind] = match_events([ours[i] for i in rows], [decided[i] for i in rows], chosen, limits.tiou)
         if not stress:
             kept = detections(Outputs(found.logits[rows], found.offsets[rows], {}), chosen, spec)
             metric = compare_map(kept, wanted, chosen, spec.num_classes)

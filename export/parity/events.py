@@ -24,6 +24,8 @@ from runtime.spec import ModelSpec
 
 TIOU_THRESHOLDS = tuple(round(0.1 * k, 1) for k in range(1, 10))
 """Thresholds of mAP Avg."""
+TIE_RUNS = 4
+"""How often the reference is looked at with moved logits: a tie falls either way in half of them."""
 SAME_SCORE = 0.2
 """Scores further apart are not of the same event, however well the segments agree."""
 FEWEST_EVENTS = 20
@@ -108,18 +110,14 @@ def match_events(
     drifts: list[float] = []
     lost: list[str] = []
     for found, wanted, video in zip(candidate, reference, videos, strict=True):
-        free = np.ones(len(found), bool)
-        for segment, score, label in zip(wanted.segments, wanted.scores, wanted.labels, strict=True):
-            if score <= threshold:
-                break
-            alike = free & (found.labels == label) & (np.abs(found.scores - score) <= SAME_SCORE)
-            overlap = np.where(alike, tiou(segment, found.segments), 0.0)
-            best = int(np.argmax(overlap)) if len(overlap) else -1
-            if best >= 0 and overlap[best] > least_tiou:
-                free[best] = False
-                drifts.append(abs(float(found.scores[best]) - float(score)))
+        for event, match in enumerate(_matches(found, wanted, threshold, least_tiou)):
+            if match >= 0:
+                drifts.append(abs(float(found.scores[match]) - float(wanted.scores[event])))
             else:
-                nearest = f"best tIoU {overlap[best]:.3f}" if best >= 0 and overlap[best] > 0 else "nothing near it"
+                segment, score, label = wanted.segments[event], wanted.scores[event], wanted.labels[event]
+                overlap = np.where(found.labels == label, tiou(segment, found.segments), 0.0)
+                best = float(overlap.max(initial=0.0))
+                nearest = f"best tIoU {best:.3f}" if best > 0 else "nothing near it"
                 name = wanted.label_names[label]
                 lost.append(f"{video.name}: {name} {segment[0]:.2f}-{segment[1]:.2f} s, score {score:.3f}: {nearest}")
     return EventAgreement(
@@ -130,6 +128,40 @@ def match_events(
         mean_score_drift=float(np.mean(drifts)) if drifts else 0.0,
         lost=tuple(lost[:5]),
     )
+
+
+def _matches(found: Detections, wanted: Detections, threshold: float, least_tiou: float) -> list[int]:
+    """Return for each wanted event above the threshold the index of the same one among those found, or -1."""
+    matches: list[int] = []
+    free = np.ones(len(found), bool)
+    for segment, score, label in zip(wanted.segments, wanted.scores, wanted.labels, strict=True):
+        if score <= threshold:
+            break
+        alike = free & (found.labels == label) & (np.abs(found.scores - score) <= SAME_SCORE)
+        overlap = np.where(alike, tiou(segment, found.segments), 0.0)
+        best = int(np.argmax(overlap)) if len(overlap) else -1
+        if best >= 0 and overlap[best] > least_tiou:
+            free[best] = False
+            matches.append(best)
+        else:
+            matches.append(-1)
+    return matches
+
+
+def without_ties(
+    outputs: Outputs, videos: Sequence[ParityVideo], spec: ModelSpec, amplitude: float, least_tiou: float
+) -> list[Detections]:
+    """Return the events of outputs that are found again when the logits move at random, by up to `amplitude`."""
+    kept = detections(outputs, videos, spec)
+    for seed in range(TIE_RUNS if amplitude else 0):
+        noise = np.random.default_rng(seed).uniform(-amplitude, amplitude, outputs.logits.shape)
+        moved = Outputs(outputs.logits + noise.astype(np.float32), outputs.offsets, outputs.source)
+        for i, found in enumerate(detections(moved, videos, spec, keep=2)):
+            again = np.array(_matches(found, kept[i], 0.0, least_tiou), np.int64) >= 0
+            chosen = np.flatnonzero(np.pad(again, (0, len(kept[i]) - len(again)), constant_values=True))
+            segments, scores, labels = (a[chosen] for a in (kept[i].segments, kept[i].scores, kept[i].labels))
+            kept[i] = dataclasses.replace(kept[i], segments=segments, scores=scores, labels=labels)
+    return kept
 
 
 def judged_above(reference: Sequence[Detections]) -> float:

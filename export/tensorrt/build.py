@@ -7,7 +7,9 @@ the library, neither torch nor onnx. Read downward: `build_engine`, then its ste
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import importlib.util
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,11 +29,21 @@ from export.tensorrt.precision import (
 )
 from runtime.backends.tensorrt import cuda
 from runtime.backends.tensorrt.legacy import scratch_bytes
-from runtime.backends.tensorrt.library import LibraryLog, check_driver, library_logger, load_library, start
+from runtime.backends.tensorrt.library import (
+    LibraryLog,
+    check_driver,
+    library_logger,
+    library_version,
+    load_library,
+    start,
+)
 from runtime.bundle import ModelFile
 from runtime.errors import ExportError, Interrupted
 from runtime.files import atomic_file, sha256_file
 from runtime.signals import StopRequest
+
+MOST_EFFORT, MOST_TIMINGS = 5, 8
+"""At the highest builder level each kernel is timed so many times: it is to be the fastest of some nearly equal ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +98,8 @@ def build_engine(onnx_path: str | Path, out_path: str | Path, options: EngineOpt
     device = cuda.probe() if options.needs_gpu else None
     if device is not None:
         check_driver(trt, device.driver)
+    if options.version_compatible:
+        require_lean(trt)
     targets = _targets(options, device)
     if options.precision == "fp8" and device is not None:
         options.check_fp8(trt, (device.compute_capability,))
@@ -139,6 +153,25 @@ def build_engine(onnx_path: str | Path, out_path: str | Path, options: EngineOpt
     )
 
 
+def require_lean(trt: Any) -> None:
+    """Load the lean runtime, which a version compatible engine carries.
+
+    The pip package of TensorRT has none, the one of the lean runtime has. Raises ExportError where neither the loader
+    nor that package has it.
+    """
+    name = f"libnvinfer_lean.so.{library_version(trt)[0]}"
+    package = importlib.util.find_spec("tensorrt_lean_libs")
+    folders = [Path(place) for place in (package.submodule_search_locations or [])] if package else []
+    for place in (name, *(str(folder / name) for folder in folders)):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(place, mode=ctypes.RTLD_GLOBAL)
+            return
+    raise ExportError(
+        f"version compatibility: {trt.__name__} {trt.__version__} needs {name}, which is not on the loader's path, and "
+        f"not in the pip package of TensorRT; pip install 'tensorrt_lean=={trt.__version__}', or build without it"
+    )
+
+
 def _targets(options: EngineOptions, device: cuda.Device | None) -> tuple[str, ...]:
     """Return the compute capabilities, none twice, with that of this GPU in place of `current`."""
     named = (device.compute_capability if c == CURRENT and device else c for c in options.compute_capabilities)
@@ -186,6 +219,10 @@ def _configure(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
+        if options.optimization_level == MOST_EFFORT:
+            config.avg_timing_iterations = MOST_TIMINGS
+    if options.tiling != "none":
+        config.tiling_optimization_level = getattr(trt.TilingOptimizationLevel, options.tiling.upper())
     if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if options.version_compatible:

@@ -14,6 +14,7 @@ from runtime.backends.tensorrt.library import TensorRTFormat
 from runtime.errors import ExportError
 
 EnginePrecision = Literal["fp32", "tf32", "fp16", "bf16", "fp8"]
+Tiling = Literal["none", "fast", "moderate", "full"]
 CURRENT = "current"
 FP8_CAPABILITY = (8, 9)
 """The first GPUs with fp8."""
@@ -37,6 +38,8 @@ class EngineOptions:
     """Limit of scratch memory; None leaves the library's default, the whole device."""
     optimization_level: int | None = None
     """Full TensorRT only: 0 (quick build) to 5."""
+    tiling: Tiling = "none"
+    """Full TensorRT 10.9 and newer: how long to look for kernels that keep their data in the cache of the GPU."""
     hardware_compatible: bool = False
     """Full TensorRT only: run on any Ampere or newer GPU, slower."""
     version_compatible: bool = False
@@ -56,6 +59,7 @@ class EngineOptions:
             ("profile", ascending, "batch sizes 1 <= min <= opt <= max"),
             ("workspace_bytes", self.workspace_bytes is None or self.workspace_bytes > 0, "a number of bytes above 0"),
             ("copies", self.copies in get_args(Copies), f"one of {get_args(Copies)}"),
+            ("tiling", self.tiling in get_args(Tiling), f"one of {get_args(Tiling)}"),
             ("optimization_level", self.optimization_level in (None, *range(6)), "0 to 5"),
         )
         for name, good, expected in checks:
@@ -82,6 +86,11 @@ class EngineOptions:
         """Raise ExportError for what this library version does not support, or would accept and ignore."""
         for what, instead in _unsupported_by_rtx(self) if self.format == "tensorrt-rtx" else _unsupported_by_full(self):
             raise ExportError(f"{trt.__name__} {trt.__version__} does not support {what}; {instead}")
+        if self.tiling != "none" and not hasattr(trt, "TilingOptimizationLevel"):
+            raise ExportError(
+                f"{trt.__name__} {trt.__version__} does not support tiling optimization, which is new in 10.9; "
+                "leave it out"
+            )
         if self.precision == "fp8":
             self.check_fp8(trt, self.compute_capabilities)
         if legacy.is_legacy(trt):
@@ -108,6 +117,7 @@ def _unsupported_by_rtx(options: EngineOptions) -> list[tuple[str, str]]:
         for asked, what, instead in (
             (options.timing_cache is not None, "a timing cache (it does not time kernels while building)", no_effect),
             (options.optimization_level is not None, "builder optimization levels", no_effect),
+            (options.tiling != "none", "tiling optimization", no_effect),
             (options.hardware_compatible, "hardware compatibility", "name the compute capabilities to build for"),
             (options.version_compatible, "version compatibility", "an RTX engine is valid for one release only"),
         )

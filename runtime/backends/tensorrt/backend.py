@@ -72,7 +72,7 @@ class TensorRTBackend(BaseBackend):
         running: RunOptions | None = None,
         cache_folder: str | Path | None = None,
     ) -> TensorRTBackend:
-        """Load an engine and run it once, so that the first request is as quick as the others.
+        """Load an engine, and run it in the batch sizes up to the one it is tuned for: no request is slow as the first.
 
         `model_file`: the engine's entry in the manifest; it is compared with this machine before the file is read.
         `spec`: shapes of this engine. `running`: None takes what the manifest says. `cache_folder`: where RTX keeps
@@ -90,7 +90,8 @@ class TensorRTBackend(BaseBackend):
             fixed = check_graph(_shapes(engine.inputs), _shapes(engine.outputs), spec, str(path))
             if fixed not in (None, backend.max_batch):
                 raise BundleError(f"{path}: its batch is fixed at {fixed}, the manifest says {backend.max_batch}")
-            backend._warm_up(model_file.profile[1] if model_file.profile else 1)
+            for batch in backend._sizes_up_to(model_file.profile[1] if model_file.profile else 1):
+                backend._warm_up(batch)
         except BaseException:
             backend.close()
             raise
@@ -171,6 +172,10 @@ class TensorRTBackend(BaseBackend):
         Each size that is run costs a context, a plain run and a capture, so the sizes in between share one.
         """
         return max(self._min_batch, min(1 << (rows - 1).bit_length(), self.max_batch))
+
+    def _sizes_up_to(self, rows: int) -> list[int]:
+        """Return the batch sizes that up to so many videos run in, the largest first: it settles the buffers."""
+        return sorted({self._batch_size(1 << bits) for bits in range((rows - 1).bit_length() + 1)}, reverse=True)
 
     def _ready_context(self) -> ExecutionContext:
         """Return the execution context, made on first use, with the GPU selected for the calling thread."""
