@@ -43,7 +43,7 @@ from runtime.files import atomic_file, sha256_file
 from runtime.signals import StopRequest
 
 MOST_EFFORT, MOST_TIMINGS = 5, 8
-"""At the highest builder level each kernel is timed so many times: it is to be the fastest of some nearly equal ones."""
+"""At the highest builder level each kernel is timed so often: it is to be the fastest of some nearly equal ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
