@@ -15,7 +15,7 @@ import pytest
 from builders import SPEC, OracleBackend, oracle
 
 from export.parity.compare import TITLES, compare
-from export.parity.events import FEWEST_EVENTS, EventAgreement, match_events
+from export.parity.events import FEWEST_EVENTS, EventAgreement, match_events, without_ties
 from export.parity.inputs import ParityVideo, folder_inputs, stress_inputs, stress_lengths, synthetic_inputs
 from export.parity.reference import Outputs, Reference, load_reference, record, save_reference
 from export.parity.tolerances import TOLERANCES, graph_precision, tolerance
@@ -231,6 +231,23 @@ def test_events_match_one_to_one_by_class_and_overlap(videos: list[ParityVideo])
     assert agreement.max_score_drift == pytest.approx(0.05)
     assert "nothing near it" in agreement.lost[0]
     assert match_events([got], [wanted], videos[:1], 0.999).matched == 21
+
+
+def test_ties_of_the_reference_are_not_judged(videos: list[ParityVideo]) -> None:
+    """Two overlapping candidates of one score: which one Soft-NMS keeps is up to the last bit."""
+    logits = np.full((1, *SPEC.output_shapes(1)["logits"][1:]), -12, np.float32)
+    offsets = np.ones((1, *SPEC.output_shapes(1)["offsets"][1:]), np.float32) * 4
+    logits[0, 4, 0] = logits[0, 5, 0] = 2.0  # neighbours on the finest level
+    logits[0, 20, 1] = 1.0
+    (video,) = [v for v in videos if v.features.steps == SPEC.length][:1]
+    outputs = Outputs(logits, offsets, {})
+    found = without_ties(outputs, [video], SPEC, 1e-5, 0.99)[0]
+    assert (found.labels == 1).sum() == 1
+    assert not ((found.labels == 0) & (found.scores > 0.5)).any()
+    everything = without_ties(outputs, [video], SPEC, 0.0, 0.99)[0]
+    assert ((everything.labels == 0) & (everything.scores > 0.5)).sum() == 1
+    logits[0, 5, 0] += 1e-3
+    assert (without_ties(outputs, [video], SPEC, 1e-5, 0.99)[0].labels == 0).sum() == 2
 
 
 def test_stress_lengths_surround_every_stride() -> None:

@@ -110,14 +110,12 @@ def match_events(
     drifts: list[float] = []
     lost: list[str] = []
     for found, wanted, video in zip(candidate, reference, videos, strict=True):
-        for event, match in enumerate(_matches(found, wanted, threshold, least_tiou)):
-            if match >= 0:
+        for event, (match, overlap) in enumerate(_matches(found, wanted, threshold, least_tiou)):
+            if match is not None:
                 drifts.append(abs(float(found.scores[match]) - float(wanted.scores[event])))
             else:
                 segment, score, label = wanted.segments[event], wanted.scores[event], wanted.labels[event]
-                overlap = np.where(found.labels == label, tiou(segment, found.segments), 0.0)
-                best = float(overlap.max(initial=0.0))
-                nearest = f"best tIoU {best:.3f}" if best > 0 else "nothing near it"
+                nearest = f"best tIoU {overlap:.3f}" if overlap > 0 else "nothing near it"
                 name = wanted.label_names[label]
                 lost.append(f"{video.name}: {name} {segment[0]:.2f}-{segment[1]:.2f} s, score {score:.3f}: {nearest}")
     return EventAgreement(
@@ -130,21 +128,26 @@ def match_events(
     )
 
 
-def _matches(found: Detections, wanted: Detections, threshold: float, least_tiou: float) -> list[int]:
-    """Return for each wanted event above the threshold the index of the same one among those found, or -1."""
-    matches: list[int] = []
+def _matches(
+    found: Detections, wanted: Detections, threshold: float, least_tiou: float
+) -> list[tuple[int | None, float]]:
+    """Return for each wanted event above the threshold the index of the same one among those found, and their tIoU.
+
+    Where there is none, None and the highest tIoU of those that were left.
+    """
+    matches: list[tuple[int | None, float]] = []
     free = np.ones(len(found), bool)
     for segment, score, label in zip(wanted.segments, wanted.scores, wanted.labels, strict=True):
         if score <= threshold:
             break
         alike = free & (found.labels == label) & (np.abs(found.scores - score) <= SAME_SCORE)
         overlap = np.where(alike, tiou(segment, found.segments), 0.0)
-        best = int(np.argmax(overlap)) if len(overlap) else -1
-        if best >= 0 and overlap[best] > least_tiou:
+        best = int(np.argmax(overlap)) if len(overlap) else None
+        if best is not None and overlap[best] > least_tiou:
             free[best] = False
-            matches.append(best)
+            matches.append((best, float(overlap[best])))
         else:
-            matches.append(-1)
+            matches.append((None, float(overlap.max(initial=0.0))))
     return matches
 
 
@@ -157,8 +160,8 @@ def without_ties(
         noise = np.random.default_rng(seed).uniform(-amplitude, amplitude, outputs.logits.shape)
         moved = Outputs(outputs.logits + noise.astype(np.float32), outputs.offsets, outputs.source)
         for i, found in enumerate(detections(moved, videos, spec, keep=2)):
-            again = np.array(_matches(found, kept[i], 0.0, least_tiou), np.int64) >= 0
-            chosen = np.flatnonzero(np.pad(again, (0, len(kept[i]) - len(again)), constant_values=True))
+            matches = _matches(found, kept[i], -1.0, least_tiou)
+            chosen = np.array([event for event, (match, _) in enumerate(matches) if match is not None], np.int64)
             segments, scores, labels = (a[chosen] for a in (kept[i].segments, kept[i].scores, kept[i].labels))
             kept[i] = dataclasses.replace(kept[i], segments=segments, scores=scores, labels=labels)
     return kept

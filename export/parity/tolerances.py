@@ -103,6 +103,8 @@ TOLERANCES: dict[Precision, Tolerance] = {
     # Int8 weights, rows quantized each by itself. Seen on a trained network (513 events): logits 0.035, mean 0.003,
     # offsets 0.028, mean 0.002, mAP 2e-4 (measured before the stretching and channel layers were int8 too).
     "int8": _SEVEN_BITS,
+    # Large matmuls and feed-forward layers in fp8. Seen on a trained network (36 matmuls, 290 events): logits 0.055,
+    # mean 0.0025, offsets 0.040, mean 0.0016, mAP 3e-4; one event lost.
     "fp8": _SEVEN_BITS,
 }
 

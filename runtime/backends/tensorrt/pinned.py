@@ -23,6 +23,9 @@ from runtime.errors import EngineError
 LARGEST_POOL = 4 << 30
 """Bytes that one engine page-locks for its callers at most; beyond it they get memory that is copied once more."""
 
+IDLE_PART = 8
+"""That part of it may stay page-locked while nobody uses it."""
+
 log = logging.getLogger("runtime.tensorrt")
 
 
@@ -67,7 +70,7 @@ def block_of(array: npt.NDArray[Any]) -> Block | None:
 
 
 class PinnedPool:
-    """The blocks that one engine has lent, used again by size. Any thread may allocate."""
+    """The blocks that one engine has lent, used again where they fit. Any thread may allocate."""
 
     def __init__(self, device: int, largest: int = LARGEST_POOL) -> None:
         self._device = device
@@ -111,14 +114,16 @@ class PinnedPool:
                 stack.callback(self._drop, block)
 
     def _take(self, nbytes: int) -> Block:
-        """Return a block of this size, one that was returned if there is one; others make room for a new one."""
-        idle = [self._returned.popleft() for _ in range(len(self._returned))]
+        """Return a block of this size or up to twice of it, if one was returned; others make room for a new one."""
+        idle = sorted((self._returned.popleft() for _ in range(len(self._returned))), key=lambda block: block.nbytes)
         for block in idle:
-            if block.nbytes == nbytes:
+            if nbytes <= block.nbytes <= 2 * nbytes:
                 idle.remove(block)
                 self._returned.extend(idle)
                 return block
-        while idle and self.nbytes + nbytes > self._largest:
+        while idle and (
+            self.nbytes + nbytes > self._largest or sum(block.nbytes for block in idle) > self._largest // IDLE_PART
+        ):
             self._drop(idle.pop())
         self._returned.extend(idle)
         if self.nbytes + nbytes > self._largest:
