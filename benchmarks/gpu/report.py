@@ -243,7 +243,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--formats", nargs="+", default=["tensorrt", "tensorrt-rtx"], choices=("tensorrt", "tensorrt-rtx")
     )
-    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=(*PRECISIONS, "fp8"))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--opset", type=int, default=17, help="of the exported graphs; 17 is what TensorRT 8.6 reads")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.settings import Settings
@@ -24,8 +25,8 @@ from runtime.profiling.timing import Rules, measure
 MATRIX = 8192
 CPU_MATRIX = 512
 REPEATS = 10
-BF16_OPSET = 22
-"""The first in which every operator of the network may be bfloat16."""
+OPSETS = {"bf16": 22, "fp8": 20}
+"""The first in which every operator of the network may be bfloat16, and the first for fp8."""
 
 
 def matmuls(settings: Settings) -> dict[str, Any]:
@@ -64,14 +65,19 @@ def export(settings: Settings) -> dict[str, Any]:
     The graphs are not verified here, on whatever CPU the GPU machine has; every engine is, against these outputs.
     """
     from ccnet.checkpoint import read_checkpoint
+    from export.bundle import calibration_feeds
     from export.bundle_writer import new_bundle
     from export.fused.network import fused_network
+    from export.graph.fp8 import quantize_fp8
     from export.graph.to_onnx import export_onnx
+    from export.parity.reference import load_reference
     from export.parity.tolerances import torch_dtype
 
     checkpoint = read_checkpoint(settings["checkpoint"])
     model, spec, largest = checkpoint.load_model(), checkpoint.spec, max(settings["batches"])
     seconds = {}
+    _ccnet(["reference", settings["checkpoint"], "--out", settings["reference"], "--device", settings["device"]])
+    feeds = calibration_feeds(load_reference(Path(settings["reference"])))
     with new_bundle(
         settings["bundle"],
         spec=spec,
@@ -80,15 +86,19 @@ def export(settings: Settings) -> dict[str, Any]:
         versions=library_versions(),
     ) as draft:
         for precision in dict.fromkeys("fp32" if p == "tf32" else p for p in settings["precisions"]):
-            opset = max(BF16_OPSET, settings["opset"]) if precision == "bf16" else settings["opset"]
-            network = fused_network(model, dtype=torch_dtype(precision))
-            info = export_onnx(network, spec, draft.folder / f"{precision}.onnx", opset=opset, max_batch=largest)
+            opset = max(OPSETS.get(precision, 0), settings["opset"])
+            network, path = fused_network(model, dtype=torch_dtype(precision)), draft.folder / f"{precision}.onnx"
+            source = path.with_name("fp8-source.onnx") if precision == "fp8" else path
+            info: Any = export_onnx(network, spec, source, opset=opset, max_batch=largest)
             seconds[precision] = info.seconds
+            if precision == "fp8":
+                info = quantize_fp8(source, path, feeds)
+                for file in source.parent.glob(f"{source.name}*"):
+                    file.unlink()
             graph = ModelFile(name=f"onnx-{precision}", format="onnx", files=info.files, precision=precision,
                              max_batch=largest, opset=opset)  # fmt: skip
             draft.add_model_file(graph)
         draft.bundle()
-    _ccnet(["reference", settings["checkpoint"], "--out", settings["reference"], "--device", settings["device"]])
     return {"seconds": seconds}
 
 
