@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -320,6 +321,29 @@ def test_bindings_of_tensorrt_for_rtx() -> None:
     names |= {name for name in more | properties() if "optimization_level" not in name}
     found = inspect("tensorrt_rtx", names | methods(tables))
     check(found, names, tables)
+
+
+@pytest.mark.slow  # a download of 46 MB
+def test_the_real_library_without_a_driver(wheels: Path) -> None:
+    """In a process of its own, which must live: of 10.16 and 11.4 a failed Runtime was a segmentation fault."""
+    version = "10.16.1.11"
+    folders = [wheel(f"tensorrt_lean_cu12_{part}", version, wheels) for part in ("bindings", "libs")]
+    code = """
+        import sys, tensorrt_lean_bindings
+        from runtime.backends.tensorrt.library import start
+        from runtime.errors import BackendUnavailable
+        try:
+            start(tensorrt_lean_bindings, "Runtime")
+        except BackendUnavailable as error:
+            print("refused:", error)
+        else:
+            print("started")
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, *folders)))}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(("refused:", "started"))
 
 
 @pytest.mark.parametrize("version", ["12.9.10", "13.4.4"])

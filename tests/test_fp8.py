@@ -187,6 +187,10 @@ def test_an_fp8_graph_is_verified_and_runs(tmp_path: Path, monkeypatch: pytest.M
     class FeedForward(nn.Module):
         """A network of one feed-forward layer, with the inputs of an engine."""
 
+        up: nn.Parameter
+        down: nn.Parameter
+        out: nn.Parameter
+
         def __init__(self) -> None:
             super().__init__()
             for name, size in (("up", (256, 512)), ("down", (512, 256)), ("out", (256, 9))):
@@ -197,7 +201,7 @@ def test_an_fp8_graph_is_verified_and_runs(tmp_path: Path, monkeypatch: pytest.M
             x = torch.cat([visual, audio], dim=2)
             x = nn.functional.layer_norm(x, (256,)).to(self.up.dtype)
             x = (nn.functional.gelu(x @ self.up) @ self.down @ self.out).float()
-            points = torch.cat([x, x[:, ::2]], dim=1)
+            points: Any = torch.cat([x, x[:, ::2]], dim=1)
             # the shortest video tells the exporter that the lengths are used
             points = points + 0 * lengths[:, None, None].float()
             return 0.2 * points[..., :3] - 1, (torch.relu(points[..., 3:]) + 1).unflatten(2, (-1, 2))

@@ -7,9 +7,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import re
-import subprocess
 import sys
-import textwrap
 import threading
 import weakref
 from pathlib import Path
@@ -383,25 +381,6 @@ def test_a_driver_that_is_too_old_for_the_library(
             BackendUnavailable, match=r"tensorrt 10\.9\.0 is built for CUDA 13, the driver serves CUDA 12\.2"
         ):
             check_engine(ENGINE_FILE)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt_lean") is None, reason="tensorrt_lean is not installed (44 MB)")
-def test_the_real_library_without_a_driver() -> None:
-    """In a process of its own, which must live: of 10.16 and 11.4 a failed Runtime was a segmentation fault."""
-    code = """
-        import sys, tensorrt_lean
-        from runtime.backends.tensorrt.library import start
-        from runtime.errors import BackendUnavailable
-        try:
-            start(tensorrt_lean, "Runtime")
-        except BackendUnavailable as error:
-            print("refused:", error)
-        else:
-            print("started")
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(("refused:", "started"))
 
 
 @pytest.mark.parametrize(("status", "text"), [(35, "driver"), (100, "shows no GPU"), (3, "CUDA does not start")])

@@ -162,8 +162,10 @@ def without_ties(
         for i, found in enumerate(detections(moved, videos, spec, keep=2)):
             matches = _matches(found, kept[i], -1.0, least_tiou)
             chosen = np.array([event for event, (match, _) in enumerate(matches) if match is not None], np.int64)
-            segments, scores, labels = (a[chosen] for a in (kept[i].segments, kept[i].scores, kept[i].labels))
-            kept[i] = dataclasses.replace(kept[i], segments=segments, scores=scores, labels=labels)
+            all_of = kept[i]
+            kept[i] = Detections(
+                all_of.segments[chosen], all_of.scores[chosen], all_of.labels[chosen], all_of.label_names
+            )
     return kept
 
 
