@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import builders
@@ -397,12 +398,13 @@ def test_each_kind_of_engine_is_tuned_for_its_batch(monkeypatch: pytest.MonkeyPa
 
     bundle = builders.make_bundle(tmp_path / "bundle")
     monkeypatch.setattr(gpu_stages, "build_here", build)
+    monkeypatch.setattr(gpu_stages, "load_library", lambda format: SimpleNamespace(TilingOptimizationLevel=None))
     options = gpu_report.parse(["--bundle", "b", "--reference", "r", "--out", "o", "--formats", "tensorrt"])
     stage = next(s for s in gpu_report.plan(options) if s.name == f"tensorrt fp32 {kind} build")
     with pytest.raises(ExportError, match="far enough"):
         gpu_stages.build(SETTINGS | {"bundle": str(bundle.folder), "work": str(tmp_path)} | stage.settings)
-    profile, level = {"latency": ((1, 1, 1), 5), "throughput": ((1, 32, 64), None)}[kind]
-    assert (asked[0].profile, asked[0].optimization_level) == (profile, level)
+    expected = {"latency": ((1, 1, 1), 5, "moderate"), "throughput": ((1, 32, 64), None, "none")}[kind]
+    assert (asked[0].profile, asked[0].optimization_level, asked[0].tiling) == expected
 
 
 def test_graphs_are_written_as_the_guide_says(tmp_path: Path) -> None:
