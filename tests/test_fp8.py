@@ -204,7 +204,8 @@ def test_an_fp8_graph_is_verified_and_runs(tmp_path: Path, monkeypatch: pytest.M
             points: Any = torch.cat([x, x[:, ::2]], dim=1)
             # the shortest video tells the exporter that the lengths are used
             points = points + 0 * lengths[:, None, None].float()
-            return 0.2 * points[..., :3] - 1, (torch.relu(points[..., 3:]) + 1).unflatten(2, (-1, 2))
+            offsets: Any = torch.relu(points[..., 3:]) + 1
+            return 0.2 * points[..., :3] - 1, offsets.unflatten(2, (-1, 2))
 
     class Eager(TorchBackend):
         def forward(self, model: Any, visual: Any, audio: Any, lengths: Any) -> Any:

@@ -75,7 +75,8 @@ def export(settings: Settings) -> dict[str, Any]:
 
     checkpoint = read_checkpoint(settings["checkpoint"])
     model, spec, largest = checkpoint.load_model(), checkpoint.spec, max(settings["batches"])
-    seconds = {}
+    seconds: dict[str, float] = {}
+    absent: dict[str, str] = {}
     _ccnet(["reference", settings["checkpoint"], "--out", settings["reference"], "--device", settings["device"]])
     feeds = calibration_feeds(load_reference(Path(settings["reference"])))
     with new_bundle(
@@ -92,14 +93,19 @@ def export(settings: Settings) -> dict[str, Any]:
             info: Any = export_onnx(network, spec, source, opset=opset, max_batch=largest)
             seconds[precision] = info.seconds
             if precision == "fp8":
-                info = quantize_fp8(source, path, feeds)
-                for file in source.parent.glob(f"{source.name}*"):
-                    file.unlink()
+                try:
+                    info = quantize_fp8(source, path, feeds)
+                except ExportError as error:  # the network may be too small for it
+                    absent[precision] = str(error)
+                    continue
+                finally:
+                    for file in source.parent.glob(f"{source.name}*"):
+                        file.unlink()
             graph = ModelFile(name=f"onnx-{precision}", format="onnx", files=info.files, precision=precision,
                              max_batch=largest, opset=opset)  # fmt: skip
             draft.add_model_file(graph)
         draft.bundle()
-    return {"seconds": seconds}
+    return {"seconds": seconds, "absent": absent}
 
 
 def _ccnet(arguments: Sequence[str]) -> None:
