@@ -54,7 +54,7 @@ OF_8 = {
 }
 """Asked for by the branches of TensorRT 8.6 alone; later releases drop them one by one."""
 SINCE_10 = {"ExecutionContextAllocationStrategy.USER_MANAGED", "IProgressMonitor"}
-GUARDED = {"nptype"}
+GUARDED = {"TilingOptimizationLevel", "nptype"}
 """Named in a comment, or asked for with `hasattr`."""
 
 METHODS: dict[str, dict[str, int]] = {
