@@ -62,7 +62,8 @@ def open_graph(
     if threads is not None:
         options.intra_op_num_threads = threads
     if device == "cuda":
-        session, _ = _cuda_session(onnxruntime, path, options, tf32=precision != "fp32")
+        chosen = {"use_tf32": "1" if precision != "fp32" else "0"}
+        session, _ = _cuda_session(onnxruntime, path, options, chosen)
     else:
         session = _session(onnxruntime, path, options, [_PROVIDERS["cpu"]])
     found = [value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()]
