@@ -34,6 +34,8 @@ quick: setup ## the tests without the slow ones
 
 soak: setup ## the fuzzing of the tests, with SOAK mutations of each kind of file; a corpus run killed KILLS times
 	CCNET_FUZZ=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist load tests/test_fuzz.py --durations=0
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 	CCNET_KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_corpus_kills.py
 
 check: style types imports site containers ## all that can be checked without running the code

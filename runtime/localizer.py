@@ -6,6 +6,7 @@ Shapes:  n steps of one video   Cv, Ca visual / audio feature width   T steps of
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from runtime.backends.registry import runs_on_gpu
 from runtime.backends.select import OnMismatch, OpenedEngine, open_engine
 from runtime.bundle import read_bundle
 from runtime.detections import Detections
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, EngineError
 from runtime.pipeline import Item, Localized, LongVideos, Pipeline, Results, Task, Video, Workspace
 from runtime.schema import require
 from runtime.spec import ModelSpec, PostProcessing
@@ -54,6 +55,7 @@ class Localizer:
         self.long_videos = long_videos
         self.window_overlap = window_overlap
         self._pipeline = Pipeline(spec, self.post, long_videos, window_overlap)
+        self._process = os.getpid()
         self._workspace: Workspace | None = None  # kept for the next call
         self._opened: OpenedEngine | None = None
         require(len(self.backends) > 0, "backends", [], "at least one")
@@ -100,6 +102,7 @@ class Localizer:
         What is not covered of a video (see `runtime.coverage`) is logged as a warning; `stream` returns it instead.
         Raises as `__call__`, for the first video that fails.
         """
+        self._check_process()
         backend = self.backends[0]
         tasks = [Task(f"video {i}", video) for i, video in enumerate(videos)]
         left = deque(tasks)
@@ -130,6 +133,7 @@ class Localizer:
         read and post-process, beside those that wait for an engine. Results lag behind the input by some batches.
         Closing the generator stops all threads.
         """
+        self._check_process()
         size = self._batch_size() if batch_size is None else batch_size
         return stream_videos(self._pipeline, self.backends, videos, batch_size=size, workers=workers)
 
@@ -152,6 +156,14 @@ class Localizer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _check_process(self) -> None:
+        """Raise EngineError in a forked process: an engine's threads and GPU context stay in the one that loaded it."""
+        if os.getpid() != self._process:
+            raise EngineError(
+                f"the Localizer was made in process {self._process} and is used in {os.getpid()}, a fork of it: "
+                "load one in each process, or start processes by 'spawn'"
+            )
 
     def _batch_size(self) -> int:
         backend = self.backends[0]

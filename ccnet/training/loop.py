@@ -185,6 +185,8 @@ class _Run:
     def finish(self) -> TrainingResult:
         """Train the epochs that are left."""
         self._introduce()
+        if self.steps_done:
+            self.journal.write()  # a kill may have come between the state and its tables
         while self.position.epoch < self.total_epochs:
             self._train_epoch()
             self._end_epoch(self._validate())
