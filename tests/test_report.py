@@ -19,7 +19,7 @@ from ccnet.report.gates import GateReader, read_all
 from ccnet.report.page import Model, choose_videos, render
 from ccnet.report.tables import prediction_table, truth_table
 from runtime.annotations import Annotations, VideoAnnotation
-from runtime.bundle import FileRecord
+from runtime.bundle import FileRecord, read_bundle
 from runtime.detections import Detections
 from runtime.evaluation import TIOU, evaluate
 from runtime.features import FeatureFiles, VideoFeatures
@@ -270,13 +270,26 @@ def test_gates_of_a_bundle_are_those_of_the_network(
     for suffix, part in zip(names, parts, strict=True):
         np.save(tmp_path / "features" / f"v{suffix}.npy", part)
 
-    from runtime.bundle import read_bundle
-
     read = GateReader(read_bundle(bundle.folder)).read(FeatureFiles(tmp_path / "features", "v"))
     expected = read_gates(tiny_networks.eager(), spec, features)
     for got, wanted in zip(read, expected, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5)  # measured 3e-7
     assert np.abs(expected.audio - expected.visual).max() > 0.01
+
+
+def test_a_graph_that_does_not_load_costs_the_gates_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    bundle = make_bundle(tmp_path / "bundle")
+    graph = bundle.folder / "model.onnx"
+    model = onnx.load(str(graph))
+    model.graph.node.append(onnx.helper.make_node("Sigmoid", ["nowhere"], ["gate"]))
+    onnx.save(model, str(graph))
+    record = FileRecord(name=graph.name, size=graph.stat().st_size, sha256=sha256_file(graph))
+    edit_manifest(bundle.folder, files=(record,))
+    assert read_all(read_bundle(bundle.folder), str(tmp_path), ["v"]) == {}
+    assert "no gate curves: " in caplog.text
+    assert "can't be opened to read its gates" in caplog.text
 
 
 def test_a_graph_without_gates_is_said_to_have_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

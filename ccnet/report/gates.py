@@ -56,11 +56,18 @@ class GateReader:
             raise EngineError(f"{bundle.path(model_file)}: can't be opened to read its gates: {error}") from error
 
     def read(self, features: FeatureFiles) -> Gates:
-        """Return the gates [n] of one video. Raises FeatureError, and ValueError where they can't be told."""
+        """Return the gates [n] of one video.
+
+        Raises FeatureError, EngineError, and ValueError where the graph's sigmoids are not those of two gates.
+        """
         video = features.read(self.spec)
         steps = min(video.steps, self.spec.length)
         inputs = dict(zip(INPUT_NAMES, pack([video], self.spec), strict=True))
-        first, *second = (np.asarray(value, np.float32) for value in self._session.run(self._names, inputs))
+        try:
+            values = self._session.run(self._names, inputs)
+        except Exception as error:  # of the library
+            raise EngineError(f"ONNX Runtime can't compute its gates: {error}") from error
+        first, *second = (np.asarray(value, np.float32) for value in values)
         both = first if first.shape[0] == 2 else np.concatenate([first, *second])
         if both.ndim != 3 or both.shape[0] != 2 or both.shape[1] < steps or both.shape[2] != 1:
             raise ValueError(f"its graph has sigmoids of shape {list(first.shape)}, expected those of two gates")
@@ -82,7 +89,7 @@ def _read_all(bundle: Bundle, folder: str, video_ids: Iterable[str]) -> Iterator
                 log.warning("no gate curves of %s: %s", video_id, error)
             else:
                 yield video_id, gates
-    except (ValueError, MissingDependency) as error:
+    except (ValueError, MissingDependency, EngineError) as error:
         log.warning("%s: no gate curves: %s", bundle.folder, error)
 
 

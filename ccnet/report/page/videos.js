@@ -1,6 +1,6 @@
 /* The list of videos, the filters, the player, and the keys. */
 function showVideos() {
-  const state = { video: DATA.videos[0], label: null, kinds: new Set(DATA.kinds), score: Math.min(...DATA.models.map((model) => model.score)), from: 0, to: 1, chosen: null, sort: "errors", text: "" };
+  const state = { video: DATA.videos[0], label: null, kinds: new Set(DATA.kinds), score: Math.min(...DATA.models.map((model) => (model.score < 1 ? model.score : 0))), from: 0, to: 1, chosen: null, sort: "errors", text: "" };
   const files = new Map();
   const place = h("div", { id: "timeline" }), detail = h("div", { class: "detail", "aria-live": "polite", id: "detail" }), heading = h("h3", { id: "videoname" }), player = h("div", { id: "player" });
   const list = h("ul", { class: "list", id: "videolist" });
@@ -155,7 +155,7 @@ function showVideos() {
   const first = DATA.videos.find((video) => video.id === wanted) || DATA.videos.find((video) => video.id === list.querySelector("button")?.dataset.id) || state.video;
   open(first);
   let width = place.clientWidth;
-  new ResizeObserver(() => { if (place.clientWidth !== width) { width = place.clientWidth; draw(); } }).observe(place);
+  new ResizeObserver(() => requestAnimationFrame(() => { if (place.clientWidth !== width) { width = place.clientWidth; draw(); } })).observe(place);
 }
 
 showHead();
