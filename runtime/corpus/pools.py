@@ -28,10 +28,12 @@ from runtime.errors import CCNetError
 from runtime.machine import gpus
 
 _WORKER = """
-import sys
+import os, sys
 sys.path[0] = sys.argv.pop(1)  # in place of the current folder
 from runtime.corpus.pools import main
-sys.exit(main())
+status = main()
+sys.stderr.flush()
+os._exit(status)  # a thread still reads standard input
 """
 _WAIT_SECONDS = 0.2
 _REPORT_SECONDS = 0.2
@@ -218,14 +220,20 @@ def main() -> int:
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no event
     lines = sys.stdin.buffer
-    job = Job.from_json(lines.readline().decode())
+    first = lines.readline()
+    if not first:  # who started it is gone already
+        return 0
+    job = Job.from_json(first.decode())
     tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
     lock = threading.Lock()
 
     def send(message: Mapping[str, Any]) -> None:
         with lock:
-            output.write(orjson.dumps(message, option=orjson.OPT_APPEND_NEWLINE))
-            output.flush()
+            try:
+                output.write(orjson.dumps(message, option=orjson.OPT_APPEND_NEWLINE))
+                output.flush()
+            except BrokenPipeError:
+                os._exit(0)  # as below
 
     def listen() -> None:
         for line in lines:
