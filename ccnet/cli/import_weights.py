@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             "classes": len(labels),
         },
         f"{arguments.out}: {release}'s release, {len(parameters)} tensors, {count / 1e6:.1f} M parameters, "
-        f"{len(labels)} classes\nnext: ccnet export {arguments.out} --out BUNDLE",
+        f"{len(labels)} classes\nnext: ccnet export {shlex.quote(str(arguments.out))} --out BUNDLE",
     )
     return 0
 

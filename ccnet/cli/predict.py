@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -330,7 +331,7 @@ def _print_result(out: str, summary: Summary, corpus: Run) -> None:
         print(f"{len(summary.gave_up)} of {plan.shards} shards were given up; the same command tries them again")
     if not _is_folder(out):
         if not summary.gave_up:
-            print(f"next: ccnet evaluate {out} --annotations F --subset S")
+            print(f"next: ccnet evaluate {shlex.quote(str(out))} --annotations F --subset S")
     elif not corpus.complete:
         print("other parts of the run are not done yet")
     else:

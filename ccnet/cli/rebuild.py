@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from typing import Any
 
 from ccnet.cli.options import add_json_argument, print_result
@@ -43,7 +44,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         }
         log.info("%s: built with %s %s, unverified", engine.name, built.library, built.library_version)
     text = (
-        f"{arguments.bundle}: rebuilt {', '.join(rebuilt)}\nnext: ccnet verify {arguments.bundle} --reference ref.npz"
+        f"{arguments.bundle}: rebuilt {', '.join(rebuilt)}\n"
+        f"next: ccnet verify {shlex.quote(arguments.bundle)} --reference ref.npz"
         if rebuilt
         else f"{arguments.bundle}: no engine was built for another GPU or library version; name one to rebuild it"
     )

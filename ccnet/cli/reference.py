@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import Any
 
 from ccnet.cli.export import add_video_arguments, eager_arguments
@@ -36,6 +37,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         arguments,
         {"out": arguments.out, "inputs": len(reference.videos), "bytes": size},
         f"{arguments.out}: {len(reference.videos)} inputs with their outputs, {size / 1e6:.1f} MB\n"
-        f"next: ccnet verify BUNDLE --reference {arguments.out}",
+        f"next: ccnet verify BUNDLE --reference {shlex.quote(arguments.out)}",
     )
     return 0

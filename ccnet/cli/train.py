@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import Any
 
 from ccnet.cli.options import add_config_arguments, add_json_argument, print_result, read_config
@@ -48,6 +49,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         arguments,
         {"best": str(result.best), "best_epoch": result.best_epoch, "best_map": result.best_map},
         f"best validation mAP {result.best_map:.4f} (epoch {result.best_epoch}): {result.best}\n"
-        f"next: ccnet export {result.best} --out BUNDLE",
+        f"next: ccnet export {shlex.quote(str(result.best))} --out BUNDLE",
     )
     return 0

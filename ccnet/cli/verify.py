@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from ccnet.cli.export import add_video_arguments, eager_arguments
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     named = bool(arguments.backend or arguments.precision)
     verified = verify(bundle.folder, engines, reference, all_must_run=named)
     text = (
-        f"{bundle.folder}: verified: {', '.join(verified)}\nnext: ccnet bench {bundle.folder}"
+        f"{bundle.folder}: verified: {', '.join(verified)}\nnext: ccnet bench {shlex.quote(str(bundle.folder))}"
         if verified
         else f"{bundle.folder}: nothing left that can be verified on this machine"
     )
