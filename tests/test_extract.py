@@ -373,6 +373,15 @@ def test_weight_files_are_checked_before_anything_is_written(
     assert main(["import-extractor", *words, "--out", str(tmp_path / "thesis")]) == 2
 
 
+def test_the_benchmark_of_extraction_writes_its_page(extractor: Extractor, tmp_path: Path) -> None:
+    from benchmarks.extraction import main as measure
+
+    assert measure(["--extractor", str(extractor.folder), "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "extraction.md").read_text(encoding="utf-8")
+    assert "| encode |" in page
+    assert "public schedule" in page
+
+
 def test_published_features_that_differ_get_a_likely_cause() -> None:
     draw = np.random.default_rng(0)
     own = draw.uniform(0, 1, (60, 32)).astype(np.float32)
