@@ -421,7 +421,7 @@ def test_the_golden_file_from_pixels_and_sound_to_features_at_full_size(tmp_path
 
         def run(inputs: Any) -> dict[str, Any]:
             with torch.no_grad():
-                found = module(*(torch.from_numpy(array) for array in inputs.values()))
+                found = module(*(torch.from_numpy(array.copy()) for array in inputs.values()))
             arrays = found if isinstance(found, tuple) else (found,)
             return {name: array.numpy() for name, array in zip(tensors.outputs, arrays, strict=True)}
 
