@@ -1,6 +1,6 @@
 # Serves a bundle on a CPU. From the repository's root:
 #   docker build -f containers/cpu.Dockerfile -t ccnet:cpu .
-#   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/bundle:/bundle:ro" ccnet:cpu
+#   docker run --rm -p 127.0.0.1:8000:8000 -e CCNET_TOKEN -v "$PWD/bundle:/bundle:ro" ccnet:cpu
 FROM python:3.11-slim-bookworm AS wheel
 WORKDIR /source
 COPY . .
@@ -17,4 +17,6 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
 USER 10001
 EXPOSE 8000
 ENTRYPOINT ["ccnet"]
-CMD ["serve", "/bundle"]
+HEALTHCHECK --start-period=120s CMD ["python", "-c", \
+    "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=5)"]
+CMD ["serve", "/bundle", "--host", "0.0.0.0"]

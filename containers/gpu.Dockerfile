@@ -1,7 +1,7 @@
 # Serves a bundle on an NVIDIA GPU. The CUDA libraries come with the Python packages; the host brings the driver and the
 # NVIDIA container toolkit. From the repository's root:
 #   docker build -f containers/gpu.Dockerfile -t ccnet:gpu .
-#   docker run --rm --gpus 1 -p 127.0.0.1:8000:8000 -v "$PWD/bundle:/bundle:ro" ccnet:gpu
+#   docker run --rm --gpus 1 -p 127.0.0.1:8000:8000 -e CCNET_TOKEN -v "$PWD/bundle:/bundle:ro" ccnet:gpu
 FROM python:3.11-slim-bookworm AS wheel
 WORKDIR /source
 COPY . .
@@ -18,4 +18,6 @@ ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001
 EXPOSE 8000
 ENTRYPOINT ["ccnet"]
-CMD ["serve", "/bundle"]
+HEALTHCHECK --start-period=120s CMD ["python", "-c", \
+    "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=5)"]
+CMD ["serve", "/bundle", "--host", "0.0.0.0"]

@@ -79,6 +79,9 @@ def test_results_as_json_are_all_that_standard_output_holds(tmp_path: Path, caps
         return record
 
     assert result("evaluate", str(bundle), *where)["average_map"] == 1.0
+    out = str(tmp_path / "events.jsonl")
+    predicted = result("predict", str(bundle), *where, "--subset", "test", "--out", out)
+    assert (predicted["videos"], predicted["events"], predicted["complete"], predicted["failed"]) == (1, 1, True, {})
     assert result("rebuild", str(bundle)) == {"bundle": str(bundle), "rebuilt": {}}
     assert "candidates" in result("bench", str(bundle), "--batches", "1", "--seconds", "0", "--calls", "1")
 

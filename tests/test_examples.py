@@ -49,6 +49,25 @@ def test_a_folder_with_a_bad_video(folder: Path) -> None:
     assert f"      9.0 s  {LABELS[1]}" in done.stdout.splitlines()
 
 
+def test_a_client_of_the_server(folder: Path) -> None:
+    for package in ("starlette", "uvicorn", "prometheus_client", "python_multipart"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", "ccnet", "serve", "bundle", "--port", "0", "--quiet"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            url = server.stdout.readline().split(": ")[0]
+            done = run(folder, "client.py", url, "features", "first")
+            assert done.returncode == 0, done.stderr
+            assert done.stdout == f"   3.50 s to    8.50 s  0.95  {LABELS[1]}\n"
+            done = run(folder, "client.py", url, "features", "absent")
+            assert done.returncode == 1
+            assert done.stderr.startswith("400: ")
+        finally:
+            server.terminate()
+    assert server.returncode == 0
+
+
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_examples_are_short_and_say_how_to_run_them(script: Path) -> None:
     lines = script.read_text(encoding="utf-8").splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
@@ -139,3 +140,16 @@ def test_hooks_run_the_targets_of_make_check() -> None:
     assert targets is not None
     hooks = re.findall(r"entry: make (\w+)", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     assert hooks == targets[1].split()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "containers").glob("*.Dockerfile")), ids=lambda path: path.name)
+def test_containers_run_a_command_that_exists(path: Path) -> None:
+    from ccnet.cli.main import make_parser
+
+    text = path.read_text(encoding="utf-8")
+    command = re.search(r"^CMD (\[.*\])", text, re.MULTILINE)
+    assert command is not None
+    parser, _ = make_parser()
+    assert parser.parse_args(json.loads(command[1])).command == "serve"
+    (extras,) = re.findall(r"\[([a-z,]+)\]\"", text)
+    assert {*extras.split(",")} <= {*project()["project"]["optional-dependencies"]}

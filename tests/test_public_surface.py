@@ -47,10 +47,10 @@ OPTIONS: dict[str, set[str]] = {
         *("--annotations", "--classes", "--config", "--features", "--json", "--out", "--preset", "--quiet", "--resume"),
     },
     "import-weights": {"--annotations", "--json", "--out", "--preset"},
-    "import-extractor": {"--i3d-flow", "--i3d-rgb", "--out", "--raft", "--vggish"},
+    "import-extractor": {"--json", "--i3d-flow", "--i3d-rgb", "--out", "--raft", "--vggish"},
     "extract": {
-        *("--backend", "--check", "--extractor", "--on-error", "--out", "--precision", "--quiet", "--threads"),
-        *READ_OPTIONS,
+        *("--backend", "--check", "--extractor", "--json", "--on-error", "--out", "--precision", "--quiet"),
+        *("--threads", *READ_OPTIONS),
     },
     "export": {
         *("--compute-capability", "--format", "--graph", "--hardware-compatible", "--json", "--max-batch"),
@@ -63,7 +63,7 @@ OPTIONS: dict[str, set[str]] = {
     "reference": {"--json", "--out", *PARITY_OPTIONS},
     "predict": {
         *("--extractor", "--videos", *READ_OPTIONS),
-        *("--annotations", "--features", "--format", "--on", "--on-error", "--out", "--processes", "--quiet"),
+        *("--annotations", "--features", "--format", "--json", "--on", "--on-error", "--out", "--processes", "--quiet"),
         *("--shard", "--shard-size", "--subset", *ENGINE_OPTIONS),
     },
     "evaluate": {
@@ -184,3 +184,8 @@ def test_names_without_pytorch() -> None:
         "    assert \"pip install 'ccnet[train]'\" in str(error), error\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_command_that_reports_does_so_as_json() -> None:
+    """`demo` runs other commands, and `serve` has no result."""
+    assert {name for name, options in OPTIONS.items() if "--json" not in options} == {"demo", "serve"}

@@ -7,11 +7,12 @@ done at all, 130 or 143 when it was interrupted.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
 from ccnet.cli.logs import video_list
-from ccnet.cli.options import positive, seconds
+from ccnet.cli.options import add_json_argument, positive, print_result, seconds
 from runtime.backends.registry import BACKENDS
 from runtime.errors import VideoFailed
 from runtime.progress import Progress
@@ -44,6 +45,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--precision", help="only this precision (fp32)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the engines")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_json_argument(parser)
 
 
 def add_extractor_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -96,13 +98,23 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     ) as extractor:
         outcome = extract(videos, arguments.out, extractor, stop=arguments.on_error == "stop", quiet=arguments.quiet)
         layout = extractor.spec.layout
-    print(summary(arguments.out, outcome))
+    text = summary(arguments.out, outcome)
+    record: dict[str, Any] = {
+        "out": arguments.out,
+        "done": outcome.done,
+        "kept": outcome.kept,
+        "failed": {video_id: str(error) for video_id, error in outcome.failed.items()},
+        "seconds": outcome.seconds,
+        "video_seconds": outcome.video_seconds,
+    }
     if arguments.check:
         from runtime.video.check import check_features, report
 
         good = [video.video_id for video in videos if video.video_id not in outcome.failed]
         checks = check_features(arguments.out, arguments.check, good, layout)
-        print(report(checks))
+        text += f"\n{report(checks)}"
+        record["checks"] = [dataclasses.asdict(check) for check in checks]
+    print_result(arguments, record, text)
     return 1 if outcome.failed else 0
 
 

@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from ccnet.cli.options import add_json_argument, print_result
+
 log = logging.getLogger(__name__)
 
 
@@ -24,6 +26,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--raft", required=True, metavar="F", help="raft-sintel.pth, or torchvision's raft_large")
     parser.add_argument("--vggish", required=True, metavar="F", help="vggish-10086976.pth")
     parser.add_argument("--out", required=True, metavar="E", help="extractor folder; an earlier extractor is replaced")
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -43,10 +46,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     )
     weights = {name: sha256_file(path) for name, path in files.items()}
     extractor, skipped = make_extractor(networks, networks.spec(), weights, arguments.out)
-    print(arguments.out)
-    for engine in extractor.manifest.engines:
-        print(f"  {engine.name}: {engine.status}")
+    engines = {engine.name: engine.status for engine in extractor.manifest.engines}
     for name, reason in skipped.items():
         log.info("  %s: not run here: %s", name, reason.splitlines()[0])
-    print(f"next:\n  ccnet extract VIDEO... --extractor {arguments.out} --out FEATURES")
+    lines = [arguments.out, *(f"  {name}: {status}" for name, status in engines.items())]
+    lines.append(f"next:\n  ccnet extract VIDEO... --extractor {arguments.out} --out FEATURES")
+    print_result(arguments, {"out": arguments.out, "engines": engines, "skipped": skipped}, "\n".join(lines))
     return 0

@@ -20,7 +20,14 @@ from typing import Any
 
 from ccnet.cli.extract import add_extractor_arguments, extract, read_options, summary
 from ccnet.cli.logs import video_list
-from ccnet.cli.options import add_engine_arguments, open_localizer, output_file, positive
+from ccnet.cli.options import (
+    add_engine_arguments,
+    add_json_argument,
+    open_localizer,
+    output_file,
+    positive,
+    print_result,
+)
 from runtime.bundle import Bundle, read_bundle
 from runtime.corpus.plan import DONE, FAILED, PLAN, SHARDS, Format, Settings, make_plan, settle_plan
 from runtime.corpus.pools import ProcessPool, ThreadPool, visible_devices
@@ -78,6 +85,7 @@ def register(subparsers: Any) -> None:
         "--processes", type=positive, metavar="N", help="worker processes, or actors on Ray, each with an engine"
     )
     parser.add_argument("--on", choices=("ray",), help="run the workers on a Ray cluster")
+    add_json_argument(parser)
     add_engine_arguments(parser)
     add_extractor_arguments(parser, required=False)
 
@@ -178,8 +186,8 @@ def _run_folder(out: str) -> str:
 
 def _stream(arguments: argparse.Namespace, spec: ModelSpec, form: Format, folder: str, entries: list[Entry]) -> int:
     """Write the events as they come; nothing can be resumed."""
-    for option in ("shard", "shard_size", "processes", "on"):
-        if getattr(arguments, option) is not None:
+    for option in ("shard", "shard_size", "processes", "on", "json"):
+        if getattr(arguments, option):
             raise ConfigError(f"--{option.replace('_', '-')}: {arguments.out} is a stream; name a file or a folder")
     write = write_parquet if form == "parquet" else write_events
     source = open_source(SourceOptions(folder=folder), spec)
@@ -274,7 +282,7 @@ def _resumable(arguments: argparse.Namespace, bundle: Bundle, form: Format, fold
         store.remove()
     elif corpus.complete:
         corpus.finish(folder)
-    _print_result(arguments.out, summary, corpus)
+    print_result(arguments, _record(arguments.out, summary, corpus), _text(arguments.out, summary, corpus))
     return 1 if summary.failed or summary.gave_up else 0
 
 
@@ -323,22 +331,37 @@ def _pool(arguments: argparse.Namespace, corpus: Run, folder: str) -> Any:
     return ProcessPool(job, processes, visible_devices())
 
 
-def _print_result(out: str, summary: Summary, corpus: Run) -> None:
+def _record(out: str, summary: Summary, corpus: Run) -> dict[str, Any]:
+    return {
+        "out": out,
+        "part": [corpus.part.index, corpus.part.count],
+        "videos": summary.written,
+        "events": summary.events,
+        "engine": summary.engine,
+        "status": summary.status,
+        "failed": dict(summary.failed),
+        "shards_given_up": len(summary.gave_up),
+        "complete": not summary.gave_up and (not _is_folder(out) or corpus.complete),
+    }
+
+
+def _text(out: str, summary: Summary, corpus: Run) -> str:
     part, plan = corpus.part, corpus.plan
     whole = part.count == 1
-    print(f"{out if whole else f'{out}, part {part.index}/{part.count}'}: {_counts(summary)}")
+    lines = [f"{out if whole else f'{out}, part {part.index}/{part.count}'}: {_counts(summary)}"]
     if summary.gave_up:
-        print(f"{len(summary.gave_up)} of {plan.shards} shards were given up; the same command tries them again")
+        lines.append(f"{len(summary.gave_up)} of {plan.shards} shards were given up; the same command tries them again")
     if not _is_folder(out):
         if not summary.gave_up:
-            print(f"next: ccnet evaluate {shlex.quote(str(out))} --annotations F --subset S")
+            lines.append(f"next: ccnet evaluate {shlex.quote(str(out))} --annotations F --subset S")
     elif not corpus.complete:
-        print("other parts of the run are not done yet")
+        lines.append("other parts of the run are not done yet")
     else:
         if summary.failed or summary.gave_up:
-            print(f"bad videos: {join_location(out, FAILED)}")
+            lines.append(f"bad videos: {join_location(out, FAILED)}")
         if plan.settings.format == "jsonl" and not is_url(out):
-            print(f"next: cat {os.path.join(out, SHARDS)}/*.jsonl > events.jsonl")
+            lines.append(f"next: cat {os.path.join(out, SHARDS)}/*.jsonl > events.jsonl")
+    return "\n".join(lines)
 
 
 def _counts(summary: Summary) -> str:
