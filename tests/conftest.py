@@ -13,6 +13,8 @@ from tensorrt_simulation import Simulation, install, write_engine
 
 if TYPE_CHECKING:
     from benchmarks.networks import Networks
+    from export.extractors import bundle
+    from runtime.video.extractor import Extractor
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,6 +79,36 @@ def six_levels(session_folder: Path) -> Exported:
         if not path.exists():
             export_onnx(fused_network(network), spec, path, max_batch=4)
     return Exported(network, spec, path)
+
+
+@pytest.fixture(scope="session")
+def extractor_networks() -> bundle.Networks:
+    """Small networks of an extractor, whose features differ from window to window."""
+    import numpy as np
+
+    from export.extractors.seeded import calibrate, seeded_networks
+
+    networks = seeded_networks(0)
+    windows = np.random.default_rng(0).integers(0, 256, (2, 25, 16, 16, 3), np.uint8).repeat(8, 2).repeat(8, 3)
+    calibrate(networks, networks.spec(side=128, crop=64, iterations=1), windows)
+    return networks
+
+
+@pytest.fixture(scope="session")
+def extractor(extractor_networks: bundle.Networks, session_folder: Path) -> Extractor:
+    """An extractor of reduced width; its graphs take many seconds to export, so one process does it."""
+    from filelock import FileLock
+
+    from export.extractors.bundle import make_extractor
+    from export.extractors.seeded import weight_hashes
+    from runtime.video.extractor import read_extractor
+
+    folder = session_folder / "extractor"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            spec = extractor_networks.spec(side=128, crop=64, iterations=1)
+            make_extractor(extractor_networks, spec, weight_hashes(extractor_networks), folder)
+    return read_extractor(folder)
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import json
 import os
 import signal
@@ -27,10 +29,8 @@ from feature_cases import cases, weights
 from video_files import golden_mp4, write_video
 
 from ccnet.cli.main import main
-from export.extractors.bundle import Networks, compare_graph, example_inputs, graph_module, make_extractor
+from export.extractors.bundle import Networks, compare_graph, example_inputs, graph_module
 from export.extractors.i3d import I3D
-from export.extractors.raft import RAFT
-from export.extractors.vggish import Vggish
 from export.extractors.weights import load_i3d, load_raft, load_vggish
 from runtime.detections import read_events
 from runtime.errors import BundleError, VideoError
@@ -45,43 +45,12 @@ from runtime.video.features import FeatureExtractor, Schedule, Timer
 from runtime.video.files import find_video_files, localize_video
 from runtime.video.frames import centre_crop, padded
 
-WIDTH = 1 / 16
 LAYOUT = FeatureLayout()
 
 
-@pytest.fixture(scope="module")
-def networks() -> Networks:
-    """Small networks whose flow is not nothing."""
-    torch.manual_seed(0)
-    made = Networks(
-        rgb=I3D(3, width=WIDTH).eval(),
-        flow=I3D(2, width=WIDTH).eval(),
-        raft=RAFT(width=WIDTH).eval(),
-        vggish=Vggish(width=WIDTH).eval(),
-    )
-    for network in (made.rgb, made.flow, made.vggish, made.raft):
-        for parameter in network.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.kaiming_normal_(parameter)
-    return made
-
-
-@pytest.fixture(scope="module")
-def extractor(networks: Networks, session_folder: Path) -> Extractor:
-    """An extractor of reduced width; its graphs take many seconds to export, so one process does it."""
-    from filelock import FileLock
-
-    folder = session_folder / "extractor"
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            hashes = dict.fromkeys(("i3d_rgb", "i3d_flow", "raft", "vggish"), "0" * 64)
-            make_extractor(networks, networks.spec(side=128, crop=112, iterations=2), hashes, folder)
-    return read_extractor(folder)
-
-
-def test_every_graph_is_compared_with_its_network(extractor: Extractor, networks: Networks) -> None:
+def test_every_graph_is_compared_with_its_network(extractor: Extractor, extractor_networks: Networks) -> None:
     spec = extractor.spec
-    assert (spec.rgb_dim, spec.flow_dim, spec.audio_dim) == (64, 64, 8)
+    assert (spec.rgb_dim, spec.flow_dim, spec.audio_dim) == (64, 64, 16)
     for graph in GRAPHS:
         engines = {engine.backend: engine for engine in extractor.engines(graph)}
         assert engines["onnxruntime"].status == "verified"
@@ -91,16 +60,16 @@ def test_every_graph_is_compared_with_its_network(extractor: Extractor, networks
 
     # the check can fail: weights that differ a little
     runner = load_graph(extractor, extractor.engines("i3d_rgb")[0])
-    other = Networks(rgb=I3D(3, width=WIDTH).eval(), flow=networks.flow, raft=networks.raft, vggish=networks.vggish)
-    other.rgb.load_state_dict(networks.rgb.state_dict())
+    other = dataclasses.replace(extractor_networks, rgb=I3D(3, width=1 / 16).eval())
+    other.rgb.load_state_dict(extractor_networks.rgb.state_dict())
     with torch.no_grad():
         other.rgb.conv3d_1a_7x7.conv3d.weight *= 1.001
-    inputs = example_inputs("i3d_rgb", spec, networks)
-    assert compare_graph(runner, "i3d_rgb", graph_module("i3d_rgb", networks, spec), inputs)["passed"]
+    inputs = example_inputs("i3d_rgb", spec, extractor_networks)
+    assert compare_graph(runner, "i3d_rgb", graph_module("i3d_rgb", extractor_networks, spec), inputs)["passed"]
     assert not compare_graph(runner, "i3d_rgb", graph_module("i3d_rgb", other, spec), inputs)["passed"]
 
 
-def test_graphs_take_frames_of_any_size(extractor: Extractor, networks: Networks) -> None:
+def test_graphs_take_frames_of_any_size(extractor: Extractor, extractor_networks: Networks) -> None:
     """One file of each graph serves wide, tall and square videos, one pair or several at a time."""
     spec, draw = extractor.spec, np.random.default_rng(0)
     engines = open_engines(extractor, "onnxruntime", threads=1)
@@ -110,13 +79,13 @@ def test_graphs_take_frames_of_any_size(extractor: Extractor, networks: Networks
         inputs = features[:-1], features[1:], context[:-1]
         (levels,) = engines.runners["flow"].run(*inputs)
         with torch.no_grad():
-            expected = graph_module("flow", networks, spec)(*map(torch.from_numpy, inputs))
+            expected = graph_module("flow", extractor_networks, spec)(*map(torch.from_numpy, inputs))
         assert np.abs(levels - expected.numpy()).max() <= 1
         assert levels.std() > 1
     engines.close()
 
 
-def every_pair_again(path: Path, extractor: Extractor, networks: Networks) -> tuple[np.ndarray, np.ndarray]:
+def every_pair_again(path: Path, extractor: Extractor, extractor_networks: Networks) -> tuple[np.ndarray, np.ndarray]:
     """Compute the features of the picture in the public order: every window by itself, in PyTorch."""
     from fractions import Fraction
 
@@ -125,7 +94,7 @@ def every_pair_again(path: Path, extractor: Extractor, networks: Networks) -> tu
 
     spec = extractor.spec
     frames = list(read_frames(str(path), spec.side, Fraction(25), ReadOptions(threads=1), ReadReport()))
-    modules = {graph: graph_module(graph, networks, spec) for graph in GRAPHS}
+    modules = {graph: graph_module(graph, extractor_networks, spec) for graph in GRAPHS}
     rgb, flow = [], []
     with torch.no_grad():
         for start in range(0, len(frames) - spec.window, spec.stride):
@@ -139,16 +108,17 @@ def every_pair_again(path: Path, extractor: Extractor, networks: Networks) -> tu
 
 
 def test_nothing_computed_twice_gives_what_every_window_by_itself_gives(
-    extractor: Extractor, networks: Networks, tmp_path: Path
+    extractor: Extractor, extractor_networks: Networks, tmp_path: Path
 ) -> None:
     path = write_video(tmp_path / "a.mp4", count=60, sound=2.4)
     with FeatureExtractor.load(extractor.folder, "onnxruntime", threads=1) as extract:
         found = extract(path)
-    rgb, flow = every_pair_again(path, extractor, networks)
+    rgb, flow = every_pair_again(path, extractor, extractor_networks)
     assert len(found.rgb) == (60 - 25) // 8 + 1 == len(found.sound)
     assert np.abs(found.rgb - rgb).max() < 1e-4 * rgb.max()
-    # rounded levels may flip between PyTorch and ONNX Runtime
-    assert np.abs(found.flow - flow).max() < 1e-2 * flow.max()
+    # rounded levels may flip between PyTorch and ONNX Runtime: measured 0.016; another step's features are far off
+    assert np.abs(found.flow - flow).max() < 4e-2 * flow.max()
+    assert np.abs(found.flow[1:] - flow[:-1]).max() > 8e-2 * flow.max()
     assert found.visual.shape == (5, 128)
 
 
@@ -194,7 +164,7 @@ def test_features_are_written_as_unav_names_them(
     assert "no GPU engine is used" in captured.err
     assert "1 videos extracted, 0 done before" in captured.out
     assert sorted(p.name for p in out.iterdir()) == ["a b.json", "a b_flow.npy", "a b_rgb.npy", "a b_vggish.npy"]
-    features = read_video(out, "a b", LAYOUT, 128, 8)
+    features = read_video(out, "a b", LAYOUT, 128, 16)
     assert features.steps == 2
     record = json.loads((out / "a b.json").read_text())
     assert record["steps"] == record["visual_steps"] == 2
@@ -213,7 +183,7 @@ def test_features_are_written_as_unav_names_them(
     words = [videos / "silent.mkv", "--extractor", extractor.folder, "--out", out]
     assert extract(*words, "--on-error", "stop") == 1
     assert extract(*words, "--missing-audio", "silence") == 0
-    assert read_video(out, "silent", LAYOUT, 128, 8).steps == 2
+    assert read_video(out, "silent", LAYOUT, 128, 16).steps == 2
     # a file that has changed is done again
     os.utime(videos / "a b.mp4", (1, 1))
     assert extract(videos / "a b.mp4", "--extractor", extractor.folder, "--out", out, "--check", out) == 0
@@ -280,32 +250,50 @@ def test_a_folder_that_cannot_be_written_to_ends_the_command(
         assert not (out / "a.json").exists()
 
 
+def features_of(folder: Path) -> dict[str, bytes]:
+    """Read every feature file, after checking that each one is whole and that every record is of what is there."""
+    for path in folder.glob("*.json"):
+        for name, digest in json.loads(path.read_text())["files"].items():
+            assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    found = {path.name: path.read_bytes() for path in folder.glob("[!.]*.npy")}
+    assert all(len(np.load(io.BytesIO(content))) == 2 for content in found.values())
+    return found
+
+
 def test_killed_at_any_moment_the_same_command_goes_on(extractor: Extractor, tmp_path: Path) -> None:
-    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos, whole, out = tmp_path / "videos", tmp_path / "whole", tmp_path / "out"
     videos.mkdir()
     for name in "abc":
-        write_video(videos / f"{name}.mp4", count=33, sound=1.4)
-    command = [sys.executable, "-m", "ccnet", "extract", str(videos), "--extractor", str(extractor.folder)]
-    command += ["--out", str(out), "--threads", "1", "--quiet"]
+        write_video(videos / f"{name}.mp4", count=33, sound=1.4, seed=ord(name))
+    words = ["extract", str(videos), "--extractor", str(extractor.folder), "--threads", "1", "--quiet", "--out"]
+    assert main([*words, str(whole)]) == 0
+    seconds = sum(json.loads(path.read_text())["seconds"]["total"] for path in whole.glob("*.json"))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and not (out / "a.json").exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = [path.stem for path in out.glob("*.json")]
-    assert done
-    assert extract(videos, "--extractor", extractor.folder, "--out", out) == 0
-    assert sorted(path.stem for path in out.glob("*.json")) == ["a", "b", "c"]
-    assert all(read_video(out, name, LAYOUT, 128, 8).steps == 2 for name in "abc")
+    kills = 0
+    for moment in np.random.default_rng(0).uniform(0, 0.6 * seconds, 3):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ccnet", *[word for word in words if word != "--quiet"], str(out)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
+        assert process.stderr is not None
+        next((line for line in process.stderr if b"videos to do" in line), None)  # from here on it is at work
+        time.sleep(moment)
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        process.stderr.close()
+        assert features_of(out).items() <= features_of(whole).items()
+    assert kills >= 1
+    assert main([*words, str(out)]) == 0
+    assert features_of(out) == features_of(whole)
     assert len(list(out.iterdir())) == 12  # no temporary files
 
 
 def test_events_of_video_files_in_one_command_and_in_python(
     extractor: Extractor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = ModelSpec(length=32, levels=4, visual_dim=128, audio_dim=8, labels=LABELS)
+    spec = ModelSpec(length=32, levels=4, visual_dim=128, audio_dim=16, labels=LABELS)
     make_bundle(tmp_path / "bundle", spec=spec)
     videos = tmp_path / "videos"
     videos.mkdir()
