@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,54 @@ def killed_after(count: int, folder: Path, command: Sequence[str]) -> None:
             time.sleep(0.005)
         process.kill()
         assert process.wait() == -signal.SIGKILL
+
+
+class Killed(BaseException):
+    """Ends a run where a signal would have."""
+
+
+def test_a_run_killed_while_its_folder_is_removed_makes_the_same_bytes(
+    bundle: Path, features: Path, tmp_path: Path, expected: bytes
+) -> None:
+    """Before each call that removes a file or a folder, once the events are in place."""
+    out, kept = tmp_path / "run" / "events.jsonl", tmp_path / "kept"
+    options = ("--shard-size", str(COUNT // 2))
+    work = Path(f"{out}.partial")
+
+    def removing(kill_at: int) -> int:
+        """Run the command and kill it at a call; return how many calls there were until then."""
+        calls = 0
+
+        def counted(call: Callable[..., None]) -> Callable[..., None]:
+            def wrapped(*args: Any, **named: Any) -> None:
+                nonlocal calls
+                if (out.exists() and (work / "plan.json").exists()) or calls:
+                    if calls == kill_at:
+                        raise Killed
+                    calls += 1
+                call(*args, **named)
+
+            return wrapped
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("unlink", "rmdir"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+            with contextlib.suppress(Killed):
+                assert predict(bundle, features, out, *options) == 0
+        return calls
+
+    assert removing(0) == 0
+    shutil.copytree(work, kept)
+    count = removing(1000)
+    assert count >= len(files(kept))
+    for kill_at in range(count):
+        shutil.copytree(kept, work)
+        out.unlink()
+        assert removing(kill_at) == kill_at
+        assert out.read_bytes() == expected
+        assert predict(bundle, features, out, *options) == 0
+        assert out.read_bytes() == expected
+        assert os.listdir(out.parent) == [out.name]
 
 
 def test_processes_that_share_a_folder_share_the_work(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,11 @@ def test_a_manifest_without_videos_and_one_that_is_not_there(tmp_path: Path) -> 
         read_manifest(str(tmp_path / "absent.jsonl"))
     with pytest.raises(ConfigError, match="is a manifest, which has its own ids"):
         find_entries(manifest(tmp_path / "videos.jsonl"), SPEC, annotations="a.json")
+
+
+def test_results_without_their_plan_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.write("done/000000.json", b"{}")
+    with pytest.raises(ConfigError, match=r"holds results, but not the plan\.json of their run; delete the folder"):
+        settled(store, videos(4), bundle)
+    assert os.listdir(tmp_path) == ["done"]

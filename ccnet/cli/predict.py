@@ -29,7 +29,7 @@ from ccnet.cli.options import (
     print_result,
 )
 from runtime.bundle import Bundle, read_bundle
-from runtime.corpus.plan import DONE, FAILED, PLAN, SHARDS, Format, Settings, make_plan, settle_plan
+from runtime.corpus.plan import DONE, FAILED, PLAN, SHARDS, Format, Settings, make_plan, remove_run, settle_plan
 from runtime.corpus.pools import ProcessPool, ThreadPool, visible_devices
 from runtime.corpus.run import Part, Run, Summary
 from runtime.corpus.sources import Entry, SourceOptions, find_entries, open_source
@@ -254,7 +254,7 @@ def _resumable(arguments: argparse.Namespace, bundle: Bundle, form: Format, fold
         plan, begun_before = settle_plan(store, planned, videos, any_shard_size=arguments.shard_size is None)
     except OSError:
         if one_file and store.size(PLAN) is None:
-            store.remove()
+            remove_run(store)
         raise
     corpus = Run(store, plan, arguments.shard)
     if begun_before:
@@ -268,7 +268,7 @@ def _resumable(arguments: argparse.Namespace, bundle: Bundle, form: Format, fold
         summary = corpus.summary()
         _report(summary, spec)
         if one_file and not summary.shards:
-            store.remove()
+            remove_run(store)
         else:
             hint = "run the same command again to go on"
             log.warning(
@@ -279,7 +279,7 @@ def _resumable(arguments: argparse.Namespace, bundle: Bundle, form: Format, fold
     _report(summary, spec)
     if one_file and not summary.gave_up:
         corpus.join(arguments.out)
-        store.remove()
+        remove_run(store)
     elif corpus.complete:
         corpus.finish(folder)
     print_result(arguments, _record(arguments.out, summary, corpus), _text(arguments.out, summary, corpus))

@@ -177,9 +177,13 @@ def settle_plan(store: Store, plan: Plan, videos: bytes, *, any_shard_size: bool
 
     Returns the run's plan and whether it was begun before. `any_shard_size`: nobody asked for a size, so that of the
     plan there stays. A plan of which nothing was done yet is replaced. Raises ConfigError, which says what differs, for
-    another plan and for a folder that holds other files.
+    another plan, for a folder that holds other files and for results without a plan.
     """
     there = read_plan(store)
+    if there is None and store.names(DONE):
+        there = read_plan(store)  # a process that began at the same time wrote it before the first receipt
+        if there is None:
+            raise ConfigError(f"{store.location}: holds results, but not the {PLAN} of their run; delete the folder")
     if there is not None:
         if any_shard_size and there.shard_size != plan.shard_size:
             plan = dataclasses.replace(plan, shard_size=there.shard_size, offsets=there.offsets)
@@ -200,6 +204,16 @@ def settle_plan(store: Store, plan: Plan, videos: bytes, *, any_shard_size: bool
     store.write(VIDEOS, videos)
     store.write(PLAN, plan.to_json())  # last: with it the run has begun
     return plan, False
+
+
+def remove_run(store: Store) -> None:
+    """Remove a run of which nothing is needed any more.
+
+    Killed at any moment, what is left is a run of which less is done, or no run: receipts go before their events, all
+    that is done before the plan, the plan before the videos that it counts.
+    """
+    for name in (DONE, SHARDS, CLAIMS, ENGINE, FAILED, PLAN, VIDEOS, ""):
+        store.remove(name)
 
 
 def _differences(store: Store, there: Plan, plan: Plan, videos: bytes) -> list[str]:
