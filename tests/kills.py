@@ -2,7 +2,7 @@
 
 `python tests/kills.py [--kills N] [CASE ...]` runs every case in child processes that strace ends at one call each, N
 of all the calls of all cases, evenly chosen, and prints a table; exit status 1 where something was lost. For each: the
-result is whole, the same command then succeeds, and nothing hidden is left beside the result.
+result is whole, the same command then succeeds and makes the same bytes, and nothing hidden is left beside the result.
 """
 
 from __future__ import annotations
@@ -25,12 +25,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from builders import SPEC, OracleBackend, engine, features_with, fill_draft, make_bundle, write_features
+import torch
+from builders import (
+    DAVEL_OPTIONS,
+    SPEC,
+    OracleBackend,
+    copying_exporter,
+    davel_parameters,
+    engine,
+    features_with,
+    fill_draft,
+    golden,
+    make_bundle,
+    random_network,
+    write_features,
+)
 
+import export.graph.to_onnx
+import export.parity.check
 from ccnet.checkpoint import read_checkpoint, save_checkpoint
 from ccnet.cli.main import main as ccnet
 from ccnet.config import Config, ModelConfig, TrainConfig
-from ccnet.network.model import CCNet
 from ccnet.synthetic.annotations import demo_annotations
 from ccnet.synthetic.features import SynthesisSettings
 from ccnet.synthetic.folder import synthesize_folder
@@ -42,6 +57,7 @@ from export.parity.reference import Reference, load_reference, record, save_refe
 from runtime.annotations import read_annotations
 from runtime.bundle import read_bundle
 from runtime.detections import read_events
+from runtime.profiling.timing import Rules
 from runtime.spec import TimeBase
 
 CALLS = (
@@ -89,6 +105,8 @@ class Case:
     act: Callable[[Path], object]
     check: Callable[[Path], object]
     """Raise where the result is neither the old nor the new one."""
+    same: tuple[str, ...] = ()
+    """Patterns of files that the next run must leave as a run that nobody killed does, to the byte."""
 
 
 def _command(*words: str) -> Callable[[Path], None]:
@@ -146,8 +164,22 @@ def _new_bundle(folder: Path) -> None:
         fill_draft(draft)
 
 
-def _save_checkpoint(folder: Path) -> None:
-    save_checkpoint(folder / "checkpoint", CCNet(CONFIG.model), config=CONFIG, labels=("a", "b"))
+def _prepare_export(folder: Path) -> None:
+    save_checkpoint(folder / "checkpoint", random_network(CONFIG.model), config=CONFIG, labels=("a", "b"))
+    _EXPORT(folder)
+    shutil.copy(folder / "bundle" / "model.onnx", folder / "graph.onnx")
+
+
+def _export(folder: Path) -> None:
+    """Export as the command does, but for the graph, which takes long to make and is there."""
+    export.graph.to_onnx.export_onnx = copying_exporter(folder / "graph.onnx")  # type: ignore[assignment]
+    export.parity.check.SPEED_RULES = Rules(seconds=0, calls=3)
+    _EXPORT(folder)
+
+
+def _prepare_released(folder: Path) -> None:
+    torch.save(davel_parameters(golden("davel")), folder / "released.pt")
+    _import_weights(folder)
 
 
 def _check_checkpoint(folder: Path) -> None:
@@ -197,23 +229,29 @@ def _save_reference(folder: Path) -> None:
     save_reference(folder / "ref.npz", Reference(SPEC, "0" * 64, videos, record(OracleBackend(), videos)))
 
 
+_EXPORT = _command("export", "checkpoint", "--out", "bundle", "--videos", "2", "--max-batch", "2")
+_import_weights = _command(
+    "import-weights", "released.pt", "--preset", "davel_unav100", "--out", "checkpoint", *DAVEL_OPTIONS
+)
 _VERIFY = _command("verify", "bundle", "--reference", "ref.npz", "--backend", "onnxruntime")
 _CONVERT = _command("convert", "old.jsonl", "--out", "events.csv")
 CASES = (
-    Case("verify", _prepare_bundle, _VERIFY, _check_bundle),
-    Case("export (its writer)", _new_bundle, _new_bundle, _check_bundle),
+    Case("verify", _prepare_bundle, _VERIFY, _check_bundle, ("bundle/model.onnx",)),
+    Case("export", _prepare_export, _export, _check_bundle, ("bundle/model.onnx",)),
+    Case("export (its writer)", _new_bundle, _new_bundle, _check_bundle, ("bundle/*",)),
+    Case("import-weights", _prepare_released, _import_weights, _check_checkpoint, ("checkpoint/*",)),
+    Case("train", _prepare_training, _train, _check_training, ("run/*/*.safetensors",)),
+    Case("synthesize", _prepare_annotations, _synthesize, _check_features, ("features/*",)),
+    Case("predict", _prepare_videos, _predict, _check_events, ("*.jsonl*",)),
     Case(
-        "import-weights (its writer)",
-        _save_checkpoint,
-        _save_checkpoint,
-        lambda f: read_checkpoint(f / "checkpoint").load_model(),
+        "evaluate --json",
+        _prepare_scores,
+        _evaluate,
+        lambda f: json.loads((f / "scores.json").read_text()),
+        ("scores.json",),
     ),
-    Case("train", _prepare_training, _train, _check_training),
-    Case("synthesize", _prepare_annotations, _synthesize, _check_features),
-    Case("predict", _prepare_videos, _predict, _check_events),
-    Case("evaluate --json", _prepare_scores, _evaluate, lambda f: json.loads((f / "scores.json").read_text())),
-    Case("reference", _save_reference, _save_reference, lambda f: load_reference(f / "ref.npz")),
-    Case("convert", _prepare_videos, _CONVERT, _check_events),
+    Case("reference", _save_reference, _save_reference, lambda f: load_reference(f / "ref.npz"), ("ref.npz",)),
+    Case("convert", _prepare_videos, _CONVERT, _check_events, ("events.csv",)),
 )
 
 
@@ -272,7 +310,6 @@ def prepare(case: Case, folder: Path) -> None:
 
 def find_points(case: Case, folder: Path) -> list[tuple[str, int]]:
     """Run a case to its end, and return the calls at which it can be killed."""
-    prepare(case, folder)
     log = folder.parent / "calls"
     trace = ["-e", f"trace={','.join(f'?{call}' for call in CALLS)}", "-o", str(log)]
     if status := run_child(case.act, folder, trace):
@@ -280,8 +317,14 @@ def find_points(case: Case, folder: Path) -> list[tuple[str, int]]:
     return changing_calls(log.read_text(errors="replace"))
 
 
-def kill_at(case: Case, before: Path, folder: Path, point: tuple[str, int]) -> str | None:
-    """Kill a case at one call; return what is wrong afterwards, or None."""
+def result(case: Case, folder: Path) -> dict[str, bytes]:
+    """Return the files of a result that are the same after every run, by their names."""
+    found = (path for pattern in case.same for path in folder.glob(pattern) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def kill_at(case: Case, before: Path, whole: Path, folder: Path, point: tuple[str, int]) -> str | None:
+    """Kill a case at one call; return what is wrong afterwards, or None. `whole`: where nobody killed it."""
     shutil.copytree(before, folder, symlinks=True)
     call, number = point
     status = run_child(case.act, folder, ["-o", os.devnull, "-e", f"inject={call}:signal=KILL:when={number}"])
@@ -297,6 +340,9 @@ def kill_at(case: Case, before: Path, folder: Path, point: tuple[str, int]) -> s
         case.check(folder)
     except Exception as error:  # noqa: BLE001
         return f"after the next run: {error!r}"
+    there, wanted = result(case, folder), result(case, whole)
+    if other := sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name)):
+        return f"not the bytes of a run left alone: {', '.join(other)}"
     orphans = [str(path.relative_to(folder)) for path in folder.rglob(".*") if path.name != ".lock"]
     return f"left behind: {', '.join(orphans)}" if orphans else None
 
@@ -305,15 +351,15 @@ def run_case(case: Case, kills: int | None) -> dict[str, Any]:
     """Kill a case at `kills` of its calls, evenly chosen; None: at all. Return the row of the table."""
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         root = Path(name)
-        (root / "whole").mkdir()
-        points = find_points(case, root / "whole")
         (root / "before").mkdir()
         prepare(case, root / "before")
+        shutil.copytree(root / "before", root / "whole", symlinks=True)
+        points = find_points(case, root / "whole")
         count = len(points) if kills is None else min(kills, len(points))
         chosen = [points[i] for i in np.unique(np.linspace(0, len(points) - 1, count).round().astype(int))]
         wrong = {}
         for number, point in enumerate(chosen):
-            if problem := kill_at(case, root / "before", root / f"killed{number}", point):
+            if problem := kill_at(case, root / "before", root / "whole", root / f"killed{number}", point):
                 wrong["{}:{}".format(*point)] = problem
             shutil.rmtree(root / f"killed{number}")
         return {"case": case.name, "calls": len(points), "kills": len(chosen), "wrong": wrong}
