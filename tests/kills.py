@@ -159,6 +159,42 @@ def _prepare_scores(folder: Path) -> None:
     _evaluate(folder)
 
 
+def _prepare_only_videos(folder: Path) -> None:
+    _prepare_videos(folder)
+    (folder / "events.jsonl").unlink()
+
+
+def _check_shards(folder: Path) -> None:
+    for path in folder.glob("run/shards/[!.]*"):
+        if len(read_events(path, SPEC.labels)) != 2:
+            raise RuntimeError("videos are missing")
+
+
+def _check_page(folder: Path) -> None:
+    if not (folder / "page.html").read_text().rstrip().endswith("</html>"):
+        raise RuntimeError("the page is not whole")
+
+
+def _prepare_page(folder: Path) -> None:
+    _prepare_videos(folder)
+    _SHOW(folder)
+
+
+def _prepare_comparison(folder: Path) -> None:
+    _prepare_videos(folder)
+    _COMPARE(folder)
+
+
+def _prepare_repository(folder: Path) -> None:
+    make_bundle(folder / "bundle")
+    _TRITON(folder)
+
+
+def _check_repository(folder: Path) -> None:
+    if run_child(_command("triton", "--out", "repository", "--check"), folder):
+        raise RuntimeError("Triton would refuse the repository")
+
+
 def _new_bundle(folder: Path) -> None:
     with new_bundle(folder / "bundle", spec=SPEC, model={}, checkpoint_sha256="0" * 64, versions={}) as draft:
         fill_draft(draft)
@@ -234,15 +270,23 @@ _import_weights = _command(
     "import-weights", "released.pt", "--preset", "davel_unav100", "--out", "checkpoint", *DAVEL_OPTIONS
 )
 _VERIFY = _command("verify", "bundle", "--reference", "ref.npz", "--backend", "onnxruntime")
+_SHARDS = _command("predict", "bundle", "--features", "features", "--out", "run", "--shard-size", "2", "--quiet")
+_SHOW = _command("show", "old.jsonl", "--annotations", "annotations.json", "--out", "page.html", "--quiet")
+_COMPARE = _command(
+    *("compare", "old.jsonl", "events.jsonl", "--annotations", "annotations.json"),
+    *("--json", "comparison.json", "--draws", "10", "--quiet"),
+)
+_TRITON = _command("triton", "bundle", "--out", "repository", "--device", "cpu")
 _CONVERT = _command("convert", "old.jsonl", "--out", "events.csv")
 CASES = (
     Case("verify", _prepare_bundle, _VERIFY, _check_bundle, ("bundle/model.onnx",)),
     Case("export", _prepare_export, _export, _check_bundle, ("bundle/model.onnx",)),
-    Case("export (its writer)", _new_bundle, _new_bundle, _check_bundle, ("bundle/*",)),
-    Case("import-weights", _prepare_released, _import_weights, _check_checkpoint, ("checkpoint/*",)),
+    Case("export (its writer)", _new_bundle, _new_bundle, _check_bundle, ("bundle/*.onnx",)),
+    Case("import-weights", _prepare_released, _import_weights, _check_checkpoint, ("checkpoint/*.safetensors",)),
     Case("train", _prepare_training, _train, _check_training, ("run/*/*.safetensors",)),
     Case("synthesize", _prepare_annotations, _synthesize, _check_features, ("features/*",)),
     Case("predict", _prepare_videos, _predict, _check_events, ("*.jsonl*",)),
+    Case("predict (shards)", _prepare_only_videos, _SHARDS, _check_shards, ("run/shards/*", "run/*.json*")),
     Case(
         "evaluate --json",
         _prepare_scores,
@@ -252,6 +296,21 @@ CASES = (
     ),
     Case("reference", _save_reference, _save_reference, lambda f: load_reference(f / "ref.npz"), ("ref.npz",)),
     Case("convert", _prepare_videos, _CONVERT, _check_events, ("events.csv",)),
+    Case("show", _prepare_page, _SHOW, _check_page),
+    Case(
+        "compare --json",
+        _prepare_comparison,
+        _COMPARE,
+        lambda f: json.loads((f / "comparison.json").read_text()),
+        ("comparison.json",),
+    ),
+    Case(
+        "triton",
+        _prepare_repository,
+        _TRITON,
+        _check_repository,
+        ("repository/**/*",),
+    ),
 )
 
 
