@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SOAK ?= 100000
 KILLS ?= 100
+CALLS ?= 1000
 BIN := $(VENV)/bin
 # A process per core, one thread each; a file's tests share what they prepare, so they stay together. Files keep the order
 # of tests/conftest.py, the slow ones first.
@@ -32,9 +33,9 @@ test: setup ## every test that this machine can run
 quick: setup ## the tests without the slow ones
 	$(PYTEST) -m "not slow"
 
-soak: setup ## the fuzzing of the tests, with SOAK mutations of each kind of file; a corpus run killed KILLS times
+soak: setup ## SOAK mutations of each kind of file, kills at CALLS calls of each command and KILLS of a corpus run, long runs
 	CCNET_FUZZ=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist load tests/test_fuzz.py --durations=0
-	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py --kills $(CALLS)
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 	CCNET_KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_corpus_kills.py
 
