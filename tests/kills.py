@@ -432,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     rows = []
     for case in CASES:
-        if arguments.cases and case.name.split()[0] not in arguments.cases:
+        if arguments.cases and not {case.name, case.name.split()[0]} & {*arguments.cases}:
             continue
         rows.append(run_case(case, arguments.kills))
         if not arguments.json:

@@ -23,7 +23,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace, which ends a process at a system call")
 def test_a_kill_leaves_the_old_or_the_new_result() -> None:
-    done = run(str(HERE / "kills.py"), "verify", "export", "evaluate", "--kills", "3", "--json")
+    done = run(str(HERE / "kills.py"), "verify", "export (its writer)", "evaluate", "--kills", "3", "--json")
     if "Operation not permitted" in done.stderr:
         pytest.skip("strace is not permitted here")
     rows = json.loads(done.stdout.splitlines()[-1])
