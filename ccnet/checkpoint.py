@@ -8,6 +8,7 @@ PyTorch is needed for the weights alone.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -199,8 +200,15 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: o
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors and wait until they are on the disk."""
-    _safetensors().torch.save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
+    """Write tensors as safetensors and wait until they are on the disk. Raises OSError where they can't be written."""
+    library = _safetensors()
+    try:
+        library.torch.save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
+    except library.SafetensorError as error:  # a full disk, in the library's own words
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     with open(path, "rb+") as stream:
         os.fsync(stream.fileno())
 

@@ -27,6 +27,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ccnet.config import PRESETS, Config, nearest_key, preset, with_overrides
 from runtime.errors import ConfigError
+from runtime.files import open_input
 from runtime.packages import import_package
 from runtime.schema import quote, show
 
@@ -66,7 +67,7 @@ def read_settings(path: str | Path) -> SettingsFile:
     if path.suffix.lower() not in readers:
         raise ConfigError(f"{path}: got a file named *{path.suffix}, expected .toml, .yaml or .yml")
     try:
-        with open(path, "rb") as stream:
+        with open_input(path) as stream:
             content = stream.read(_LARGEST + 1)
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror or error})") from None

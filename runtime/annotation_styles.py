@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.records import BadRecord, is_number, read_json
+from runtime.records import BadRecord, is_number, read_bytes, read_json
 from runtime.schema import show
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def _thumos(folder: Path, labels: Sequence[str] | None) -> dict[str, Any]:
         if label.lower() == _AMBIGUOUS:
             continue
         names.add(label)
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for number, line in enumerate(read_bytes(path).decode(errors="replace").splitlines(), 1):
             if not line.strip():
                 continue
             where = f"{path.name}, line {number}"
@@ -144,8 +145,7 @@ def _line(line: str, where: str) -> tuple[str, list[float]]:
 
 def _durations(path: Path) -> dict[str, float]:
     try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            rows = list(csv.reader(stream, strict=True))
+        rows = list(csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True))
     except FileNotFoundError:
         raise BadRecord(
             "got a folder without durations.csv, expected an annotation JSON file, or a folder with the text files of "

@@ -30,6 +30,7 @@ from runtime.records import (
     check_segment,
     check_video_id,
     get_values,
+    read_bytes,
     read_json,
 )
 from runtime.schema import show
@@ -156,7 +157,7 @@ def read_class_list(path: str | Path) -> tuple[str, ...]:
         if path.suffix == ".json":
             content = read_json(path, any_number=True)
             return _checked_names(content) if isinstance(content, list) else read_annotations(path).labels
-        return _checked_names([line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()])
+        return _checked_names([line for line in read_bytes(path).decode().splitlines() if line.strip()])
     except (BadRecord, UnicodeDecodeError) as error:
         raise AnnotationError(f"{path}: {error}; expected class names: a bundle, a checkpoint or a file") from None
 

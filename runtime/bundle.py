@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from runtime.errors import BundleError, ConfigError
-from runtime.files import file_identity, sha256_file
+from runtime.files import file_identity, open_regular, sha256_file
 from runtime.onnx_file import external_files
 from runtime.records import BadRecord, is_number, read_json
 from runtime.schema import quote, section_from_json, show
@@ -273,7 +273,8 @@ def _check_names(folder: Path, manifest: Contents) -> None:
 
 def _copy_link(source: Path, target: Path) -> None:
     try:
-        shutil.copyfile(source, target)
+        with open_regular(source) as stream, open(target, "xb") as copy:  # a device has no end
+            shutil.copyfileobj(stream, copy)
     except OSError as error:
         raise BundleError(
             f"{source}: is a link, and can't be copied to {target.parent} for loading ({error.strerror or error}); "

@@ -19,6 +19,7 @@ from runtime.annotations import SUBSETS, Annotations, VideoAnnotation
 from runtime.coverage import Gaps, common_gaps, files_note, find_gaps
 from runtime.errors import FeatureError
 from runtime.features import feature_header, read_video
+from runtime.files import open_regular
 from runtime.progress import Progress
 from runtime.spec import FeatureLayout, ModelSpec, TimeBase
 
@@ -172,7 +173,7 @@ def _check_widths(video_id: str, shapes: Sequence[tuple[int, int]], spec: ModelS
 
 def _digest(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import orjson
 
 from runtime.errors import PredictionError
-from runtime.files import atomic_file
+from runtime.files import atomic_file, open_input
 from runtime.packages import missing
 from runtime.records import (
     LARGEST_FILE,
@@ -204,7 +204,7 @@ def read_records(path: str | Path, label_names: Sequence[str] | None = None) -> 
     table = LabelTable(label_names)
     videos: dict[str, tuple[float, _Arrays]] = {}
     try:
-        with open(path, "rb") as stream:
+        with open_input(path) as stream:
             for number, line in enumerate(iter(lambda: stream.readline(LARGEST_FILE), b""), 1):
                 try:
                     video_id, duration, arrays = _read_video(line, table)

@@ -40,36 +40,54 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
         with _open_stream(path, mode, encoding) as stream:
             yield stream
         return
-    path = Path(os.path.realpath(path))
+    path = _resolved(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "got a folder, expected the name of a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     _tidy_files(path.parent)
-    handle, temporary = tempfile.mkstemp(prefix=_prefix(path), suffix=".partial", dir=path.parent)
+    with _naming(path):
+        handle, temporary = tempfile.mkstemp(prefix=_prefix(path), suffix=".partial", dir=path.parent)
+        try:
+            with os.fdopen(handle, mode, encoding=encoding) as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let an error of writing name `path`: the system names no file that is full, and ours has a temporary name."""
     try:
-        with os.fdopen(handle, mode, encoding=encoding) as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        yield
+    except OSError as error:
+        full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or _is_temporary(error.filename, path):
+            error.filename = str(path)
         raise
+
+
+def _is_temporary(name: object, path: Path) -> bool:
+    return isinstance(name, str) and name.startswith(str(path.parent / _prefix(path)))
 
 
 def create_file(path: Path, data: bytes) -> bool:
     """Write a file, whole, unless there is one of that name. Returns whether it was written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(name, 0o666 & ~_umask())
-        return link_exclusively(Path(name), path)
-    finally:
-        os.unlink(name)
+    with _naming(path):
+        handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=".partial", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+            os.chmod(name, 0o666 & ~_umask())
+            return link_exclusively(Path(name), path)
+        finally:
+            os.unlink(name)
 
 
 def link_exclusively(written: Path, path: Path) -> bool:
@@ -109,6 +127,23 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
     return os.fdopen(handle, "rb")
 
 
+def open_input(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open what a user names as an input: a file, or a pipe that this process was given, as `<(zcat F)` gives one.
+
+    Raises OSError for anything else, and waits for none of it: a named pipe may have no writer, a device no end.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISFIFO(mode) and os.path.realpath(path).startswith("/proc/"):
+        os.set_blocking(handle, True)
+    elif not stat.S_ISREG(mode):
+        os.close(handle)
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe"}
+        got = kinds.get(stat.S_IFMT(mode), "a device")
+        raise OSError(errno.EINVAL, f"got {got}, expected a file", os.fspath(path))
+    return os.fdopen(handle, "rb")
+
+
 def file_identity(path: str | os.PathLike[str]) -> tuple[int, ...]:
     """Return what differs once a file was written to or replaced: nobody but root can set the time of change."""
     facts = os.stat(path)
@@ -138,7 +173,7 @@ def check_output_file(path: str | os.PathLike[str]) -> None:
     """Raise OSError now where `atomic_file(path)` would later: a folder, or no place that can be written to."""
     if is_stream(path):
         return
-    target = Path(os.path.realpath(path))
+    target = _resolved(path)
     if target.is_dir() or os.fspath(path).endswith(os.sep):
         raise IsADirectoryError(errno.EISDIR, "got a folder, expected the name of a file", str(path))
     parent = next(folder for folder in target.parents if folder.exists())
@@ -155,24 +190,25 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     On Linux the two are exchanged in one step, so that a whole folder is there at every moment. Of a link, what it
     points to is replaced; the link stays. Raises OSError for a mount point, which can't be replaced, before the block.
     """
-    path = Path(os.path.realpath(path))
+    path = _resolved(path)
     if _is_mount(path):
         raise OSError(errno.EBUSY, "a mount point can't be replaced; name a folder inside it", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
-    temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), suffix=".partial", dir=path.parent))
-    try:
-        yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
-        if not path.exists():
-            os.replace(temporary, path)
-        elif exchange(temporary, path):
-            shutil.rmtree(temporary)
-        else:
-            _replace_in_two_steps(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with _naming(path):
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), suffix=".partial", dir=path.parent))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o777 & ~_umask())
+            if not path.exists():
+                os.replace(temporary, path)
+            elif exchange(temporary, path):
+                shutil.rmtree(temporary)
+            else:
+                _replace_in_two_steps(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def _replace_in_two_steps(temporary: Path, path: Path) -> None:
@@ -320,6 +356,20 @@ def is_zombie(pid: int) -> bool:
         return False
 
 
+def give_up(stream: IO[str]) -> None:
+    """Send what is left of a stream nowhere, where it can't be written: else the flush at the end fails again."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _resolved(path: str | os.PathLike[str]) -> Path:
+    """Return what a path points to in the end. Raises OSError where links lead in a circle."""
+    resolved = Path(os.path.realpath(path))
+    if resolved.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path))
+    return resolved
+
+
 def _is_mount(path: Path) -> bool:
     try:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
@@ -346,7 +396,7 @@ def write_json(path: str | os.PathLike[str], data: Any) -> None:
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file's content, in hex."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

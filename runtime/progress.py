@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+from runtime.files import give_up
+
 _SECONDS = 10.0
 """Between two plain lines."""
 
@@ -42,7 +44,10 @@ class Progress:
             self._shown = time.monotonic()
             rate = (self._count - self._initial) / (self._shown - self._begun)
             line = f"{self._text}: {self._count}/{self._total}, {rate:.1f} {self._unit}s/s"
-            print(line + self._numbers, file=sys.stderr, flush=True)
+            try:
+                print(line + self._numbers, file=sys.stderr, flush=True)
+            except OSError:  # a log file on a full disk
+                give_up(sys.stderr)
 
     def show(self, **numbers: float) -> None:
         """Show numbers behind the bar from the next update on, for example `show(loss=0.5)`."""

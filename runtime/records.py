@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from runtime.files import open_input
 from runtime.schema import show
 
 OVERRUN_SECONDS = 0.01
@@ -33,13 +34,18 @@ class BadRecord(Exception):
     """A record is not what it should be."""
 
 
-def read_json(path: str | Path, *, limit: int = LARGEST_FILE, any_number: bool = False) -> Any:
-    """Parse a JSON file of at most `limit` bytes. Raises BadRecord, and OSError when it can't be read."""
-    with open(path, "rb") as stream:
+def read_bytes(path: str | Path, limit: int = LARGEST_FILE) -> bytes:
+    """Return a file's content. Raises BadRecord for one of more than `limit` bytes, OSError."""
+    with open_input(path) as stream:
         content = stream.read(limit + 1)
     if len(content) > limit:
-        raise BadRecord(f"more than {limit} bytes, expected a JSON file of at most that size")
-    return parse_json(content, any_number=any_number)
+        raise BadRecord(f"more than {limit} bytes, expected a file of at most that size")
+    return content
+
+
+def read_json(path: str | Path, *, limit: int = LARGEST_FILE, any_number: bool = False) -> Any:
+    """Parse a JSON file of at most `limit` bytes. Raises BadRecord, and OSError when it can't be read."""
+    return parse_json(read_bytes(path, limit), any_number=any_number)
 
 
 def parse_json(text: str | bytes, *, any_number: bool = False) -> Any:

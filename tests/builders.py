@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ccnet.config import ModelConfig
+from ccnet.config import Config, ModelConfig, TrainConfig
 from runtime.backends.base import Float32, Int32, check_inputs
 from runtime.bundle import MANIFEST, Bundle, Engine, FileRecord, Manifest, ModelFile, read_bundle
 from runtime.features import VideoFeatures
@@ -460,6 +460,23 @@ def attention_outputs(visual: np.ndarray, audio: np.ndarray, lengths: np.ndarray
 TINY = ModelConfig(
     length=32, levels=4, visual_dim=12, audio_dim=6, dim=16, heads=4, num_classes=3, head_dim=10, tdm_dim=8
 )
+SMALLEST = Config(
+    model=ModelConfig(
+        length=8,
+        levels=2,
+        visual_dim=5,
+        audio_dim=3,
+        dim=8,
+        heads=2,
+        self_layers=1,
+        num_classes=3,
+        head_dim=8,
+        tdm_dim=4,
+    ),
+    train=TrainConfig(workers=0, device="cpu"),
+)
+"""What a checkpoint or a training state of a few kilobytes is made of."""
+SMALLEST_LABELS = ("dog", "rain", "bell")
 SWITCHES: dict[str, dict[str, Any]] = {
     "all": {},
     "no_cmi": {"cmi": False},

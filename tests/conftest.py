@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import Exported, random_network, shared_path
+from fuzzing import table as fuzzing_table
 from tensorrt_simulation import Simulation, install, write_engine
 
 if TYPE_CHECKING:
@@ -21,6 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files with slow tests first: one that starts last would keep one process busy and the others idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what `make soak` read, which the tests of tests/test_fuzz.py hand on."""
+    reports = [report for state in ("passed", "failed") for report in terminalreporter.getreports(state)]
+    rows = [value for report in reports for name, value in report.user_properties if name == "fuzz"]
+    if rows and "CCNET_FUZZ" in os.environ:
+        terminalreporter.section("mutations of files")
+        for line in fuzzing_table(rows):
+            terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from builders import SMALLEST as CONFIG
+from builders import SMALLEST_LABELS as LABELS
 
 import runtime.files
 from ccnet import load_checkpoint, save_checkpoint
@@ -20,22 +22,6 @@ from ccnet.config import Config, ModelConfig
 from ccnet.network.model import CCNet
 from runtime.errors import CheckpointError, ConfigError
 from runtime.files import recover_folder, sha256_file
-
-CONFIG = Config(
-    model=ModelConfig(
-        length=8,
-        levels=2,
-        visual_dim=5,
-        audio_dim=3,
-        dim=8,
-        heads=2,
-        self_layers=1,
-        num_classes=3,
-        head_dim=8,
-        tdm_dim=4,
-    )
-)
-LABELS = ("dog", "rain", "bell")
 
 
 def make_model(seed: int = 0, config: Config = CONFIG) -> CCNet:

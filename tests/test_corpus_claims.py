@@ -108,6 +108,14 @@ def test_the_claim_of_another_machine_is_taken_over_when_it_expired(
     assert mine.acquire(2) == 2
 
 
+def test_a_claim_from_the_future_expires_too(claims: tuple[FileClaims, FileClaims], tmp_path: Path) -> None:
+    elsewhere(tmp_path, 1, age=-100)  # the clocks of two machines
+    elsewhere(tmp_path, 2, age=-3600)  # an owner that was last seen before the clock was set back
+    mine, _ = claims
+    assert mine.acquire(1) is None
+    assert mine.acquire(2) == 2
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"pid": "x", "machine": 3}'])
 def test_a_damaged_claim_expires_too(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "000001").write_bytes(content)

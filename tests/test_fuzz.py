@@ -6,26 +6,30 @@ CCNET_FUZZ is their number for each reader, CCNET_FUZZ_SEED where to start. A fa
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import os
-import traceback
-import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fuzzing
 import numpy as np
 import pytest
 import torch
+from builders import (
+    SMALLEST as CONFIG,
+)
+from builders import (
+    SMALLEST_LABELS as LABELS,
+)
 from builders import SPEC, OracleBackend, features_with, fill_draft, make_bundle, write_features
+from fuzzing import RAW, mutated_bytes, mutated_json, mutated_npy
 
 from ccnet.checkpoint import MANIFEST as CHECKPOINT
 from ccnet.checkpoint import WEIGHTS, read_checkpoint, save_checkpoint
 from ccnet.cli.main import main
-from ccnet.config import Config, ModelConfig, TrainConfig, parse_overrides, preset, with_overrides
+from ccnet.config import parse_overrides, preset, with_overrides
 from ccnet.network.model import CCNet
 from ccnet.network.released import read_released
 from ccnet.training.learner import Learner
@@ -40,7 +44,6 @@ from runtime.corpus.run import Run
 from runtime.corpus.sources import read_manifest
 from runtime.corpus.store import LocalStore
 from runtime.detections import read_events
-from runtime.errors import CCNetError
 from runtime.features import read_video
 from runtime.files import sha256_file
 from runtime.formats.events import Event, Video
@@ -48,155 +51,20 @@ from runtime.formats.registry import FORMATS, read_videos
 from runtime.localizer import Localizer
 from runtime.records import BadRecord, parse_json
 
-COUNT = int(os.environ.get("CCNET_FUZZ", "300"))
-FIRST = int(os.environ.get("CCNET_FUZZ_SEED", "0"))
-LONGEST_MESSAGE = 600
-"""Characters, without the path: a quotation of at most 400, and what is said about it."""
-
-Mutate = Callable[[np.random.Generator], bytes]
-
-CONFIG = Config(
-    model=ModelConfig(
-        length=8,
-        levels=2,
-        visual_dim=5,
-        audio_dim=3,
-        dim=8,
-        heads=2,
-        self_layers=1,
-        num_classes=3,
-        head_dim=8,
-        tdm_dim=4,
-    ),
-    train=TrainConfig(workers=0, device="cpu"),
-)
-LABELS = ("dog", "rain", "bell")
-
-# Text that stands for a value, put into the JSON as it is.
-RAW = (
-    "[" * 100_000,
-    '{"a":' * 5_000,
-    "[" * 200 + "]" * 200,
-    "9" * 5_000,
-    "9" * 400,
-    "-" + "9" * 30,
-    "1e999",
-    "-1e999",
-    "1e308",
-    "NaN",
-    "-Infinity",
-    '"\\ud800"',
-    '"\\u0000"',
-    '"\\u001b[2J"',
-    '"' + "x" * 30_000 + '"',
-    '{"a": 1, "a": 2}',
-    "{",
-    "",
-    "nul",
-    "1.",
-    "\ufeff1",
-)
-VALUES: tuple[Any, ...] = (
-    None,
-    True,
-    -1,
-    0,
-    1,
-    2,
-    10**6,
-    10**12,
-    2**63,
-    -0.5,
-    0.0,
-    1e-320,
-    1e300,
-    "",
-    "x",
-    "../x",
-    "\0",
-    [],
-    [[]],
-    {},
-    [1],
-    {"": 0},
-)
+Attack = Callable[..., None]
 
 
-def mutated_json(content: Any, rng: np.random.Generator) -> bytes:
-    """Replace, remove, rename or double one to three nodes of a JSON tree; sometimes damage the bytes."""
-    content = json.loads(json.dumps(content))
-    raw: dict[str, str] = {}
-    for _ in range(rng.integers(1, 4)):
-        places = [place for place in _places(content) if place[0] is not None]
-        if not places:
-            break
-        parent, key = places[rng.integers(len(places))]
-        action = rng.integers(7)
-        if action == 0:
-            del parent[key]
-        elif action == 1 and isinstance(parent, dict):
-            parent[str(VALUES[rng.integers(len(VALUES))])] = parent.pop(key)
-        elif action == 2 and isinstance(parent, list):
-            parent.extend(parent[:3])
-        elif action == 3:
-            other, name = places[rng.integers(len(places))]
-            parent[key] = json.loads(json.dumps(other[name]))
-        elif action <= 5:
-            parent[key] = json.loads(json.dumps(VALUES[rng.integers(len(VALUES))]))
-        else:
-            mark = f"@{len(raw)}@"
-            raw[json.dumps(mark)] = RAW[rng.integers(len(RAW))]
-            parent[key] = mark
-    text = json.dumps(content)
-    for mark, replacement in raw.items():
-        text = text.replace(mark, replacement)
-    data = text.encode()
-    return mutated_bytes(data, rng) if rng.random() < 0.2 else data
+@pytest.fixture
+def attack(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Attack:
+    """Read mutations; the numbers go to the table at the end of the session, and a fault fails the test."""
+    reader = request.node.name.removeprefix("test_")
 
+    def run(read: Callable[[Path], object], path: Path, mutate: fuzzing.Mutate, *, share: float = 1.0) -> None:
+        row, found = fuzzing.attack(reader, read, path, mutate, round(fuzzing.COUNT * share))
+        record_property("fuzz", row.to_json())
+        assert not found, "\n".join(f"{kind}: {example}" for kind, example in found.items())
 
-def _places(node: Any, parent: Any = None, key: Any = None) -> list[tuple[Any, Any]]:
-    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    return [(parent, key), *(place for name, child in children for place in _places(child, node, name))]
-
-
-def mutated_bytes(data: bytes, rng: np.random.Generator) -> bytes:
-    """Cut a file, or change, take out, put in or move bytes of it."""
-    damaged = bytearray(data)
-    for _ in range(rng.integers(1, 5)):
-        at = int(rng.integers(len(damaged) + 1))
-        size = int(rng.integers(1, 1 + min(64, max(1, len(damaged)))))
-        action = rng.integers(5)
-        if action == 0:
-            del damaged[at:]
-        elif action == 1:
-            del damaged[at : at + size]
-        elif action == 2:
-            damaged[at:at] = rng.integers(0, 256, size, np.uint8).tobytes()
-        elif action == 3:
-            damaged[at : at + 1] = bytes([rng.integers(256)])
-        else:
-            damaged[at:at] = damaged[:size]
-    return bytes(damaged)
-
-
-def attack(read: Callable[[Path], object], path: Path, mutate: Mutate, *, share: float = 1.0) -> None:
-    """Write mutations to `path` and read them; collect everything that is not a `CCNetError` of bounded, plain text."""
-    found: dict[str, str] = {}
-    for seed in range(FIRST, FIRST + round(COUNT * share)):
-        path.write_bytes(mutate(np.random.default_rng(seed)))
-        try:
-            with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
-                read(path)
-        except (CCNetError, BadRecord) as error:
-            message = str(error).replace(str(path.parent), "")
-            if len(message) > LONGEST_MESSAGE or not message.replace("\n", "").isprintable():
-                found.setdefault(f"message of {len(message)}: {message[:300]!r}", f"seed {seed}")
-        except Exception as error:  # noqa: BLE001  what this test looks for
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            ours = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename][-1]
-            kind = f"{type(error).__name__} at {frame.filename}:{frame.lineno}, from {ours.filename}:{ours.lineno}"
-            found.setdefault(kind, f"seed {seed}: {str(error)[:200]!r}")
-    assert not found, "\n".join(f"{kind}: {example}" for kind, example in found.items())
+    return run
 
 
 def test_json_itself() -> None:
@@ -205,7 +73,7 @@ def test_json_itself() -> None:
             parse_json(text)
 
 
-def test_bundle_manifest(tmp_path: Path) -> None:
+def test_bundle_manifest(attack: Attack, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     good = bundle.manifest.to_json()
 
@@ -218,7 +86,7 @@ def test_bundle_manifest(tmp_path: Path) -> None:
     attack(read, bundle.folder / MANIFEST, lambda rng: mutated_json(good, rng))
 
 
-def test_parity_reports(tmp_path: Path) -> None:
+def test_parity_reports(attack: Attack, tmp_path: Path) -> None:
     with new_bundle(tmp_path / "b", spec=SPEC, model={}, checkpoint_sha256="0" * 64, versions={}) as draft:
         fill_draft(draft)
     good = json.loads((tmp_path / "b" / PARITY).read_text())
@@ -232,7 +100,7 @@ def test_parity_reports(tmp_path: Path) -> None:
     attack(read, tmp_path / "b" / PARITY, lambda rng: mutated_json(good, rng))
 
 
-def test_checkpoint(tmp_path: Path) -> None:
+def test_checkpoint(attack: Attack, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", CCNet(CONFIG.model), config=CONFIG, labels=LABELS, metrics={"epoch": 1})
     good = json.loads((tmp_path / "c" / CHECKPOINT).read_text())
     attack(
@@ -257,13 +125,13 @@ def _resume(folder: Path) -> None:
         read_state(folder).restore(Learner(CONFIG, torch.device("cpu")))
 
 
-def test_training_state(state: Path) -> None:
+def test_training_state(attack: Attack, state: Path) -> None:
     good = json.loads((state / STATE).read_text())
     attack(lambda path: _resume(path.parent), state / STATE, lambda rng: mutated_json(good, rng), share=0.2)
 
 
 @pytest.mark.parametrize("name", [TENSORS, WEIGHTS])
-def test_tensors_behind_their_hash(state: Path, name: str) -> None:
+def test_tensors_behind_their_hash(attack: Attack, state: Path, name: str) -> None:
     good = (state / name).read_bytes()
     size = int.from_bytes(good[:8], "little")
     header = json.loads(good[8 : 8 + size])
@@ -285,14 +153,14 @@ def test_tensors_behind_their_hash(state: Path, name: str) -> None:
     attack(read, state / name, mutate, share=0.05)
 
 
-def test_released_weights(tmp_path: Path) -> None:
+def test_released_weights(attack: Attack, tmp_path: Path) -> None:
     path = tmp_path / "released.pth.tar"
     torch.save({"epoch": 1, "state_dict_ema": {f"module.{i}": torch.zeros(3) for i in range(4)}}, path)
     good = path.read_bytes()
     attack(read_released, path, lambda rng: mutated_bytes(good, rng))
 
 
-def test_overrides(tmp_path: Path) -> None:
+def test_overrides(attack: Attack, tmp_path: Path) -> None:
     config = preset("demo").to_json()
     keys = [f"{section}.{name}" for section, fields in config.items() for name in fields]
 
@@ -310,7 +178,7 @@ def test_overrides(tmp_path: Path) -> None:
     attack(read, tmp_path / "argument", mutate)
 
 
-def test_reference(tmp_path: Path) -> None:
+def test_reference(attack: Attack, tmp_path: Path) -> None:
     path = tmp_path / "reference.npz"
     videos = synthetic_inputs(SPEC, count=2)
     save_reference(path, Reference(SPEC, "0" * 64, videos, record(OracleBackend(), videos)))
@@ -356,31 +224,7 @@ def test_reference(tmp_path: Path) -> None:
     attack(load_reference, path, mutate)
 
 
-def mutated_npy(content: bytes, rng: np.random.Generator) -> bytes:
-    """Give an array file another header, or damage its bytes."""
-    headers = (
-        "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 6)}",
-        "{'descr': '<f4', 'fortran_order': True, 'shape': (12, 6)}",
-        "{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 6)}",
-        "{'descr': '|O', 'fortran_order': False, 'shape': (12, 6)}",
-        "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (12, 6)}",
-        "{'descr': '<f16', 'fortran_order': False, 'shape': (12, 6)}",
-        "{'descr': '<f4', 'fortran_order': False, 'shape': (12, 6)",
-        "{'descr': '<f4', 'fortran_order': False, 'shape': (True, 6), 'x': 1}",
-        "{'descr': '\x1b[2J', 'fortran_order': False, 'shape': (12, 6)}",
-        "(" * 5_000,
-        "{" + "'a':{" * 300,
-        "9" * 5_000,
-        "x" * 9_000,
-        "",
-    )
-    if rng.random() < 0.5:
-        return mutated_bytes(content, rng)
-    text = headers[rng.integers(len(headers))].encode("latin1") + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content[128:]
-
-
-def test_features(tmp_path: Path) -> None:
+def test_features(attack: Attack, tmp_path: Path) -> None:
     write_features(tmp_path, "v", features_with(12))
     path = tmp_path / "v_seen.npy"
     good = path.read_bytes()
@@ -391,13 +235,13 @@ def test_features(tmp_path: Path) -> None:
     )
 
 
-def test_annotations(tmp_path: Path) -> None:
+def test_annotations(attack: Attack, tmp_path: Path) -> None:
     events = [{"segment": [0.5, 2], "label": LABELS[i], "label_id": i} for i in range(3)]
     good = {"database": {name: {"duration": 9.5, "subset": "test", "annotations": events} for name in ("v", "w")}}
     attack(read_annotations, tmp_path / "annotations.json", lambda rng: mutated_json(good, rng))
 
 
-def test_events(tmp_path: Path) -> None:
+def test_events(attack: Attack, tmp_path: Path) -> None:
     events = [{"segment": [0.5, 2], "label": LABELS[i], "label_id": i, "score": 0.5} for i in range(3)]
     good = [{"video_id": name, "duration": 9.5, "events": events} for name in ("v", "w")]
     attack(
@@ -408,7 +252,7 @@ def test_events(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_formats_of_other_tools(name: str, tmp_path: Path) -> None:
+def test_formats_of_other_tools(attack: Attack, name: str, tmp_path: Path) -> None:
     form = FORMATS[name]
     if name == "parquet":
         pytest.importorskip("pyarrow")
@@ -424,21 +268,21 @@ def test_formats_of_other_tools(name: str, tmp_path: Path) -> None:
     attack(lambda path: read_videos(path, form), path, mutate)
 
 
-def test_annotations_of_activitynet(tmp_path: Path) -> None:
+def test_annotations_of_activitynet(attack: Attack, tmp_path: Path) -> None:
     events = [{"segment": [0.5, 2], "label": label} for label in LABELS]
     good = {"database": {name: {"duration": 9.5, "subset": "training", "annotations": events} for name in ("v", "w")}}
     attack(read_annotations, tmp_path / "annotations.json", lambda rng: mutated_json(good, rng))
 
 
 @pytest.mark.parametrize("name", ["dog_val.txt", "durations.csv"])
-def test_annotations_of_thumos(name: str, tmp_path: Path) -> None:
+def test_annotations_of_thumos(attack: Attack, name: str, tmp_path: Path) -> None:
     good = {"dog_val.txt": b"v 0.5 2\nw  1 2.5\n", "durations.csv": b"video_id,duration\nv,9.5\nw,7\n"}
     for other, content in good.items():
         (tmp_path / other).write_bytes(content)
     attack(lambda path: read_annotations(path.parent), tmp_path / name, lambda rng: mutated_bytes(good[name], rng))
 
 
-def test_requests_with_tensors(tmp_path: Path) -> None:
+def test_requests_with_tensors(attack: Attack, tmp_path: Path) -> None:
     from runtime.serving.models import localizer_model, localizer_source
     from runtime.serving.protocol import parse_infer
 
@@ -459,7 +303,7 @@ def test_requests_with_tensors(tmp_path: Path) -> None:
     attack(read, tmp_path / "request", lambda rng: mutated_json(good, rng) + audio.tobytes())
 
 
-def test_uploads(tmp_path: Path) -> None:
+def test_uploads(attack: Attack, tmp_path: Path) -> None:
     from runtime.serving.uploads import features_of_files, parse_form, unpack_npz
 
     stream = io.BytesIO()
@@ -480,7 +324,7 @@ def test_uploads(tmp_path: Path) -> None:
     )
 
 
-def test_manifest_of_videos(tmp_path: Path) -> None:
+def test_manifest_of_videos(attack: Attack, tmp_path: Path) -> None:
     good = [{"video_id": name, "features": "part", "duration": 9.5} for name in ("v", "w")]
     attack(
         lambda path: read_manifest(str(path)),
@@ -490,7 +334,7 @@ def test_manifest_of_videos(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["plan.json", "videos.jsonl", "engine.json", "done/000000.json"])
-def test_the_folder_of_a_run(name: str, tmp_path: Path) -> None:
+def test_the_folder_of_a_run(attack: Attack, name: str, tmp_path: Path) -> None:
     write_features(tmp_path, "v", features_with(12, [(2, 8, 1, 3.0)]))
     bundle, out = make_bundle(tmp_path / "bundle"), tmp_path / "run"
     assert main(["predict", str(bundle.folder), "--features", str(tmp_path), "--out", str(out), "--quiet"]) == 0

@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -91,7 +92,8 @@ class _Demo:
             f"test mAP (Avg.): untrained {untrained:.3f} (expected below {UNTRAINED_LIMIT}), trained {trained:.3f} "
             f"(expected {GOAL:.2f} or more): {'reached' if reached else 'NOT REACHED'}"
         )
-        print(f"picture: {self.picture}\nbundle:  {self.bundle}\nnext:    ccnet inspect {self.bundle}")
+        print(f"picture: {self.picture}\nbundle:  {self.bundle}")
+        print(f"next:    ccnet inspect {shlex.quote(str(self.bundle))}")
         return 0 if reached else 1
 
     def _synthesize(self) -> None:

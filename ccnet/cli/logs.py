@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from runtime.coverage import video_list as video_list
 from runtime.errors import printable
+from runtime.files import give_up
 
 _LOGGERS = ("ccnet", "runtime", "export", "benchmarks")
 
@@ -48,10 +49,13 @@ class _Handler(logging.Handler):
         elif record.levelno > logging.WARNING:
             message = _coloured(message, _RED)
         tqdm = sys.modules.get("tqdm")
-        if tqdm is not None:
-            tqdm.tqdm.write(message, file=sys.stderr)
-        else:
-            print(message, file=sys.stderr, flush=True)
+        try:
+            if tqdm is not None:
+                tqdm.tqdm.write(message, file=sys.stderr)
+            else:
+                print(message, file=sys.stderr, flush=True)
+        except OSError:  # a full disk, a reader that is gone: the work goes on without a word
+            give_up(sys.stderr)
 
 
 _HANDLER = _Handler()

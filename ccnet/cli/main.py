@@ -14,6 +14,7 @@ from typing import Any
 from ccnet import __version__
 from ccnet.cli.logs import reporting
 from runtime.errors import CCNetError, Interrupted
+from runtime.files import give_up
 from runtime.packages import distribution_of, missing
 
 log = logging.getLogger(__name__)
@@ -114,24 +115,21 @@ def _run(module: Any, arguments: argparse.Namespace, overrides: list[str]) -> in
     except KeyboardInterrupt:
         log.error("ccnet %s: interrupted", arguments.command)
         return 130
+    except MemoryError:
+        log.error("ccnet %s: error: not enough memory; see 'ulimit -v' and what else runs here", arguments.command)
+        return 2
     except BrokenPipeError:  # whoever read the output has enough
-        _give_up_output()
+        give_up(sys.stdout)
         return 128 + signal.SIGPIPE
     except OSError as error:
         try:
             if sys.stdout is not None:
                 sys.stdout.flush()
         except OSError:
-            _give_up_output()
+            give_up(sys.stdout)
         where = f" ({error.filename})" if error.filename else ""
         log.error("ccnet %s: error: %s%s", arguments.command, error.strerror or error, where)
         return 2
-
-
-def _give_up_output() -> None:
-    """Send what is left of the output nowhere, else the flush at the interpreter's end fails again."""
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _fill_standard_streams() -> None:

@@ -108,7 +108,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         ]
     if not is_url(arguments.out) and is_stream(arguments.out):
         return max(bad, _stream(arguments, spec, form, folder, entries))
-    return max(bad, _resumable(arguments, bundle, form, folder, entries))
+    try:
+        return max(bad, _resumable(arguments, bundle, form, folder, entries))
+    except FileNotFoundError as error:
+        if is_url(arguments.out) or not _was_finished(arguments.out, error):
+            raise
+        raise ConfigError(
+            f"{arguments.out}: another process of the same command finished it meanwhile; the file is whole"
+        ) from None
 
 
 def _extracted(arguments: argparse.Namespace, spec: ModelSpec) -> tuple[dict[str, float] | None, int]:
@@ -172,6 +179,12 @@ def _is_folder(out: str) -> bool:
     if is_url(out):
         return "." not in name
     return os.path.isdir(out) or not name or ("." not in name and not os.path.exists(out))
+
+
+def _was_finished(out: str, error: FileNotFoundError) -> bool:
+    """Return whether a file of the run is missing because another process put the output together and tidied up."""
+    folder = _run_folder(out)
+    return str(error.filename).startswith(folder) and not os.path.exists(folder) and os.path.isfile(out)
 
 
 def _run_folder(out: str) -> str:
@@ -360,7 +373,7 @@ def _text(out: str, summary: Summary, corpus: Run) -> str:
         if summary.failed or summary.gave_up:
             lines.append(f"bad videos: {join_location(out, FAILED)}")
         if plan.settings.format == "jsonl" and not is_url(out):
-            lines.append(f"next: cat {os.path.join(out, SHARDS)}/*.jsonl > events.jsonl")
+            lines.append(f"next: cat {shlex.quote(os.path.join(out, SHARDS))}/*.jsonl > events.jsonl")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -91,5 +92,6 @@ def _write(arguments: argparse.Namespace, record: dict[str, Any]) -> list[str]:
     record |= {"models": [model.name for model in models], "file": engine.model_file, "status": engine.status}
     return [
         f"{arguments.out}: {', '.join(model.name for model in models)}, from {engine.model_file} ({engine.status})",
-        f"next: ccnet triton --out {arguments.out} --check --onnxruntime V --tensorrt V, with the container's versions",
+        f"next: ccnet triton --out {shlex.quote(str(arguments.out))} --check --onnxruntime V --tensorrt V, "
+        "with the container's versions",
     ]

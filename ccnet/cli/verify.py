@@ -105,8 +105,9 @@ def _polygraphy(arguments: argparse.Namespace, bundle: Bundle) -> int:
     graph = next(a for a in bundle.manifest.model_files if a.format == "onnx")
     print(f"{folder}: inputs.json and expected.json written; next:")
     print(
-        f"  polygraphy run {bundle.path(graph)} --onnxrt --load-inputs {folder / 'inputs.json'} "
-        f"--save-outputs {folder / 'results.json'}"
+        f"  polygraphy run {shlex.quote(str(bundle.path(graph)))} --onnxrt "
+        f"--load-inputs {shlex.quote(str(folder / 'inputs.json'))} "
+        f"--save-outputs {shlex.quote(str(folder / 'results.json'))}"
     )
     print("  (--trt instead of --onnxrt asks TensorRT; --load-outputs expected.json compares there)")
     print(f"  then this command again judges {folder / 'results.json'}")

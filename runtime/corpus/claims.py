@@ -155,7 +155,8 @@ class FileClaims:
             age = now - path.stat().st_mtime  # both times are of the file system's own clock
         except FileNotFoundError:
             return False
-        return age > self._expires or _is_gone(_read(path))
+        # A time in the future is of before the clock was set back; who lives has touched the file since.
+        return abs(age) > self._expires or _is_gone(_read(path))
 
     def _beat(self) -> None:
         while not self._closed.wait(self._beat_seconds):

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtime.records import LARGEST_FILE, BadRecord
+from runtime.records import BadRecord, read_bytes
 
 
 @contextlib.contextmanager
@@ -16,15 +16,6 @@ def at(place: str) -> Iterator[None]:
         yield
     except BadRecord as error:
         raise BadRecord(f"{place}: {error}") from None
-
-
-def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
-    """Return a file's content. Raises BadRecord for one of more than `limit` bytes, OSError."""
-    with open(path, "rb") as stream:
-        content = stream.read(limit + 1)
-    if len(content) > limit:
-        raise BadRecord(f"more than {limit} bytes, expected a file of at most that size")
-    return content
 
 
 def read_text(path: Path) -> str:
