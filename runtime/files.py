@@ -140,7 +140,8 @@ def open_input(path: str | os.PathLike[str]) -> IO[bytes]:
         os.close(handle)
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe"}
         got = kinds.get(stat.S_IFMT(mode), "a device")
-        raise OSError(errno.EINVAL, f"got {got}, expected a file", os.fspath(path))
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(number, f"got {got}, expected a file", os.fspath(path))
     return os.fdopen(handle, "rb")
 
 

@@ -35,7 +35,7 @@ HANGS_AFTER = 60.0
 """Seconds by the clock, for a reader that waits and takes no processor time."""
 BASE_BYTES = 32 << 20
 """What a reader may take beside twice the file: arenas of the allocator, thread stacks, tables of a library."""
-_WARM_UP = 3
+WARM_UP = 3
 """Mutations that are read once before anything is measured: modules are imported and caches filled."""
 
 Mutate = Callable[[np.random.Generator], bytes]
@@ -197,7 +197,7 @@ def attack(
 ) -> tuple[Row, dict[str, str]]:
     """Write mutations to `path` and read them. Return the numbers, and each kind of fault with an example."""
     row, found = Row(reader), dict[str, str]()
-    for seed in range(FIRST, FIRST + min(count, _WARM_UP)):
+    for seed in range(FIRST, FIRST + min(count, WARM_UP)):
         path.write_bytes(mutate(np.random.default_rng(seed)))
         with contextlib.suppress(Exception):
             _watched(read, path)

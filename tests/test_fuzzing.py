@@ -56,7 +56,7 @@ def test_faults_are_found(
 ) -> None:
     monkeypatch.setattr(fuzzing, "LONGEST_SECONDS", 0.05 if read is burns else 60.0)
     monkeypatch.setattr(fuzzing, "HANGS_AFTER", 0.05 if read is waits else 60.0)
-    monkeypatch.setattr(fuzzing, "_WARM_UP", 0)
+    monkeypatch.setattr(fuzzing, "WARM_UP", 0)
     row, found = fuzzing.attack("r", read, tmp_path / "f", lambda rng: rng.bytes(8), 2)
     assert row.tried == 2
     assert all(name.startswith(kind) for name in found)
