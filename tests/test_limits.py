@@ -62,12 +62,14 @@ NAMES = ("predict", "evaluate", "convert", "synthesize")
 WRITTEN = {"predict": "e.jsonl", "evaluate": "e.json", "convert": "e.csv"}
 
 
-def run(*command: str, limits: dict[int, int] | None = None, **environment: str | None) -> tuple[int, str]:
+def run(
+    *command: str, limits: dict[int, int] | None = None, environment: dict[str, str | None] | None = None
+) -> tuple[int, str]:
     """Run `ccnet` under resource limits. Return its status and what it said."""
     script = "import json, resource, sys\n"
     script += "for number, most in json.loads(sys.argv.pop(1)): resource.setrlimit(number, (most, most))\n"
     script += "from ccnet.cli.main import main; sys.exit(main())"
-    variables = {**os.environ, "PYTHONPATH": str(Path(main.__code__.co_filename).parents[2]), **environment}
+    variables = {**os.environ, "PYTHONPATH": str(Path(main.__code__.co_filename).parents[2]), **(environment or {})}
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(list((limits or {}).items())), *command],
         capture_output=True,
@@ -200,7 +202,7 @@ def test_environments(environment: dict[str, str | None], data: Path, tmp_path: 
     out = tmp_path / "caf\u00e9 \u72d7"
     out.mkdir()
     for name in ("predict", "convert"):
-        status, said = run(*commands(data, out)[name], **environment)
+        status, said = run(*commands(data, out)[name], environment=environment)
         assert status == 0, said
         assert (out / WRITTEN[name]).stat().st_size > 0
     assert_tidy(out)

@@ -19,8 +19,8 @@ from runtime.errors import ConfigError, PredictionError
 from runtime.files import atomic_file, is_stream
 from runtime.formats import activitynet, audacity, elan, labelstudio, own, subtitles, tables
 from runtime.formats.events import SCORE_DIGITS, Video, check_videos, to_records
-from runtime.formats.text import at, read_bytes, read_text
-from runtime.records import BadRecord, read_json
+from runtime.formats.text import at, read_text
+from runtime.records import BadRecord, read_bytes, read_json
 from runtime.schema import show
 
 Fact = Literal["scores", "durations", "label ids", "subsets", "videos without events"]
