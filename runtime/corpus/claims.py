@@ -8,9 +8,11 @@ on claims being right: two processes at one shard write the same bytes.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,18 +89,30 @@ class FileClaims:
     def _acquire(self, shard: int) -> int | None:
         path = self._path(shard)
         temporary = self._folder / f".{path.name}.{self._owner['token']}"
-        attempts = 0
         try:
-            while True:
-                temporary.write_text(json.dumps({**self._owner, "attempts": attempts}))
-                if link_exclusively(temporary, path):
-                    return attempts
-                found = self._void(path, now=temporary.stat().st_mtime)
-                if found is None:
+            temporary.write_text(json.dumps({**self._owner, "attempts": 0}))
+            if link_exclusively(temporary, path):
+                return 0
+            with self._alone():
+                if not self._is_void(path, now=temporary.stat().st_mtime):
                     return None
-                attempts = max(attempts, found)
+                attempts = _attempts(_read(path)) + 1
+                temporary.write_text(json.dumps({**self._owner, "attempts": attempts}))
+                os.replace(temporary, path)
+                return attempts
         finally:
             temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let one process at a time take claims over; all, where the file system knows no locks."""
+        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
     def release(self, shard: int) -> None:
         with self._lock:
@@ -130,25 +144,6 @@ class FileClaims:
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"{shard:06d}"
-
-    def _void(self, path: Path, now: float) -> int | None:
-        """Move a void claim out of the way. Returns the attempts made by then; None where its owner lives."""
-        if not self._is_void(path, now):
-            return None
-        before = _read(path)
-        aside = path.with_name(f".{path.name}.{self._owner['token']}.void")
-        try:
-            os.rename(path, aside)
-        except FileNotFoundError:
-            return 0  # released, or taken over by somebody who is about to claim it
-        moved = _read(aside)
-        if moved.get("token") != before.get("token"):  # somebody else was faster, and this is his claim
-            with contextlib.suppress(OSError):
-                os.link(aside, path)
-            aside.unlink(missing_ok=True)
-            return None
-        aside.unlink(missing_ok=True)
-        return _attempts(moved) + 1
 
     def _is_void(self, path: Path, now: float) -> bool:
         try:
