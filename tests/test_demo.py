@@ -5,20 +5,30 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("matplotlib")
+pytest.importorskip("av")
+pytest.importorskip("PIL")
 
 from ccnet.cli import demo
+from ccnet.cli.chain import WITHOUT_TORCH
 from ccnet.cli.main import main
 from ccnet.config import PRESETS, Config
+from ccnet.synthetic.videos import Appearance, Scene, draw_scenes, scene_annotations, write_scene
 from runtime.annotations import read_annotations
 from runtime.bundle import read_bundle
 from runtime.detections import read_events
+from runtime.files import write_json
+from runtime.video.container import ReadOptions, ReadReport
+from runtime.video.frames import read_frames
+from runtime.video.sound import read_sound
 
 
 @pytest.fixture
@@ -66,10 +76,39 @@ def test_a_step_that_fails_ends_the_demo(
 def test_predicting_happens_where_torch_cannot_be_imported() -> None:
     command = ["train", "--preset", "demo", "--annotations", "a", "--features", "f", "--out", "o"]
     done = subprocess.run(
-        [sys.executable, "-c", demo.WITHOUT_TORCH, str(Path(demo.__file__).parents[2]), *command],
+        [sys.executable, "-c", WITHOUT_TORCH, str(Path(demo.__file__).parents[2]), *command],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 2
     assert "needs the package 'torch'" in done.stderr
+
+
+def test_videos_of_the_demo_show_and_sound_what_their_annotations_say(tmp_path: Path) -> None:
+    scenes = draw_scenes({"train": 20}, seed=0)
+    kinds = [(part.seen, part.heard) for scene in scenes.values() for part in scene.appearances]
+    assert set(kinds) == {(True, True), (True, False), (False, True)}
+    write_json(tmp_path / "annotations.json", scene_annotations(scenes))
+    videos = read_annotations(tmp_path / "annotations.json").subset("train")
+    assert sum(len(video.labels) for video in videos) == kinds.count((True, True))
+
+    scene = Scene(
+        0,
+        8.0,
+        (
+            Appearance(0, 1.0, 3.0, seen=True, heard=True),
+            Appearance(1, 4.0, 5.0, seen=True, heard=False),
+            Appearance(2, 6.0, 7.0, seen=False, heard=True),
+        ),
+    )
+    assert [event.label for event in scene.events] == [0]
+    write_scene(tmp_path / "a.mp4", scene)
+    report = ReadReport()
+    frames = list(read_frames(str(tmp_path / "a.mp4"), 128, Fraction(25), ReadOptions(threads=1), report))
+    sound = np.concatenate(list(read_sound(str(tmp_path / "a.mp4"), ReadOptions(), report)))
+    assert len(frames) == 200
+    colourful = np.array([np.ptp(frame.astype(int), axis=2).max() > 100 for frame in frames])
+    assert colourful.tolist() == [25 <= index < 75 or 100 <= index < 125 for index in range(200)]
+    loud = np.array([np.abs(sound[round((k + 0.25) * 16000) : round((k + 0.75) * 16000)]).max() for k in range(8)])
+    assert ((loud > 0.2 * loud.max()) == [False, True, True, False, False, False, True, False]).all()

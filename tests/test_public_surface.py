@@ -26,7 +26,7 @@ ENGINE_OPTIONS = {
 PARITY_OPTIONS = {"--annotations", "--device", "--features", "--videos"}
 READ_OPTIONS = {"--decode-threads", "--max-duration", "--missing-audio", "--remote", "--timestamps"}
 OPTIONS: dict[str, set[str]] = {
-    "demo": {"--out"},
+    "demo": {"--out", "--video"},
     "synthesize": {
         *("--annotations", "--difficulty", "--dtype", "--json", "--limit", "--out", "--preset", "--seed"),
         *("--subset", "--workers"),

@@ -8,19 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
 import shlex
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from ccnet.cli.chain import Chain
 from ccnet.config import PRESETS, Config
-from runtime.errors import CCNetError
-
-log = logging.getLogger(__name__)
 
 GOAL = 0.60
 """Test mAP (Avg over tIoU 0.1:0.1:0.9) that the trained network has to reach."""
@@ -33,13 +26,6 @@ SEED = 0
 _CANDIDATES = 16
 """Videos that the picture is chosen from."""
 
-# A process in which `import torch` fails, as on a machine that has the lean runtime only.
-WITHOUT_TORCH = """import sys
-sys.path[0] = sys.argv.pop(1)  # in place of the current folder
-sys.modules['torch'] = None
-from ccnet.cli.main import main
-sys.exit(main(sys.argv[1:]))"""
-
 
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
@@ -49,22 +35,29 @@ def register(subparsers: Any) -> None:
         "exports it, predicts and evaluates in a process without PyTorch, measures its speed and draws one video. "
         f"Exit status 1 when the test mAP stays below {GOAL}.",
     )
-    parser.add_argument("--out", default="demo", metavar="DIR", help="folder for everything (default: %(default)s)")
+    parser.add_argument("--out", metavar="DIR", help="folder for everything (default: demo, or demo-video)")
+    parser.add_argument(
+        "--video",
+        action="store_true",
+        help="begin with video files: writes a few with sound, extracts their features with small networks of seeded "
+        "weights, trains, exports, predicts on other videos and evaluates",
+    )
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    out = Path(arguments.out)
-    if out.is_dir() and any(out.iterdir()) and not (out / "annotations.json").exists():
-        raise CCNetError(f"{out}: holds other files; give --out a new folder")
-    demo = _Demo(out, PRESETS[PRESET])
-    return demo.run()
+    if arguments.video:
+        from ccnet.cli.demo_video import VideoDemo
+
+        return VideoDemo(Path(arguments.out or "demo-video")).run()
+    return _Demo(Path(arguments.out or "demo"), PRESETS[PRESET]).run()
 
 
-class _Demo:
+class _Demo(Chain):
     """The steps, in the order in which they run. All files are in one folder."""
 
     def __init__(self, out: Path, config: Config) -> None:
-        self.out, self.config = out, config
+        super().__init__(out)
+        self.config = config
         self.annotations = out / "annotations.json"
         self.features = out / "features"
         self.training = out / "training"
@@ -72,18 +65,17 @@ class _Demo:
         self.events = out / "events.jsonl"
         self.scores = out / "evaluation.json"
         self.picture = out / "timeline.png"
-        self._begun = time.perf_counter()
 
     def run(self) -> int:
         self._synthesize()
         untrained = self._score_untrained()
         self._train()
         videos = ("--features", self.features, "--annotations", self.annotations)
-        self._command("export", self.training / "best", "--out", self.bundle, *videos)
+        self.command("export", self.training / "best", "--out", self.bundle, *videos)
         test = ("--annotations", self.annotations, "--subset", "test")
-        self._command("predict", self.bundle, "--features", self.features, *test, "--out", self.events, torch=False)
-        self._command("evaluate", self.events, *test, "--json", self.scores, torch=False)
-        self._command("bench", self.bundle, "--batches", 1, 4, "--seconds", 0.5, "--calls", 5, torch=False)
+        self.command("predict", self.bundle, "--features", self.features, *test, "--out", self.events, torch=False)
+        self.command("evaluate", self.events, *test, "--json", self.scores, torch=False)
+        self.command("bench", self.bundle, "--batches", 1, 4, "--seconds", 0.5, "--calls", 5, torch=False)
         self._draw()
 
         trained = float(json.loads(self.scores.read_text(encoding="utf-8"))["average_map"])
@@ -101,10 +93,10 @@ class _Demo:
         from runtime.files import write_json
 
         counts = ", ".join(f"{count} {subset}" for subset, count in VIDEOS.items())
-        self._log(f"{counts} videos with the durations and overlaps of UnAV-100: {self.annotations}")
+        self.log(f"{counts} videos with the durations and overlaps of UnAV-100: {self.annotations}")
         write_json(self.annotations, demo_annotations(VIDEOS, self.config.model.num_classes, seed=SEED))
         where = ("--annotations", self.annotations, "--out", self.features)
-        self._command("synthesize", "--preset", PRESET, *where, "--difficulty", DIFFICULTY, "--seed", SEED)
+        self.command("synthesize", "--preset", PRESET, *where, "--difficulty", DIFFICULTY, "--seed", SEED)
 
     def _score_untrained(self) -> float:
         """Return the test mAP of the network before any training."""
@@ -120,13 +112,13 @@ class _Demo:
             model = CCNet(self.config.model)
         spec = self.config.spec(annotations.labels)
         average = evaluate_network(model, spec, annotations, self.features, "test").average_map
-        self._log(f"the untrained network has a test mAP (Avg.) of {average:.3f}")
+        self.log(f"the untrained network has a test mAP (Avg.) of {average:.3f}")
         return average
 
     def _train(self) -> None:
         where = ("--annotations", self.annotations, "--features", self.features, "--out", self.training)
         resume = ("--resume",) if (self.training / "last").is_dir() else ()
-        self._command("train", "--preset", PRESET, *where, *resume)
+        self.command("train", "--preset", PRESET, *where, *resume)
 
     def _draw(self) -> None:
         """Draw the test video whose gates move most, among those with the most classes."""
@@ -160,25 +152,3 @@ class _Demo:
             gates=gates[video.video_id],
             shown=Shown(spec.time_base.fps, *synthesizer.presence(video)),
         )
-
-    def _command(self, *words: object, torch: bool = True) -> None:
-        """Run `ccnet ...`; `torch=False`: in a process of its own in which PyTorch can't be imported.
-
-        Raises CCNetError when it fails; the command has reported why.
-        """
-        from ccnet.cli.main import main
-
-        argv = [str(word) for word in words]
-        self._log(f"ccnet {' '.join(argv)}" + ("" if torch else "      (PyTorch can't be imported here)"))
-        if torch:
-            status = main(argv)
-        else:
-            ours = str(Path(__file__).resolve().parents[2])
-            process = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, ours, *argv], env=os.environ, check=False)
-            status = process.returncode
-        if status:
-            raise CCNetError(f"ccnet {argv[0]} ended with exit status {status}, expected 0")
-
-    def _log(self, line: str) -> None:
-        sys.stdout.flush()  # in a file that both streams go to, the order stays
-        log.info("\n[%5.1f s] %s", time.perf_counter() - self._begun, line)
