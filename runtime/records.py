@@ -24,7 +24,7 @@ LARGEST_FILE = 1 << 28
 
 _DEEPEST = 64
 _DIGITS = 40
-_LABEL_IDS = 1 << 20
+_LABEL_IDS = 100_000
 
 _PLAIN_NAME = re.compile(r"[^/\\\x00-\x1f\ud800-\udfff]+").fullmatch
 """A surrogate alone stands for a byte of a file name that is not UTF-8; no file can carry it on."""
