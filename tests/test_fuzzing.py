@@ -61,5 +61,7 @@ def test_faults_are_found(
     assert row.tried == 2
     assert all(name.startswith(kind) for name in found)
     assert len(found) == min(count, 1)
-    assert row.uncaught + row.messages + row.slow + row.memory == count
+    total = row.uncaught + row.messages + row.slow + row.memory
+    # what the allocator kept of the first read may serve the second one, which then adds nothing
+    assert total == count or (read is grows and total == 1)
     assert fuzzing.table([row.to_json()])[-1].split()[:2] == ["all", "2"]
