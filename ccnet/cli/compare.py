@@ -17,7 +17,7 @@ from ccnet.cli.options import (
     add_engine_arguments,
     add_json_output,
     engine_options_given,
-    open_localizer,
+    find_subset_events,
     positive,
     print_or_write,
 )
@@ -26,9 +26,8 @@ from ccnet.report.comparison import Method, compare
 from ccnet.report.published import CLASSES, TEST_VIDEOS, published_named, published_of
 from runtime.annotations import SUBSETS, Annotations, read_annotations
 from runtime.bundle import read_bundle
-from runtime.coverage import report_gaps
 from runtime.errors import CCNetError, ConfigError
-from runtime.evaluation import find_events, score_videos
+from runtime.evaluation import score_videos
 from runtime.formats.registry import holds_events, read_predictions
 
 log = logging.getLogger(__name__)
@@ -118,16 +117,7 @@ def _bundle(
         raise ConfigError(f"--features is missing: {path} is a bundle, which needs videos to run on")
     bundle = read_bundle(path)
     model = ModelConfig.from_json(bundle.manifest.model) if bundle.manifest.model else None
-    with open_localizer(arguments, path) as localizer:
-        found = find_events(
-            localizer,
-            arguments.features,
-            annotations.subset(arguments.subset),
-            batch_size=arguments.batch,
-            workers=arguments.workers,
-            quiet=arguments.quiet,
-        )
-    report_gaps(found.gaps, len(annotations.subset(arguments.subset)), bundle.spec.time_base)
+    found = find_subset_events(arguments, path, arguments.features, annotations)
     failed |= {f"{name}: {video_id}": error for video_id, error in found.failed.items()}
     scores = score_videos(found.predictions, annotations, arguments.subset)
     return Method(name, scores, model, published_of(model) if model else published_named(name))

@@ -10,16 +10,21 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from ccnet.config import PRESETS, Config, parse_overrides
 from ccnet.settings import RUN_KEYS, SettingsFile, read_settings
+from runtime.annotations import Annotations
 from runtime.backends.registry import BACKENDS
 from runtime.backends.select import OnMismatch
+from runtime.coverage import report_gaps
 from runtime.errors import ConfigError, printable
 from runtime.files import check_output_file, write_json
 from runtime.localizer import Localizer
 from runtime.pipeline import LongVideos
+
+if TYPE_CHECKING:
+    from runtime.evaluation import FoundEvents
 
 log = logging.getLogger(__name__)
 
@@ -175,3 +180,23 @@ def open_localizer(arguments: argparse.Namespace, bundle: str | Path | None = No
         long_videos=arguments.long_videos,
         window_overlap=arguments.window_overlap,
     )
+
+
+def find_subset_events(
+    arguments: argparse.Namespace, bundle: str | Path, features: str | Path, annotations: Annotations
+) -> FoundEvents:
+    """Run a bundle on the subset that the command line names, and log what features do not cover."""
+    from runtime.evaluation import find_events  # most commands with these options do without
+
+    videos = annotations.subset(arguments.subset)
+    with open_localizer(arguments, bundle) as localizer:
+        found = find_events(
+            localizer,
+            features,
+            videos,
+            batch_size=arguments.batch,
+            workers=arguments.workers,
+            quiet=arguments.quiet,
+        )
+        report_gaps(found.gaps, len(videos), localizer.spec.time_base)
+    return found

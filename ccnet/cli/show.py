@@ -18,17 +18,16 @@ from ccnet.cli.options import (
     add_engine_arguments,
     add_json_argument,
     engine_options_given,
-    open_localizer,
+    find_subset_events,
     output_file,
     positive,
     print_result,
 )
 from runtime.annotations import SUBSETS, Annotations, read_annotations
 from runtime.bundle import Bundle, read_bundle
-from runtime.coverage import report_gaps, video_list
+from runtime.coverage import video_list
 from runtime.detections import Detections
 from runtime.errors import CCNetError, ConfigError
-from runtime.evaluation import find_events
 from runtime.files import atomic_file
 from runtime.formats.registry import holds_events, read_predictions
 
@@ -117,17 +116,7 @@ class _Source:
     def predictions(self, annotations: Annotations) -> dict[str, Detections]:
         if self.bundle is None:
             return read_predictions(self.path, annotations.labels)
-        arguments = argparse.Namespace(**vars(self.arguments) | {"bundle": self.path})
-        with open_localizer(arguments) as localizer:
-            made = find_events(
-                localizer,
-                self.features,
-                annotations.subset(arguments.subset),
-                batch_size=arguments.batch,
-                workers=arguments.workers,
-                quiet=arguments.quiet,
-            )
-            report_gaps(made.gaps, len(made.predictions) + len(made.failed), localizer.spec.time_base)
+        made = find_subset_events(self.arguments, self.path, self.features, annotations)
         self.failed = dict(made.failed)
         if self.failed:
             log.warning("%s: %d videos failed:\n%s", self.path, len(self.failed), video_list(self.failed))
