@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from ccnet.config import Config
 from ccnet.version import __version__
 from runtime.errors import CheckpointError, ConfigError
-from runtime.files import atomic_folder, sha256_file, write_json
+from runtime.files import sha256_file, write_json
+from runtime.folders import atomic_folder
 from runtime.packages import distribution_of, missing
 from runtime.records import BadRecord, read_json
 from runtime.schema import quote, show

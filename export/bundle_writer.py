@@ -27,7 +27,8 @@ from runtime.bundle import (
     read_bundle,
 )
 from runtime.errors import BundleError
-from runtime.files import atomic_folder, sha256_file, write_json
+from runtime.files import sha256_file, write_json
+from runtime.folders import atomic_folder
 from runtime.records import BadRecord, get_values, read_json
 from runtime.schema import show
 from runtime.spec import ModelSpec

@@ -15,13 +15,14 @@ import torch
 from builders import SMALLEST as CONFIG
 from builders import SMALLEST_LABELS as LABELS
 
-import runtime.files
+import runtime.folders
 from ccnet import load_checkpoint, save_checkpoint
 from ccnet.checkpoint import MANIFEST, WEIGHTS, read_checkpoint
 from ccnet.config import Config, ModelConfig
 from ccnet.network.model import CCNet
 from runtime.errors import CheckpointError, ConfigError
-from runtime.files import recover_folder, sha256_file
+from runtime.files import sha256_file
+from runtime.folders import recover_folder
 
 
 def make_model(seed: int = 0, config: Config = CONFIG) -> CCNet:
@@ -182,7 +183,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(
         return original(*arguments)
 
     monkeypatch.setattr(os, function, fail)
-    monkeypatch.setattr(runtime.files, "exchange", lambda *_: False)  # as where a system has none
+    monkeypatch.setattr(runtime.folders, "exchange", lambda *_: False)  # as where a system has none
     if (function, failing_call) == ("fsync", 3):  # there are only two: nothing fails
         save_checkpoint(folder, make_model(1), config=CONFIG, labels=LABELS)
         assert same_weights(load_checkpoint(folder), make_model(1))
@@ -211,7 +212,7 @@ def test_a_kill_while_writing(folder: Path, function: str, fatal_call: int, befo
     child = os.fork()
     if child == 0:
         setattr(os, function, fatal)
-        runtime.files.exchange = lambda *_: False  # as where a system has none
+        runtime.folders.exchange = lambda *_: False  # as where a system has none
         save_checkpoint(folder, model, config=CONFIG, labels=LABELS)
         os._exit(0)
     _, status = os.waitpid(child, 0)

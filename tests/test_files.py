@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import runtime.files
-from runtime.files import atomic_file, atomic_folder, sha256_file, write_json
+import runtime.folders
+from runtime.files import atomic_file, sha256_file, write_json
+from runtime.folders import atomic_folder
 
 
 def test_a_finished_write_replaces_the_file(tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_a_kill_around_the_exchange_leaves_a_whole_folder(tmp_path: Path, moment
         (folder / "a").write_text("old")
     child = os.fork()
     if child == 0:
-        original = runtime.files.exchange
+        original = runtime.folders.exchange
 
         def fatal(first: Path, second: Path) -> bool:
             if moment == "after":
@@ -119,7 +120,7 @@ def test_a_kill_around_the_exchange_leaves_a_whole_folder(tmp_path: Path, moment
             os.kill(os.getpid(), signal.SIGKILL)
             return True
 
-        runtime.files.exchange = fatal
+        runtime.folders.exchange = fatal
         with atomic_folder(target) as folder:
             (folder / "a").write_text("new")
         os._exit(0)

@@ -406,7 +406,7 @@ def test_a_bad_validation_video_does_not_cost_the_epoch(data: Data, tmp_path: Pa
 
 HOLD = """
 import sys, time
-from runtime.files import locked_folder
+from runtime.folders import locked_folder
 with locked_folder(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

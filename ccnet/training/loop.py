@@ -35,7 +35,8 @@ from ccnet.training.validation import evaluate_network
 from runtime.annotations import Annotations, read_annotations
 from runtime.errors import AnnotationError, CCNetError, CheckpointError, Interrupted, TrainingError
 from runtime.evaluation import Evaluation
-from runtime.files import FolderInUse, locked_folder, sha256_file
+from runtime.files import sha256_file
+from runtime.folders import FolderInUse, locked_folder
 from runtime.progress import Progress
 from runtime.signals import StopRequest
 

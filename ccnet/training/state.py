@@ -24,7 +24,8 @@ from ccnet.checkpoint import (
 from ccnet.config import Config
 from ccnet.training.learner import Learner
 from runtime.errors import CheckpointError, ConfigError
-from runtime.files import atomic_folder, recover_folder, sha256_file, write_json
+from runtime.files import sha256_file, write_json
+from runtime.folders import atomic_folder, recover_folder
 from runtime.records import BadRecord, read_json
 from runtime.schema import require, section_from_json
 

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from runtime.files import is_zombie, link_exclusively
+from runtime.files import link_exclusively
+from runtime.temporaries import is_zombie
 
 BEAT_SECONDS = 20.0
 EXPIRES_SECONDS = 180.0

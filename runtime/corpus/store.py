@@ -17,8 +17,9 @@ from typing import IO, Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from runtime.errors import ConfigError
-from runtime.files import atomic_file, create_file, remove_abandoned
+from runtime.files import atomic_file, create_file
 from runtime.packages import import_package
+from runtime.temporaries import remove_abandoned
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[a-z0-9]+)*://").match
 

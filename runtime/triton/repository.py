@@ -20,7 +20,8 @@ import numpy as np
 from runtime.backends.registry import REGISTRY
 from runtime.bundle import Bundle, Engine, Format, ModelFile
 from runtime.errors import BackendUnavailable, BundleError, ConfigError
-from runtime.files import atomic_folder, write_json
+from runtime.files import write_json
+from runtime.folders import atomic_folder
 from runtime.schema import require, show
 from runtime.spec import INPUT_TYPES, LENGTHS, ModelSpec
 from runtime.triton.config import DataType, Kind, ServedModel, Step, TensorConfig
