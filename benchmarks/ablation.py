@@ -26,32 +26,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.networks import SMALL
 from benchmarks.results import RESULTS, Measurement, markdown_table, write_result
 from ccnet.cli.logs import reporting
-from ccnet.config import Config, LossConfig, ModelConfig, TrainConfig, with_overrides
+from ccnet.config import LossConfig, TrainConfig, with_overrides
 from ccnet.synthetic.features import SynthesisSettings
 from runtime.files import write_json
 from runtime.machine import machine_facts
-from runtime.spec import TimeBase
 
 log = logging.getLogger("benchmarks")
 
 WORK = Path(__file__).resolve().parents[1] / "build" / "ablation"
 TIOU = (0.5, 0.6, 0.7, 0.8, 0.9)
 
-CONFIG = Config(
-    model=ModelConfig(
-        length=64,
-        levels=4,
-        visual_dim=48,
-        audio_dim=16,
-        dim=32,
-        heads=4,
-        self_layers=1,
-        num_classes=4,
-        head_dim=32,
-        tdm_dim=8,
-    ),
+CONFIG = dataclasses.replace(
+    SMALL,
     train=TrainConfig(
         epochs=15,
         warmup_epochs=1,
@@ -62,7 +51,6 @@ CONFIG = Config(
         validate_every=1000,  # only after the last epoch
     ),
     loss=LossConfig(normalizer=100.0),
-    time_base=TimeBase(fps=25.0, stride_frames=24.0, window_frames=24.0),
 )
 """Videos of 10 to 60 s in steps of 0.96 s."""
 SYNTHESIS = SynthesisSettings(seed=1, signal=10.0, distractors=2.0, distractor_strength=1.75, tails=0.5)

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.networks import labels, random_network
+from benchmarks.networks import SMALL, labels, random_network
 from benchmarks.results import markdown_table
 from ccnet.cli.logs import reporting
-from ccnet.config import Config, ModelConfig
+from ccnet.config import with_overrides
 from ccnet.network.layers import CrossAttention, MaskedConv1d
 from ccnet.network.model import CCNet
 from ccnet.torch_backend import TorchBackend
@@ -42,26 +42,12 @@ from export.parity.tolerances import TOLERANCES, tolerance, torch_dtype
 from runtime.backends.base import BaseBackend, Float32, Int32
 from runtime.backends.registry import Precision
 from runtime.files import atomic_file
-from runtime.spec import ModelSpec, TimeBase
+from runtime.spec import ModelSpec
 
 log = logging.getLogger("benchmarks")
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "parity.md"
-CONFIG = Config(
-    model=ModelConfig(
-        length=64,
-        levels=4,
-        visual_dim=48,
-        audio_dim=16,
-        dim=32,
-        heads=4,
-        self_layers=1,
-        num_classes=8,
-        head_dim=32,
-        tdm_dim=8,
-    ),
-    time_base=TimeBase(fps=25.0, stride_frames=24.0, window_frames=24.0),
-)
+CONFIG = with_overrides(SMALL, {"model.num_classes": "8"})
 JUDGED: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 _ROUNDING = 2e-6
 """Between two orders of summation in float32, the outputs of these networks differ by less."""

@@ -20,11 +20,11 @@ from ccnet.training.dataset import (
     Collate,
     EpochBatches,
     Sample,
-    TrainingLoader,
     TrainingVideos,
     check_folder,
     crop,
 )
+from ccnet.training.loader import TrainingLoader
 from runtime.annotations import VideoAnnotation
 from runtime.errors import FeatureError
 from runtime.features import read_video
@@ -257,7 +257,7 @@ def test_a_kept_error_does_not_keep_the_process(folder: Folder) -> None:
 import sys
 import numpy as np
 from ccnet.config import Config, ModelConfig, TrainConfig
-from ccnet.training.dataset import TrainingLoader
+from ccnet.training.loader import TrainingLoader
 from runtime.annotations import VideoAnnotation
 
 model = ModelConfig(length=64, visual_dim=6, audio_dim=4, dim=8, heads=2, num_classes=3, head_dim=8, tdm_dim=4)

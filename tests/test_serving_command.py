@@ -23,8 +23,10 @@ import numpy as np
 import pytest
 from builders import features_with, make_bundle, write_features
 
+import benchmarks.served
 from benchmarks import serving as benchmark
 from benchmarks.compare import compare
+from benchmarks.served import Setting
 from benchmarks.serving_load import exchange, run_load
 from ccnet.cli.main import main
 from runtime.errors import ConfigError
@@ -202,8 +204,8 @@ def test_the_benchmark_runs_and_finds_nothing_lost_or_wrong(bundle: Path, tmp_pa
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "SERVERS", servers)
-        patch.setattr(benchmark, "KILLED_EVERY", 0.5)
-        path = benchmark.run(benchmark.Setting(bundle, tmp_path, rules, 1, 20, 2000, 0.5))
+        patch.setattr(benchmarks.served, "KILLED_EVERY", 0.5)
+        path = benchmark.run(Setting(bundle, tmp_path, rules, 1, 20, 2000, 0.5))
     data = json.loads(path.read_text())
     assert len(compare(data, data)) == len(data["measurements"])
     assert path.with_suffix(".md").read_text().startswith("# Server")

@@ -24,9 +24,10 @@ import torch
 
 from ccnet.checkpoint import save_checkpoint
 from ccnet.config import Config
-from ccnet.training.dataset import Batch, TrainingLoader, check_folder, check_shared_memory
+from ccnet.training.dataset import Batch, check_folder
 from ccnet.training.journal import LOSS_COLUMNS, Journal, Row
 from ccnet.training.learner import Learner, choose_device, describe_device
+from ccnet.training.loader import TrainingLoader, check_shared_memory
 from ccnet.training.memory import check_memory
 from ccnet.training.optimizer import learning_rate
 from ccnet.training.pictures import ValidationPictures
