@@ -37,7 +37,7 @@ soak: setup ## SOAK mutations of each kind of file, kills at CALLS calls of each
 	CCNET_FUZZ=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist load tests/test_fuzz.py --durations=0
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py --kills $(CALLS)
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
-	CCNET_KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_corpus_kills.py
+	CCNET_KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_corpus_kills.py tests/test_corpus_ray.py
 
 check: style types imports site containers ## all that can be checked without running the code
 

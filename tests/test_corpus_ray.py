@@ -6,6 +6,7 @@ Ray binds all interfaces, so every test runs it in a network namespace of its ow
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from builders import features_with, make_bundle, write_features
+from corpus_kills import below
 
 from ccnet.cli.main import main
 from runtime.errors import MissingDependency
@@ -24,6 +26,7 @@ from runtime.packages import import_package
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+HERE = Path(__file__).parent
 COUNT = 60
 SIZE = 3
 
@@ -51,8 +54,15 @@ def test_actors_and_nodes_that_die_cost_their_shards(tmp_path: Path) -> None:
     source = ["predict", str(bundle), "--features", str(features), "--quiet", "--out"]
     assert main([*source, str(tmp_path / "whole.jsonl")]) == 0
 
+    # What the current folder holds is not taken for code.
+    trap = tmp_path / "trap"
+    for name in ("runtime", "numpy", "orjson", "onnxruntime"):
+        (trap / name).mkdir(parents=True)
+        (trap / name / "__init__.py").write_text(f"open({str(tmp_path / 'taken')!r}, 'a').write({name!r})")
+
     slow = (  # slow enough for an actor to be caught at work
-        "import sys, time; import runtime.corpus.ray_pool as pool; from ccnet.cli.main import main\n"
+        f"import sys; sys.path[0] = {str(HERE.parent)!r}\n"
+        "import time; import runtime.corpus.ray_pool as pool; from ccnet.cli.main import main\n"
         "class Slow(pool.RayActor):\n"
         "    def process(self, shard, careful):\n"
         "        time.sleep(0.3)\n"
@@ -66,7 +76,7 @@ def test_actors_and_nodes_that_die_cost_their_shards(tmp_path: Path) -> None:
 
     # Two actors are killed, and then what keeps the only node alive; the next command does what is left.
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with log.open("w") as stream, subprocess.Popen(command, stderr=stream, env=environment) as driver:
+    with log.open("w") as stream, subprocess.Popen(command, stderr=stream, env=environment, cwd=trap) as driver:
         try:
             victims = [b"ray::Slow", b"ray::Slow", b"ray::DashboardAgent"]
             deadline = time.monotonic() + 120
@@ -87,24 +97,25 @@ def test_actors_and_nodes_that_die_cost_their_shards(tmp_path: Path) -> None:
     assert "the node of the Ray cluster died; run the same command again" in said
     assert 0 < len(list(out.glob("done/*.json"))) < COUNT / SIZE
 
-    subprocess.run(command, check=True, timeout=120, env=environment)
+    subprocess.run(command, check=True, timeout=120, env=environment, cwd=trap)
     shards = b"".join(path.read_bytes() for path in sorted(out.glob("shards/*")))
     assert shards == (tmp_path / "whole.jsonl").read_bytes()
     assert not list(out.rglob(".*"))
+    assert not (tmp_path / "taken").exists()
 
 
-def below(pid: int, name: bytes) -> list[int]:
-    """Return the processes of a name that descend from a process."""
-    found, waiting = [], [pid]
-    while waiting:
-        parent = waiting.pop()
-        try:
-            waiting += map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
-            if Path(f"/proc/{parent}/cmdline").read_bytes().startswith(name):
-                found.append(parent)
-        except OSError:
-            continue
-    return found
+def test_each_video_exactly_once_after_random_kills(tmp_path: Path) -> None:
+    """Actors and drivers; see tests/corpus_kills.py. Each driver starts a cluster, so this is for `make soak` alone."""
+    if "CCNET_KILLS" not in os.environ:
+        pytest.skip("takes minutes; CCNET_KILLS, the number of kills, asks for it")
+    kills, seed = int(os.environ["CCNET_KILLS"]), os.environ.get("CCNET_FUZZ_SEED", "0")
+    options = ["--kills", str(kills), "--seed", seed, "--seconds", str(120 + 20 * kills)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [*inside(), sys.executable, str(HERE / "corpus_kills.py"), str(tmp_path), *options]
+    done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE)
+    killed = json.loads(done.stdout.splitlines()[-1])
+    assert killed["driver"] >= kills // 3
+    assert killed["worker"] > 0
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

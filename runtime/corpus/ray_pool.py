@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import queue
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from runtime.corpus.pools import take
@@ -85,11 +88,14 @@ class RayPool:
         self._ray = import_package("ray", "--on ray")
         try:
             address = os.environ.get("RAY_ADDRESS")
-            self._one_node = address is None
-            if address is None:  # said so: else Ray would wait for a cluster that it remembers
-                self._ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="warning")
-            else:
-                self._ray.init(address=address, log_to_driver=False, logging_level="warning")
+            self._one_node = not address
+            with _own_folder():
+                self._ray.init(
+                    address=address or "local",  # said so: else Ray would wait for a cluster that it remembers
+                    include_dashboard=None if address else False,
+                    log_to_driver=False,
+                    logging_level="warning",
+                )
             resources = self._ray.cluster_resources()
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise EngineError(f"--on ray: no cluster ({error})") from None
@@ -162,6 +168,17 @@ class RayPool:
         for actor in self._actors.values():
             self._ray.kill(actor)
         self._ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[None]:
+    """Be in the folder that holds this program: Ray puts the current one first on the module path of its workers."""
+    before = os.getcwd()
+    os.chdir(Path(__file__).resolve().parents[2])
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _first_line(error: BaseException) -> str:
