@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -176,6 +177,77 @@ def test_a_public_client() -> None:
         with pytest.raises(client.InferenceServerException, match="audio: missing"):
             triton.infer("localizer", given[:1])
         triton.close()
+
+
+def test_the_wire_format_of_kserve_s_client(served: Running) -> None:
+    """What `kserve.InferenceRESTClient` 0.21 sends, to the byte, and what it reads of the answers."""
+    for path, key in (("live", "live"), ("ready", "ready")):
+        answer = served.ask("GET", f"/v2/health/{path}")
+        assert answer.json()[key] is True
+    features = video(2)
+    expected = direct(features)
+    shapes = [("visual", features.visual), ("audio", features.audio)]
+    head = b'{"id":"7","model_name":"localizer","inputs":['
+    binary = [
+        b'{"name":"%s","shape":[%d,%d],"datatype":"FP32","parameters":{"binary_data_size":%d}}'
+        % (name.encode(), *array.shape, array.nbytes)
+        for name, array in shapes
+    ]
+    data = features.visual.tobytes() + features.audio.tobytes()
+    names = ("segments", "scores", "labels")
+    outputs = b",".join(b'{"name":"%s","parameters":{"binary_data":true}}' % name.encode() for name in names)
+    for end in (b'],"parameters":{"binary_data_output":true}}', b'],"outputs":[' + outputs + b"]}"):
+        text = head + b",".join(binary) + end
+        headers = {HEADER.lower(): str(len(text)), "content-type": "application/octet-stream"}
+        answer = served.ask("POST", "/v2/models/localizer/infer", text + data, headers)
+        assert events_of(answer) == expected
+        length = int(answer.headers[HEADER.lower()])
+        response = json.loads(answer.body[:length])
+        assert (response["id"], response["model_name"]) == ("7", "localizer")
+        assert all({"name", "shape", "datatype", "parameters"} == entry.keys() for entry in response["outputs"])
+    inputs = [
+        {"name": name, "shape": list(array.shape), "datatype": "FP32", "data": array.ravel().tolist()}
+        for name, array in shapes
+    ]
+    body = {"id": "7", "model_name": "localizer", "inputs": inputs, "parameters": {"binary_data_output": False}}
+    answer = served.ask("POST", "/v2/models/localizer/infer", body, {"content-type": "application/json"})
+    assert events_of(answer) == expected
+    assert HEADER.lower() not in answer.headers
+    refused = served.ask("POST", "/v2/models/localizer/infer", {**body, "inputs": inputs[:1]})
+    assert refused.headers["content-type"] == "application/json"  # or the client does not show the message
+    assert "audio: missing" in refused.json()["error"]
+
+
+def test_kserve_s_own_client(served: Running) -> None:
+    kserve = pytest.importorskip("kserve", reason="the package kserve is not installed", exc_type=ImportError)
+    base = f"http://{served.host}:{served.port}"
+
+    def request(model: str, tensors: dict[str, Any], binary: bool) -> Any:
+        inputs = []
+        for name, array in tensors.items():
+            kind = {"<f4": "FP32", "<f8": "FP64", "<i4": "INT32"}[array.dtype.str]
+            inputs.append(kserve.InferInput(name, list(array.shape), kind))
+            inputs[-1].set_data_from_numpy(array, binary_data=binary)
+        return kserve.InferRequest(model, inputs, parameters={"binary_data_output": binary})
+
+    async def talk() -> None:
+        async with kserve.InferenceRESTClient(kserve.RESTConfig(protocol="v2")) as client:
+            assert await client.is_server_live(base)
+            assert await client.is_server_ready(base)
+            assert await client.is_model_ready(base, "localizer")
+            assert not await client.is_model_ready(base, "other")
+            for binary in (True, False):
+                asked = request("localizer", localizer_tensors(video(2), 18.0), binary)
+                found = await client.infer(base, asked, "localizer")
+                segments, names = (found.get_output_by_name(name).as_numpy() for name in ("segments", "label_names"))
+                expected = direct(video(2), 18.0)
+                assert segments.tolist() == [event["segment"] for event in expected]
+                assert names.tolist() == [event["label"] for event in expected]
+                found = await client.infer(base, request("network", rows(2, 0), binary), "network")
+                logits = found.get_output_by_name("logits").as_numpy()
+                np.testing.assert_array_equal(logits, oracle(*rows(2, 0).values())[0])
+
+    asyncio.run(talk())
 
 
 # Batches
