@@ -198,6 +198,45 @@ def test_parquet(bundle: Path, features: Path, tmp_path: Path) -> None:
     assert whole == [row for table in tables for row in table.to_pylist()]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_complete_run_is_scored_like_the_file_of_its_events(
+    kind: str, bundle: Path, features: Path, tmp_path: Path, capsys: Any
+) -> None:
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+    own = tmp_path / "features"
+    shutil.copytree(features, own)
+    (own / "v03_heard.npy").unlink()
+    annotation = {"duration": 7.0, "subset": "test", "annotations": [{"segment": [1, 3], "label": "dog"}]}
+    truth = tmp_path / "annotations.json"
+    truth.write_text(json.dumps({"database": {f"v{i:02d}": annotation for i in range(COUNT)}}))
+    run, whole = tmp_path / "run", tmp_path / f"whole.{kind}"
+    options = ("--format", kind, *SIZED)
+    assert predict(bundle, own, run, *options) == predict(bundle, own, whole, *options) == 1
+    labels = ("--annotations", str(truth), "--classes", str(bundle))
+
+    def scores(source: Path, status: int) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main(["evaluate", str(source), *labels, "--json"]) == status
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        del found["source"]
+        return found
+
+    found, expected = scores(run, 1), scores(whole, 0)
+    assert list(found.pop("failed")) == ["v03"]  # as with a bundle: known to be bad, and not only absent
+    assert expected.pop("failed") == {}
+    assert found == expected
+
+    (run / "done" / "000001.json").rename(tmp_path / "receipt")
+    assert main(["evaluate", str(run), *labels]) == 2
+    assert "1 of 8 shards (000001) with 5 of 40 videos are missing" in capsys.readouterr().err
+    (tmp_path / "receipt").rename(run / "done" / "000001.json")
+    with (run / "shards" / f"000006.{kind}").open("ab") as stream:
+        stream.write(b"\n")
+    assert main(["evaluate", str(run), *labels]) == 2
+    assert f"000006.{kind}: altered since it was written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["events.jsonl", "events.parquet", "run"])
 def test_a_killed_run_goes_on_and_makes_the_same_bytes(
     name: str, bundle: Path, features: Path, tmp_path: Path, expected: bytes

@@ -7,6 +7,7 @@ found), 2 when it could not be done at all.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from ccnet.cli.options import (
 )
 from runtime.annotations import SUBSETS, read_annotations, read_class_list
 from runtime.bundle import read_bundle
+from runtime.corpus.run import open_run
 from runtime.coverage import report_gaps
-from runtime.errors import ConfigError, PredictionError
+from runtime.errors import ConfigError, PredictionError, VideoFailed
 from runtime.evaluation import Evaluation, evaluate, evaluate_localizer
 from runtime.formats.registry import add_classes, holds_events, read_predictions
 
@@ -35,7 +37,8 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "bundle",
         metavar="BUNDLE|EVENTS",
-        help="bundle folder, or events in any format that 'ccnet convert' reads and that has scores",
+        help="bundle folder, events in any format that 'ccnet convert' reads and that has scores, or the folder of a "
+        "complete corpus run",
     )
     parser.add_argument("--annotations", required=True, metavar="F", help="annotation file")
     parser.add_argument("--subset", default="test", choices=SUBSETS, help="default: test")
@@ -103,4 +106,8 @@ def _score_events(arguments: argparse.Namespace) -> Evaluation:
             raise
         annotations = read_annotations(arguments.annotations, labels)
         predictions = read_predictions(arguments.bundle, labels)
-    return evaluate(predictions, annotations, arguments.subset)
+    evaluation = evaluate(predictions, annotations, arguments.subset)
+    run = open_run(arguments.bundle)
+    scored = {video.video_id for video in annotations.subset(arguments.subset)}
+    bad = {} if run is None else {v: VideoFailed(text) for v, text in run.summary().failed.items() if v in scored}
+    return dataclasses.replace(evaluation, failed=bad)

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.corpus.claims import Claims, FileClaims, NoClaims
-from runtime.corpus.plan import CLAIMS, DONE, FAILED, SHARDS, Plan, done_file
+from runtime.corpus.plan import CLAIMS, DONE, FAILED, SHARDS, Plan, done_file, read_plan
 from runtime.corpus.schedule import ATTEMPTS, Advanced, Died, Done, Event, Pool, ShardQueue, drive
 from runtime.corpus.store import LocalStore, Store, join_location, whole_file
 from runtime.corpus.worker import Receipt
@@ -171,6 +172,26 @@ class Run:
                 for content in self._contents():
                     stream.write(content)
 
+    def shard_files(self) -> list[str]:
+        """Return the paths or URLs of all shards, in order.
+
+        Raises PredictionError for a run that is not complete, with what is missing, or that was altered.
+        """
+        where = self.store.location
+        if self.left:
+            missing = sum(map(self.plan.videos_of, self.left))
+            first = ", ".join(f"{shard:06d}" for shard in self.left[:3]) + (", ..." if len(self.left) > 3 else "")
+            raise PredictionError(
+                f"{where}: a run that is not complete: {len(self.left)} of {self.plan.shards} shards ({first}) with "
+                f"{missing} of {self.plan.videos} videos are missing; the command that began it goes on with it"
+            )
+        names = [self.plan.shard_file(shard) for shard in range(self.plan.shards)]
+        for shard, name in enumerate(names):
+            receipt = self._receipt(shard)
+            if receipt is None or hashlib.sha256(self.store.read(name)).hexdigest() != receipt.sha256:
+                raise PredictionError(f"{where}/{name}: altered since it was written; delete it and repeat the command")
+        return [join_location(where, name) for name in names]
+
     def _contents(self) -> Iterator[bytes]:
         for shard in range(self.plan.shards):
             receipt = self._receipt(shard)
@@ -225,6 +246,13 @@ class Run:
 
 def _gave_up_file(shard: int) -> str:
     return f"{DONE}/{shard:06d}{_GAVE_UP}"
+
+
+def open_run(folder: str | os.PathLike[str]) -> Run | None:
+    """Return the run that a local folder holds; None where it is no run's. Raises ConfigError for a damaged plan."""
+    store = LocalStore(folder)
+    plan = read_plan(store) if store.folder.is_dir() else None
+    return None if plan is None else Run(store, plan)
 
 
 class _Drive:

@@ -1,6 +1,7 @@
 """The table of formats that events are read from and written to, and what each can hold.
 
-A format of one video a file has folders of such files beside single ones; a file is then called after its video.
+A format of one video a file has folders of such files beside single ones; a file is then called after its video. The
+folder of a corpus run is read as its shards, once it is complete.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from runtime.bundle import MANIFEST
+from runtime.corpus.plan import PLAN
+from runtime.corpus.run import open_run
 from runtime.detections import Detections, read_events
 from runtime.errors import ConfigError, PredictionError
 from runtime.files import atomic_file, is_stream
@@ -177,10 +180,15 @@ def format_of(path: str | Path, name: str | None = None) -> Format:
         return FORMATS[name]
     path = Path(path)
     if path.is_dir():
-        return _format_of_folder(path)
+        run = open_run(path)
+        return _format_of_folder(path) if run is None else _of_suffix(f".{run.plan.settings.format}")
     suffix = path.suffix.lower()
     if suffix == ".json":
         return _format_of_json(path)
+    return _of_suffix(suffix)
+
+
+def _of_suffix(suffix: str) -> Format:
     return next((format for format in FORMATS.values() if format.suffix == suffix), FORMATS["events"])
 
 
@@ -231,7 +239,9 @@ def _formats_in(folder: Path) -> list[str]:
 
 
 def holds_events(folder: Path) -> bool:
-    """Return whether a folder is one of files with events: no bundle, nor a part of one, and no features."""
+    """Return whether a folder is one of files with events, or a corpus run: no bundle or part of one, no features."""
+    if (folder / PLAN).is_file():
+        return True
     if (folder / MANIFEST).exists() or not _formats_in(folder):
         return False
     return not any(Path(name).suffix.lower() in _OF_OTHER_FOLDERS for name in os.listdir(folder))
@@ -240,17 +250,24 @@ def holds_events(folder: Path) -> bool:
 def read_videos(path: str | Path, format: Format) -> list[Video]:
     """Read a file, or a folder of a format of one video a file. Raises PredictionError naming file and place."""
     path = Path(path)
-    files = [path]
-    if path.is_dir() and format.one_video:
-        files = sorted(path / name for name in os.listdir(path) if name.lower().endswith(format.suffix))
-        if not files:
-            raise PredictionError(f"{path}: has no *{format.suffix} file")
     videos: list[Video] = []
-    for file in files:
+    for file in _files_of(path, format):
         with _refusing(file, format):
             videos += format.read(file)
     with _refusing(path, format):
         return check_videos(videos)
+
+
+def _files_of(path: Path, format: Format) -> list[Path]:
+    """Return the files that a path stands for: itself, those of a folder, or the shards of a run."""
+    if (run := open_run(path)) is not None:
+        return list(map(Path, run.shard_files()))
+    if not (path.is_dir() and format.one_video):
+        return [path]
+    files = sorted(path / name for name in os.listdir(path) if name.lower().endswith(format.suffix))
+    if not files:
+        raise PredictionError(f"{path}: has no *{format.suffix} file")
+    return files
 
 
 @contextlib.contextmanager
@@ -317,7 +334,8 @@ def read_predictions(path: str | Path, labels: Sequence[str], name: str | None =
     """
     format = format_of(path, name)
     if format.name == "events":
-        return read_events(path, labels)
+        parts = [read_events(file, labels) for file in _files_of(Path(path), format)]
+        return {video_id: found for part in parts for video_id, found in part.items()}
     if "scores" not in format.carries:
         raise PredictionError(f"{path}: holds {format.title}, which has no scores; expected predicted events")
     try:
