@@ -48,8 +48,8 @@ def register(subparsers: Any) -> None:
     add_json_argument(parser)
 
 
-def add_extractor_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """Declare the extractor and how videos are read; shared with `ccnet predict`."""
+def add_extractor_arguments(parser: argparse.ArgumentParser, *, required: bool, remote: bool = True) -> None:
+    """Declare the extractor and how videos are read, URLs too where `remote`; `ccnet predict` and `serve` share it."""
     group = parser.add_argument_group("videos")
     group.add_argument("--extractor", required=required, metavar="E", help="extractor folder (ccnet import-extractor)")
     group.add_argument(
@@ -68,7 +68,8 @@ def add_extractor_arguments(parser: argparse.ArgumentParser, *, required: bool) 
         "--max-duration", type=seconds, default=4 * 3600.0, metavar="S", help="refuse longer videos (default: 14400)"
     )
     group.add_argument("--decode-threads", type=positive, metavar="N", help="threads that decode (default: the cores)")
-    group.add_argument("--remote", action="store_true", help="open http and https URLs too")
+    if remote:
+        group.add_argument("--remote", action="store_true", help="open http and https URLs too")
 
 
 def read_options(arguments: argparse.Namespace) -> ReadOptions:
@@ -78,7 +79,7 @@ def read_options(arguments: argparse.Namespace) -> ReadOptions:
     return ReadOptions(
         missing_audio=arguments.missing_audio,
         timestamps=arguments.timestamps,
-        remote=arguments.remote,
+        remote=getattr(arguments, "remote", False),
         longest_seconds=arguments.max_duration,
         threads=arguments.decode_threads,
     )

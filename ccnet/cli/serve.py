@@ -12,11 +12,12 @@ import os
 from collections.abc import Iterator
 from typing import Any, cast
 
+from ccnet.cli.extract import add_extractor_arguments, read_options
 from ccnet.cli.options import add_engine_arguments, open_localizer, positive, seconds
 from runtime.backends.base import BaseBackend
 from runtime.errors import ConfigError
 from runtime.localizer import Localizer
-from runtime.serving.options import MIB, Limits, ServerOptions
+from runtime.serving.options import MIB, ExtractorOptions, Limits, ServerOptions
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,20 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="no access log")
     add_engine_arguments(parser)
+    add_extractor_arguments(parser, required=False, remote=False)
+    parser.add_argument(
+        "--extractions", type=positive, metavar="N", help="videos that are extracted at a time (default: 1)"
+    )
+    parser.add_argument(
+        "--max-video", type=positive, default=Limits.video_bytes // MIB, metavar="MIB", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--video-timeout",
+        type=seconds,
+        default=Limits.video_seconds,
+        metavar="S",
+        help="for the answer to a video (default: 3600)",
+    )
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -99,6 +114,8 @@ def _options(arguments: argparse.Namespace) -> ServerOptions:
         memory_bytes=max(Limits.memory_bytes, 2 * arguments.max_body * MIB),
         connections=arguments.max_connections,
         request_seconds=arguments.timeout,
+        video_bytes=arguments.max_video * MIB,
+        video_seconds=arguments.video_timeout,
     )
     return ServerOptions(
         host=arguments.host,
@@ -109,7 +126,19 @@ def _options(arguments: argparse.Namespace) -> ServerOptions:
         batch=arguments.batch,
         max_wait=arguments.max_wait,
         workers=arguments.workers,
+        extractor=_extractor(arguments),
         limits=limits,
+    )
+
+
+def _extractor(arguments: argparse.Namespace) -> ExtractorOptions | None:
+    """Return what videos need; None without an extractor. Raises ConfigError for options that need one."""
+    if arguments.extractor is None:
+        if arguments.extractions is not None:
+            raise ConfigError("--extractions goes with --extractor")
+        return None
+    return ExtractorOptions(
+        folder=arguments.extractor, processes=arguments.extractions or 1, read=read_options(arguments)
     )
 
 

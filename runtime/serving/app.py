@@ -28,6 +28,7 @@ from runtime.schema import quote, require
 from runtime.serving.batcher import Batcher, Times
 from runtime.serving.bodies import Bodies, Disconnected
 from runtime.serving.contexts import Contexts
+from runtime.serving.extraction import Extractions
 from runtime.serving.guard import Guard
 from runtime.serving.metrics import Metrics
 from runtime.serving.models import (
@@ -49,6 +50,7 @@ from runtime.serving.models import (
 from runtime.serving.options import ServerOptions
 from runtime.serving.protocol import EXTENSIONS, HEADER_LENGTH, Array, infer_response, parse_infer
 from runtime.serving.uploads import features_of_files, parse_form, unpack_npz
+from runtime.serving.videos import VideoEndpoint, wait_for_disconnect
 from runtime.spec import LOGITS, OFFSETS
 
 _POLICY = (
@@ -64,9 +66,9 @@ class Service:
     """The models of one bundle behind an ASGI application, `app`. Use it from one event loop."""
 
     def __init__(self, localizer: Localizer, backends: Sequence[Backend], options: ServerOptions) -> None:
-        """Start the threads. `backends`: the execution contexts, which stay the caller's to close.
+        """Start threads, and the processes of an extractor. `backends`: the contexts, which stay the caller's to close.
 
-        Raises ConfigError for a batch size that the engine does not take, MissingDependency.
+        Raises ConfigError for a batch size that the engine does not take, MissingDependency, and as `Extractions`.
         """
         self._localizer, self._limits = localizer, options.limits
         spec, first = localizer.spec, backends[0]
@@ -74,6 +76,7 @@ class Service:
         size = options.batch or (largest if runs_on_gpu(first.name) else 1)
         require(1 <= size <= largest, "batch", size, f"1 to {largest}, what the engine takes")
         self._batch = size
+        self._extractions = None if options.extractor is None else Extractions(options.extractor, spec)
         contexts = Contexts(backends)
         workers = options.workers or min(4, usable_cores())
         pipeline = Pipeline(spec, localizer.post, localizer.long_videos, localizer.window_overlap)
@@ -92,23 +95,41 @@ class Service:
         self.connections: Callable[[], int] = lambda: 0
         """How many connections are open; for whoever accepts them to set."""
         self._metrics = Metrics(
-            lambda: {batcher.name: batcher.waiting for batcher in (self._videos, self._tensors)},
+            self._queues,
             lambda: self.app.active,
             lambda: self.connections(),
         )
-        self.app = Guard(Router(self._routes(), default=_no_such_path), options.token, self._metrics)
+        self.app = Guard(
+            Router(self._routes(), redirect_slashes=False, default=_no_such_path), options.token, self._metrics
+        )
+
+    def stop_videos(self) -> None:
+        """Give up videos whose features are being extracted; they are answered with 503."""
+        if self._extractions is not None:
+            self._extractions.stop()
 
     def close(self) -> None:
-        """Let the threads finish what is queued, and end."""
+        """Let the threads finish what is queued, and end; extraction ends at once."""
+        if self._extractions is not None:
+            self._extractions.close()
         self._videos.close()
         self._tensors.close()
 
+    def _queues(self) -> dict[str, int]:
+        queues = {batcher.name: batcher.waiting for batcher in (self._videos, self._tensors)}
+        return queues if self._extractions is None else {**queues, "extractor": self._extractions.waiting}
+
     def _routes(self) -> list[Route]:
+        videos = []
+        if self._extractions is not None:
+            endpoint = VideoEndpoint(self._extractions, self._bodies, self._limits, _check_id, self._localize_job)
+            videos.append(Route("/localize/video", endpoint, methods=["POST"]))
         model = "/v2/models/{model}"
         version = model + "/versions/{version}"
         return [
             *(Route(f"{prefix}/infer", self._infer, methods=["POST"]) for prefix in (model, version)),
             Route("/localize", self._localize, methods=["POST"]),
+            *videos,
             Route("/v2/health/live", self._live),
             Route("/v2/health/ready", self._ready),
             Route("/v2", self._server_metadata),
@@ -151,7 +172,9 @@ class Service:
                 "details": described["engines"][0],
                 "draining": self.app.draining,
                 "in_progress": self.app.active - 1,
-                "queue": self._videos.waiting + self._tensors.waiting,
+                "queue": sum(self._queues().values()),
+                "extractor": None if self._extractions is None else self._extractions.engine,
+                "video_bytes": self._limits.video_bytes,
                 "latency": self._metrics.latencies(),
                 "labels": spec.labels,
                 "layout": {"visual": spec.layout.visual, "audio": spec.layout.audio},
@@ -195,12 +218,16 @@ class Service:
             content = await body.read(request)
             job = VideoJob(video_id, None, duration)
             job.source = partial(self._open_upload, job, content, request.headers.get("content-type", ""))
-            result = (await self._run(self._videos, job, request)).outcome()
+            return _json(await self._localize_job(job, request))
+
+    async def _localize_job(self, job: VideoJob, request: Request) -> dict[str, Any]:
+        """Return a video's line of an events file, with a `note` where the features do not cover the video."""
+        result = (await self._run(self._videos, job, request)).outcome()
         assert result.detections is not None
         record = {"video_id": result.video_id, "duration": result.duration, "events": result.detections.to_json()}
         if result.note is not None:
             record["note"] = result.note
-        return _json(record)
+        return record
 
     def _open_upload(self, job: VideoJob, content: bytearray, content_type: str) -> Video:
         """Return the features of an upload; in a thread of the batcher, since unpacking takes time."""
@@ -233,7 +260,7 @@ class Service:
 
         job.ticket.done = wake
         batcher.submit(job)
-        gone = loop.create_task(_wait_for_disconnect(request))
+        gone = loop.create_task(wait_for_disconnect(request))
         try:
             await asyncio.wait((done, gone), timeout=self._limits.request_seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -268,11 +295,6 @@ class Service:
             )
         request.scope["ccnet.exchange"].details["model"] = name
         return self._models[name]
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _no_such_path(scope: Scope, receive: Receive, send: Send) -> None:

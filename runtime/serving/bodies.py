@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -48,42 +48,53 @@ class Body:
         self._bodies, self._limits = bodies, limits
 
     async def read(self, request: Request) -> bytearray:
-        """Read the whole body.
+        """Read the whole body. Raises as `pieces`, and RequestError (503) where all bodies together take too much."""
+        content = bytearray()
+        async for piece in self.pieces(request, self._limits.body_bytes):
+            self._take(len(piece))
+            content += piece
+        return content
+
+    async def pieces(self, request: Request, limit: int) -> AsyncIterator[bytes]:
+        """Yield the body as it comes, up to `limit` bytes of it.
 
         Raises RequestError: 413 where it is too large, at once where its length is stated; 415 where it is compressed;
-        408 where it does not come; 503 where all bodies together take too much. Raises Disconnected.
+        408 where it does not come. Raises Disconnected.
         """
         if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
             raise RequestError(f"Content-Encoding: got {show(encoding)}; send the body as it is", status=415)
+        if (transfer := request.headers.get("transfer-encoding", "chunked")).lower() != "chunked":
+            raise RequestError(f"Transfer-Encoding: got {show(transfer)}; send the body as it is", status=415)
         stated = request.headers.get("content-length")
-        self._check_size(int(stated) if stated is not None and stated.isdigit() else 0)
-        content = bytearray()
-        last = time.monotonic() + self._limits.body_seconds
+        _check_size(int(stated) if stated is not None and stated.isdigit() else 0, limit)
+        begin, received = time.monotonic(), 0
         more = True
         while more:
+            # A body as large as a video's has as much more time, but only for what has come of it.
+            last = begin + self._limits.body_seconds * max(1.0, received / self._limits.body_bytes)
             left = min(self._limits.pause_seconds, last - time.monotonic())
             try:
                 message = await asyncio.wait_for(request.receive(), max(0.001, left))
             except asyncio.TimeoutError:
-                raise RequestError(f"the body did not come in time; {len(content)} bytes did", status=408) from None
+                raise RequestError(f"the body did not come in time; {received} bytes did", status=408) from None
             if message["type"] == "http.disconnect":
                 raise Disconnected
             piece = message.get("body", b"")
-            self._check_size(len(content) + len(piece))
-            self._take(len(piece))
-            content += piece
+            received += len(piece)
+            _check_size(received, limit)
+            yield piece
             more = message.get("more_body", False)
-        return content
-
-    def _check_size(self, size: int) -> None:
-        if size > self._limits.body_bytes:
-            raise RequestError(f"the body has more than {self._limits.body_bytes} bytes, the most taken", status=413)
 
     def _take(self, size: int) -> None:
         if self._bodies.held + size > self._limits.memory_bytes:
             raise RequestError("the server holds as many bytes of requests as it may", status=503, retry_after=1)
         self._bodies.held += size
         self.held += size
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise RequestError(f"the body has more than {limit} bytes, the most taken", status=413)
 
 
 class Refusal(Response):

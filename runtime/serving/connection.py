@@ -26,7 +26,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, config: Config, server_state: ServerState, *, limits: Limits, **options: Any) -> None:
         super().__init__(config, server_state, **options)
         self._limits = limits
-        self._head_bytes = 0
+        self._head_bytes = 0  # received since anything was done with them
         self._in_head = False
         self._quiet_since = 0.0  # when the last request ended; 0 while there is one
         self._head_timer: asyncio.TimerHandle | None = None
@@ -47,8 +47,11 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._head_bytes += len(data)
         super().data_received(data)
-        if self._in_head and self._head_bytes > _MOST_HEADER_BYTES and not self.transport.is_closing():
-            self.send_400_response("The headers are too long.")
+        if self._head_bytes > _MOST_HEADER_BYTES and not self.transport.is_closing():
+            if self._in_head:
+                self.send_400_response("The headers are too long.")
+            else:
+                self.transport.abort()  # trailers or an extension of a chunk, while a request is being read or answered
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -62,10 +65,18 @@ class Connection(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_head, self._quiet_since = False, 0.0
+        self._in_head, self._quiet_since, self._head_bytes = False, 0.0, 0
         self._stop(self._head_timer)
         self._head_timer = None
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._head_bytes = 0
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._head_bytes = 0
 
     def on_response_complete(self) -> None:
         self._quiet_since = self.loop.time()

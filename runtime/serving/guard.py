@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from runtime.errors import CCNetError, ConfigError, FeatureError, RequestError
+from runtime.errors import CCNetError, ConfigError, FeatureError, RequestError, VideoError
 from runtime.schema import quote
 from runtime.serving.bodies import Disconnected, Refusal
 from runtime.serving.metrics import Metrics
@@ -71,16 +71,21 @@ class Guard:
             if not hmac.compare_digest(given, self._token):
                 raise RequestError("a valid bearer token is needed: Authorization: Bearer TOKEN", status=401)
 
-    async def _answer(self, error: Exception, exchange: _Exchange) -> None:
-        status, message, headers = _describe(error)
+    def note(self, error: Exception, exchange: _Exchange) -> tuple[int, str]:
+        """Put an error into metrics and logs. Returns the status and message that it is answered with."""
+        status, message, _ = _describe(error)
         exchange.error = message
         self._metrics.error(type(error).__name__ if status != 500 or isinstance(error, CCNetError) else "Defect")
         if status == 500:
             log.error("%s", message, exc_info=None if isinstance(error, CCNetError) else error)
+        return status, message
+
+    async def _answer(self, error: Exception, exchange: _Exchange) -> None:
+        status, message = self.note(error, exchange)
         if exchange.status:
             raise error  # in the middle of an answer: all that is left is to cut it
         kind = Response if exchange.has_body_been_read else Refusal
-        response = kind(orjson.dumps({"error": message}), status, headers, "application/json")
+        response = kind(orjson.dumps({"error": message}), status, _describe(error)[2], "application/json")
         await response(exchange.scope, exchange.receive, exchange.send)
 
     def _record(self, exchange: _Exchange) -> None:
@@ -153,7 +158,7 @@ def _describe(error: Exception) -> tuple[int, str, dict[str, str]]:
         if error.status == 401:
             headers["www-authenticate"] = "Bearer"
         return error.status, str(error), headers
-    if isinstance(error, FeatureError | ConfigError):
+    if isinstance(error, FeatureError | ConfigError | VideoError):
         return 400, str(error), {}
     if isinstance(error, HTTPException):
         return error.status_code, error.detail, dict(error.headers or {})

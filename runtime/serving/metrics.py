@@ -11,7 +11,7 @@ import numpy as np
 from runtime.packages import import_package
 from runtime.serving.batcher import Times
 
-_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 120.0, 600.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _REMEMBERED = 1000
 """Requests that `latencies` is about."""

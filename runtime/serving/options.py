@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from runtime.errors import ConfigError
 from runtime.schema import require
+from runtime.video.container import ReadOptions
 
 MIB = 1 << 20
 _SHORTEST_TOKEN = 16
@@ -26,15 +27,38 @@ class Limits:
     request_seconds: float = 60.0
     """From the end of the body to the answer; then 504."""
     body_seconds: float = 60.0
-    """For the whole body; then 408."""
+    """For the whole body; a longer one than `body_bytes`, a video's, in proportion; then 408."""
     pause_seconds: float = 10.0
     """For the headers of a request, between two pieces of a body, and for a client that does not read its answer."""
     idle_seconds: float = 60.0
     """A connection without a request; then it is closed."""
+    video_bytes: int = 1024 * MIB
+    """Largest video file."""
+    video_seconds: float = 3600.0
+    """From the end of a video's upload to the answer; then 504."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             require(value > 0, f"limits.{name}", value, "a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorOptions:
+    """What makes features of the videos that a server takes."""
+
+    folder: str
+    backend: str = "auto"
+    threads: int | None = None
+    """CPU threads of each process's engines."""
+    processes: int = 1
+    """Videos that are extracted at a time."""
+    queue: int = 4
+    """Videos beside those that are uploaded or wait; then 503."""
+    read: ReadOptions = field(default_factory=ReadOptions)
+
+    def __post_init__(self) -> None:
+        require(self.processes >= 1, "processes", self.processes, "1 or more")
+        require(self.queue >= 0, "queue", self.queue, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +79,8 @@ class ServerOptions:
     """Seconds that a request waits for others while an execution context is free."""
     workers: int | None = None
     """Threads that prepare and post-process, beside those that wait for an engine."""
+    extractor: ExtractorOptions | None = None
+    """None: no videos are taken, only features."""
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

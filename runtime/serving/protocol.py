@@ -188,7 +188,7 @@ def _input(name: str, entry: dict[str, Any], data: _Binary) -> Array:
     count = math.prod(shape)
     size = _parameters(entry).get("binary_data_size")
     if size is not None:
-        return data.take(name, dtype, count, size).reshape(shape)
+        return _shaped(data.take(name, dtype, count, size), shape, name)
     if "data" not in entry:
         raise RequestError(f"input {name}: has neither data nor the parameter binary_data_size")
     try:
@@ -205,7 +205,14 @@ def _input(name: str, entry: dict[str, Any], data: _Binary) -> Array:
         raise RequestError(f"input {name}: data are not numbers of type {datatype} ({quote(error)})") from None
     if converted.size != count:
         raise RequestError(f"input {name}: got {converted.size} numbers, its shape {show(shape)} has {count}")
-    return converted.reshape(shape)
+    return _shaped(converted, shape, name)
+
+
+def _shaped(array: Array, shape: list[int], name: str) -> Array:
+    try:
+        return array.reshape(shape)
+    except (ValueError, OverflowError):  # nothing in all, with dimensions that no array has
+        raise RequestError(f"input {name}: got shape {show(shape)}, expected one that an array can have") from None
 
 
 def _objects(head: dict[str, Any], key: str, default: Any = None) -> list[dict[str, Any]]:

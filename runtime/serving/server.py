@@ -83,6 +83,11 @@ class Server:
         app = self._service.app
         server = _uvicorn_server(app, self._options, self.drain)
         self._loop = asyncio.get_running_loop()
+        if (
+            self._options.tls_certificate is not None
+        ):  # uvicorn leaves asyncio's minute, and nobody counts those clients
+            handshake = partial(self._loop.create_server, ssl_handshake_timeout=self._options.limits.pause_seconds)
+            self._loop.create_server = handshake  # type: ignore[method-assign,assignment]
         self._service.connections = lambda: len(server.server_state.connections)
         running = asyncio.create_task(server.serve([self._socket]))
         while not (server.started or running.done()):
@@ -94,8 +99,11 @@ class Server:
         stopping.cancel()
         if not running.done():
             log.info("draining: %d requests are not answered yet, new ones are refused", app.active)
+            last = self._loop.time() + self._options.limits.request_seconds
             while app.active and not server.force_exit:
                 await asyncio.sleep(_DRAIN_TICK)
+                if self._loop.time() > last:  # a video may have hours to go
+                    self._service.stop_videos()
             server.should_exit = True
         await running
 

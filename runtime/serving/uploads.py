@@ -20,6 +20,7 @@ from runtime.spec import AUDIO, VISUAL, ModelSpec
 
 _MOST_FILES = 32
 _DIRECTORY_BYTES = 1 << 14
+_HEADER_BYTES = 1 << 14
 _END, _END64 = b"PK\x05\x06", b"PK\x06\x07"
 
 
@@ -72,18 +73,9 @@ def unpack_npz(body: bytes | bytearray, limit: int) -> dict[str, bytes]:
 
 def parse_form(body: bytes | bytearray, boundary: bytes) -> Form:
     """Parse a `multipart/form-data` body. Raises RequestError for one that is malformed or has too many parts."""
-    from python_multipart.exceptions import FormParserError
-    from python_multipart.multipart import MultipartParser
-
-    parts = _Parts()
-    try:
-        parser = MultipartParser(boundary, parts.callbacks())
-        parser.write(bytes(body))
-        parser.finalize()
-    except FormParserError as error:
-        raise RequestError(f"form: malformed ({quote(error)})") from None
-    if not parts.ended:
-        raise RequestError("form: truncated")
+    parts = Parts()
+    parts.parser(boundary)(bytes(body))
+    parts.finish()
     return parts.form()
 
 
@@ -119,19 +111,46 @@ def _check_directory(body: bytes | bytearray) -> None:
         raise FeatureError(f"npz: its list of files has {size} bytes; expected the files of one video")
 
 
-class _Parts:
+class Parts:
     """Collects the parts of a form from the parser's callbacks."""
 
     def __init__(self) -> None:
-        self.ended = False
+        self._ended = False
         self._files: dict[str, bytes] = {}
         self._fields: dict[str, str] = {}
         self._headers: dict[bytes, bytes] = {}
         self._field = self._value = b""
+        self._header_bytes = 0
         self._content: list[bytes] = []
 
-    def callbacks(self) -> Any:
-        found: dict[str, Callable[..., None]] = {
+    def parser(self, boundary: bytes) -> Callable[[bytes], None]:
+        """Return what takes the body, in pieces. It raises RequestError for one that is malformed."""
+        from python_multipart.exceptions import FormParserError
+        from python_multipart.multipart import MultipartParser
+
+        def refuse(error: FormParserError) -> RequestError:
+            return RequestError(f"form: malformed ({quote(error)})")
+
+        try:
+            parser = MultipartParser(boundary, self.callbacks())  # type: ignore[arg-type]
+        except FormParserError as error:
+            raise refuse(error) from None
+
+        def write(piece: bytes) -> None:
+            try:
+                parser.write(piece)
+            except FormParserError as error:
+                raise refuse(error) from None
+
+        return write
+
+    def finish(self) -> None:
+        """Raise RequestError unless the body came to its end."""
+        if not self._ended:
+            raise RequestError("form: truncated")
+
+    def callbacks(self) -> dict[str, Callable[..., None]]:
+        return {
             "on_part_begin": self._begin,
             "on_header_field": self._header_field,
             "on_header_value": self._header_value,
@@ -140,21 +159,28 @@ class _Parts:
             "on_part_end": self._end,
             "on_end": self._finish,
         }
-        return found
 
     def form(self) -> Form:
         return Form(self._files, self._fields)
 
     def _begin(self) -> None:
         self._headers, self._field, self._value, self._content = {}, b"", b"", []
+        self._header_bytes = 0
         if len(self._files) + len(self._fields) >= _MOST_FILES:
             raise RequestError(f"form: more than {_MOST_FILES} parts")
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._count_header(end - start)
         self._field += data[start:end]
 
     def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._count_header(end - start)
         self._value += data[start:end]
+
+    def _count_header(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > _HEADER_BYTES:
+            raise RequestError(f"form: a part has more than {_HEADER_BYTES} bytes of headers")
 
     def _header_end(self) -> None:
         self._headers[self._field.lower()] = self._value
@@ -164,20 +190,28 @@ class _Parts:
         self._content.append(data[start:end])
 
     def _end(self) -> None:
+        name, file_name = self._names()
+        content = b"".join(self._content)
+        if file_name is not None:
+            self._add(self._files, file_name or name, content)
+            return
+        try:
+            self._add(self._fields, name, content.decode())
+        except UnicodeDecodeError:
+            raise RequestError("form: a field is not UTF-8") from None
+
+    def _names(self) -> tuple[str, str | None]:
+        """Return the name of this part, and the name of its file where it is one."""
         from python_multipart.multipart import parse_options_header
 
         _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
-        content = b"".join(self._content)
         try:
             name, file_name = (options[key].decode() if key in options else None for key in (b"name", b"filename"))
-            if file_name is not None:
-                self._add(self._files, file_name or name or "", content)
-            elif name is not None:
-                self._add(self._fields, name, content.decode())
-            else:
-                raise RequestError("form: a part has neither a name nor a file name")
         except UnicodeDecodeError:
-            raise RequestError("form: a name or a field is not UTF-8") from None
+            raise RequestError("form: a name is not UTF-8") from None
+        if name is None and file_name is None:
+            raise RequestError("form: a part has neither a name nor a file name")
+        return name or "", file_name
 
     def _add(self, parts: dict[str, Any], name: str, content: bytes | str) -> None:
         if name in parts:
@@ -185,4 +219,4 @@ class _Parts:
         parts[name] = content
 
     def _finish(self) -> None:
-        self.ended = True
+        self._ended = True

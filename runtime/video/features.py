@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -107,14 +107,14 @@ class FeatureExtractor:
         extractor = read_extractor(folder)
         return cls(extractor, open_engines(extractor, backend, precision=precision, threads=threads), options)
 
-    def __call__(self, path: str | Path) -> Features:
-        """Extract the features of one video file.
+    def __call__(self, path: str | Path, *, each: Callable[[int], None] = lambda frames: None) -> Features:
+        """Extract the features of one video file. `each` is told after every frame how many there were.
 
         Raises VideoError for a file that can't be used, EngineError when an engine fails.
         """
         timer, picture, sound = Timer(), ReadReport(), ReadReport()
         begin = time.perf_counter()
-        rgb, flow, frames = self._picture(str(path), picture, timer)
+        rgb, flow, frames = self._picture(str(path), picture, timer, each)
         seconds = frames / self.spec.time_base.fps
         if not len(rgb):
             needed = self.spec.window + 1
@@ -176,7 +176,9 @@ class FeatureExtractor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _picture(self, path: str, report: ReadReport, timer: Timer) -> tuple[Float32, Float32, int]:
+    def _picture(
+        self, path: str, report: ReadReport, timer: Timer, each: Callable[[int], None]
+    ) -> tuple[Float32, Float32, int]:
         """Return rgb [n, 1024], flow [n, 1024] and the number of frames."""
         fps = Fraction(self.spec.time_base.fps)
         pictures = read_frames(path, self.spec.side, fps, self.options, report)
@@ -185,6 +187,7 @@ class FeatureExtractor:
             for picture in timer.timed("decode", pictures):
                 check_aspect(picture, path)
                 schedule.push(picture)
+                each(schedule.count)
         finally:
             pictures.close()  # its threads end now, not when it is collected
         rgb, flow = (
