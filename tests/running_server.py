@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,3 +140,24 @@ def tensors_of(answer: Answer) -> dict[str, Any]:
         at += size or 0
     assert at == len(answer.body)
     return found
+
+
+def connect(server: Running) -> socket.socket:
+    return socket.create_connection((server.host, server.port), timeout=SECONDS)
+
+
+def status_line(client: socket.socket) -> int:
+    """Return the status of the answer, read to the end of its first line."""
+    line = b""
+    while b"\r\n" not in line:
+        piece = client.recv(1)
+        assert piece, "the connection ended without an answer"
+        line += piece
+    return int(line.split()[1])
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    last = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < last, "it never happened"
+        time.sleep(0.01)

@@ -24,9 +24,12 @@ from running_server import (
     GatedBackend,
     Running,
     binary_request,
+    connect,
     localizer_tensors,
     running,
+    status_line,
     tensors_of,
+    wait_until,
 )
 
 from runtime.errors import FeatureError
@@ -689,20 +692,6 @@ def test_bad_queries(served: Running) -> None:
 # Helpers
 
 
-def connect(server: Running) -> socket.socket:
-    return socket.create_connection((server.host, server.port), timeout=SECONDS)
-
-
-def status_line(client: socket.socket) -> int:
-    """Return the status of the answer, read to the end of its first line."""
-    line = b""
-    while b"\r\n" not in line:
-        piece = client.recv(1)
-        assert piece, "the connection ended without an answer"
-        line += piece
-    return int(line.split()[1])
-
-
 def ended(client: socket.socket) -> bool:
     """Wait for the end of a connection without an answer."""
     try:
@@ -721,10 +710,3 @@ def in_progress(server: Running) -> int:
 def waiting(server: Running) -> int:
     found: int = server.ask("GET", "/status").json()["queue"]
     return found
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    last = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < last, "it never happened"
-        time.sleep(0.01)

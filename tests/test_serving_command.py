@@ -170,6 +170,8 @@ def test_a_token_from_the_environment_and_no_access_log(bundle: Path) -> None:
         (["--port", "70000"], "port: got 70000"),
         (["--token-file", "/no/such/file"], "No such file"),
         (["--token-file", os.devnull], "token: got 0 characters"),
+        (["--extractions", "2"], "--extractions goes with --extractor"),
+        (["--extractor", os.path.dirname(__file__)], "is not an extractor"),
     ],
 )
 def test_mistakes(bundle: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

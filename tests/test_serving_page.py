@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import SPEC, OracleBackend, features_with, write_features
+from builders import LABELS, SPEC, OracleBackend, features_with, write_features
 from running_server import Running, running
 
 from runtime.localizer import Localizer
+from runtime.serving.options import ExtractorOptions
+from runtime.spec import ModelSpec
 
 CHROMIUM = Path("/usr/bin/chromium")
 for package in ("starlette", "uvicorn", "httptools", "prometheus_client", "python_multipart"):
@@ -117,6 +119,43 @@ def test_the_keyboard_reaches_everything(page: Any, served: Running) -> None:
     page.evaluate("document.getElementById('files').onclick = (event) => { window.pressed = true; return false; }")
     page.locator("#files").press("Enter")
     page.wait_for_function("window.pressed")
+
+
+def test_a_video_shows_its_progress_and_becomes_a_timeline(
+    page: Any, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    for package in ("torch", "av", "PIL", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    from video_files import write_video
+
+    extractor = request.getfixturevalue("extractor")
+    spec = ModelSpec(length=32, levels=4, visual_dim=128, audio_dim=16, labels=LABELS)
+    backend = OracleBackend(spec)
+    options = ExtractorOptions(folder=str(extractor.folder), threads=1)
+    write_video(tmp_path / "clip.mp4", count=41, sound=1.7)
+    write_video(tmp_path / "long.mp4", count=1500, size=(48, 64), sound=60.0)
+    (tmp_path / "text.mp4").write_text("no video")
+    with running([backend], localizer=Localizer([backend], spec), extractor=options) as server:
+        page.goto(url(server))
+        page.get_by_text("Drop videos or feature files here").wait_for()
+        assert "mkv" in page.locator("#files").get_attribute("accept")
+        page.locator("#files").set_input_files(tmp_path / "clip.mp4")
+        page.get_by_role("img", name="Events of clip over time").wait_for()
+        assert "events in 1.64 s" in page.locator("section").first.inner_text()
+        page.locator("#files").set_input_files(tmp_path / "long.mp4")
+        page.get_by_text(re.compile(r"Extracting features: [\d.]+ s of 60")).wait_for()
+        assert 0 < page.get_by_role("progressbar").evaluate("bar => bar.value") < 1
+        page.get_by_role("button", name="Cancel").click()
+        page.get_by_text("cancelled").wait_for()
+        page.locator("#files").set_input_files(tmp_path / "text.mp4")
+        page.get_by_text("video: not a video file").wait_for()
+
+
+def test_without_an_extractor_the_page_asks_for_features_alone(page: Any, served: Running) -> None:
+    page.goto(url(served))
+    page.get_by_text("ready").wait_for()
+    assert page.get_by_text("Drop feature files here").is_visible()
+    assert page.locator("#files").get_attribute("accept") == ".npy,.npz"
 
 
 def test_a_server_with_a_token_asks_for_it(page: Any) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from builders import LABELS, OracleBackend, features_with
-from running_server import SECONDS, Running, running
+from running_server import SECONDS, Running, running, wait_until
 from video_files import write_video
 
 from runtime.errors import BundleError, ConfigError
@@ -88,13 +88,6 @@ def begin(server: Running, content: bytes) -> tuple[http.client.HTTPConnection, 
     while json.loads(response.readline())["stage"] != "picture":
         pass
     return connection, response
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    last = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < last, "it never happened"
-        time.sleep(0.02)
 
 
 def idle(server: Running) -> bool:
