@@ -163,6 +163,15 @@ def test_bad_uploads(served: Running, body: bytes, headers: dict[str, str], stat
     assert nameless_files() == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_said(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: open("/dev/full", "w+b"))
+    for body, headers in (form(bytes(3_000_000)), form(b"x"), (bytes(3_000_000), {})):
+        answer = served.ask("POST", "/localize/video", body, headers)
+        assert answer.status == 507
+        assert "No space left on device" in answer.json()["error"]
+
+
 def test_who_goes_away_stops_the_work_and_gives_the_place_to_the_next(
     served: Running, endless: bytes, short: Path
 ) -> None:

@@ -37,6 +37,7 @@ from runtime.serving.extraction_worker import main
 main(int(sys.argv[1]))
 """
 _FULL_RETRY_SECONDS = 60
+_ANSWER_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,12 @@ class _Process:
 
     def answers(self) -> bool:
         """Ask a process that has nothing to do whether it is there."""
-        self.send(b"{}")
-        return self.receive() is not None
+        self._link.settimeout(_ANSWER_SECONDS)
+        try:
+            self.send(b"{}")
+            return self.receive() is not None
+        finally:
+            self._link.settimeout(None)
 
     def ready(self) -> None:
         """Wait until the engines are loaded. Raises EngineError where they can't be."""
@@ -217,7 +222,7 @@ class Extractions:
         """End the processes and the threads."""
         self.stop()
         for thread in self._threads:
-            thread.join()
+            thread.join(_ANSWER_SECONDS)  # one whose engines are being loaded; its process ends with this one
 
     def _work(self, process: _Process) -> None:
         try:

@@ -79,9 +79,12 @@ def _extract(
         features = extractor(path, each=tell)
     except CCNetError as error:
         return {"failed": type(error).__name__, "message": str(error).replace(path, "video")}
-    with open(target, "wb", closefd=False) as stream:
-        features.visual.tofile(stream)
-        features.sound.tofile(stream)
+    try:
+        with open(target, "wb", closefd=False) as stream:
+            features.visual.tofile(stream)
+            features.sound.tofile(stream)
+    except OSError as error:
+        return {"failed": "EngineError", "message": f"the features can't be kept ({error.strerror or error})"}
     warnings = [warning.replace(path, "video") for warning in features.warnings[:_MOST_WARNINGS]]
     return {"steps": len(features.rgb), "duration": features.duration, "warnings": warnings}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -31,7 +32,8 @@ class Upload:
         """Of the file, without its ending."""
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # the disk is full, which was said
+            self.file.close()
 
 
 async def receive_upload(request: Request, body: Body, limit: int, upload: Upload) -> None:
