@@ -283,7 +283,7 @@ class Service:
             "batch": times.batch,
         }
         if times.batch:
-            self._metrics.inference(times, time.perf_counter() - exchange.begun)
+            self._metrics.inference(times, time.perf_counter() - exchange.begun - exchange.extracted)
 
     def _model(self, request: Request) -> Model:
         name, version = request.path_params["model"], request.path_params.get("version", VERSION)

@@ -103,6 +103,8 @@ class _Exchange:
         self.begun = time.perf_counter()
         self.status = 0
         self.error: str | None = None
+        self.extracted = 0.0
+        """Seconds, upload included, until a video had its features: not the network's latency."""
         self.details: dict[str, Any] = {}
         """What the handler adds to the line of the access log."""
         headers = Request(scope).headers

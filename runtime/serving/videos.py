@@ -88,8 +88,10 @@ class VideoEndpoint:
             found = await self._extract(job, deadline, request, say)
         finally:
             self._extractions.cancel(job)
-        job.progress = {"stage": "events"}
-        await say(job.progress)
+        exchange = request.scope["ccnet.exchange"]
+        exchange.extracted = time.perf_counter() - exchange.begun
+        exchange.details["extract_ms"] = round(exchange.extracted * 1e3)
+        await say({"stage": "events"})
         while True:
             task = VideoJob(video_id, (*found.features, found.duration), found.duration)
             try:
