@@ -92,7 +92,7 @@ def running(backends: Sequence[Any] = (), *, localizer: Localizer | None = None,
     thread.start()
     try:
         assert ready.wait(SECONDS)
-        host, _, port = server.url.removeprefix("http://").rpartition(":")
+        host, _, port = server.url.partition("://")[2].rpartition(":")
         yield Running(server, host, int(port))
     finally:
         server.drain()

@@ -83,8 +83,7 @@ OPTIONS: dict[str, set[str]] = {
     "serve": {
         *("--contexts", "--host", "--max-body", "--max-connections", "--max-wait", "--port", "--queue", "--quiet"),
         *("--timeout", "--tls-cert", "--tls-key", "--token-file", *ENGINE_OPTIONS),
-        *("--decode-threads", "--extractions", "--extractor", "--max-duration", "--max-video", "--missing-audio"),
-        *("--timestamps", "--video-timeout"),
+        *("--extractions", "--extractor", "--max-video", "--video-timeout", *(READ_OPTIONS - {"--remote"})),
     },
     "triton": {
         *("--backends", "--check", "--device", "--format", "--instances", "--json", "--name", "--onnxruntime", "--out"),

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builders import features_with, make_bundle, write_features
+from running_server import running
 
 import benchmarks.served
 from benchmarks import serving as benchmark
@@ -134,22 +135,41 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(bundle: Path) -> Non
         socket.create_connection((server.host, server.port), timeout=5)
 
 
-def test_tls_and_a_token_from_a_file(bundle: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def certificate_and_key(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     if shutil.which("openssl") is None:
         pytest.skip("openssl, which makes the certificate, is not installed")
-    certificate, key, token = (tmp_path / name for name in ("cert.pem", "key.pem", "token"))
+    folder = tmp_path_factory.mktemp("tls")
+    certificate, key = str(folder / "cert.pem"), str(folder / "key.pem")
     make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     make += ["-days", "1", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run([*make, "-keyout", str(key), "-out", str(certificate)], capture_output=True, check=True)
+    subprocess.run([*make, "-keyout", key, "-out", certificate], capture_output=True, check=True)
+    return certificate, key
+
+
+def test_tls_and_a_token_from_a_file(bundle: Path, tmp_path: Path, certificate_and_key: tuple[str, str]) -> None:
+    certificate, key = certificate_and_key
+    token = tmp_path / "token"
     token.write_text(TOKEN + "\n")
-    files = ("--tls-cert", str(certificate), "--tls-key", str(key), "--token-file", str(token))
+    files = ("--tls-cert", certificate, "--tls-key", key, "--token-file", str(token))
     with serving(bundle, *files) as server:
         assert server.url.startswith("https://")
         request = urllib.request.Request(f"{server.url}/v2", headers={"Authorization": f"Bearer {TOKEN}"})
-        context = ssl.create_default_context(cafile=str(certificate))
+        context = ssl.create_default_context(cafile=certificate)
         with urllib.request.urlopen(request, context=context, timeout=20) as answer:
             assert json.load(answer)["name"] == "ccnet"
         server.end()
+
+
+def test_a_client_that_never_shakes_hands_is_let_go(certificate_and_key: tuple[str, str]) -> None:
+    certificate, key = certificate_and_key
+    limits = Limits(pause_seconds=0.5)
+    with running(tls_certificate=certificate, tls_key=key, limits=limits) as server:
+        with socket.create_connection((server.host, server.port), timeout=20) as silent:
+            assert silent.recv(1) == b""
+        with socket.create_connection((server.host, server.port), timeout=20) as halfway:
+            halfway.sendall(b"\x16\x03\x01\x02\x00")  # the head of a record, and no more
+            assert halfway.recv(1) == b""
 
 
 def test_a_token_from_the_environment_and_no_access_log(bundle: Path) -> None:
