@@ -191,6 +191,7 @@ def test_a_token_from_the_environment_and_no_access_log(bundle: Path) -> None:
         (["--token-file", "/no/such/file"], "No such file"),
         (["--token-file", os.devnull], "token: got 0 characters"),
         (["--extractions", "2"], "--extractions goes with --extractor"),
+        (["--missing-audio", "silence"], "--missing-audio goes with --extractor"),
         (["--extractor", os.path.dirname(__file__)], "is not an extractor"),
     ],
 )

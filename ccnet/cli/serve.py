@@ -59,9 +59,13 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="no access log")
     add_engine_arguments(parser)
+    _add_video_arguments(parser)
+
+
+def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
     add_extractor_arguments(parser, required=False, remote=False)
     parser.add_argument(
-        "--extractions", type=positive, metavar="N", help="videos that are extracted at a time (default: 1)"
+        "--extractions", type=positive, default=1, metavar="N", help="videos that are extracted at a time (default: 1)"
     )
     parser.add_argument(
         "--max-video", type=positive, default=Limits.video_bytes // MIB, metavar="MIB", help="default: %(default)s"
@@ -134,11 +138,17 @@ def _options(arguments: argparse.Namespace) -> ServerOptions:
 def _extractor(arguments: argparse.Namespace) -> ExtractorOptions | None:
     """Return what videos need; None without an extractor. Raises ConfigError for options that need one."""
     if arguments.extractor is None:
-        if arguments.extractions is not None:
-            raise ConfigError("--extractions goes with --extractor")
+        parser = argparse.ArgumentParser()
+        _add_video_arguments(parser)
+        for name, default in vars(parser.parse_args([])).items():
+            if getattr(arguments, name) != default:
+                raise ConfigError(f"--{name.replace('_', '-')} goes with --extractor")
         return None
     return ExtractorOptions(
-        folder=arguments.extractor, processes=arguments.extractions or 1, read=read_options(arguments)
+        folder=arguments.extractor,
+        threads=arguments.threads,
+        processes=arguments.extractions,
+        read=read_options(arguments),
     )
 
 

@@ -77,7 +77,6 @@ class _Process:
             )
         job = {
             "folder": str(Path(options.folder).resolve()),
-            "backend": options.backend,
             "threads": options.threads,
             "options": dataclasses.asdict(options.read),
         }

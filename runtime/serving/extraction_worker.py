@@ -38,9 +38,7 @@ def main(descriptor: int) -> None:
     threading.Thread(target=_listen, args=(link, tasks), daemon=True).start()
     job = orjson.loads(tasks.get()[0])
     try:
-        extractor = FeatureExtractor.load(
-            job["folder"], job["backend"], threads=job["threads"], options=ReadOptions(**job["options"])
-        )
+        extractor = FeatureExtractor.load(job["folder"], threads=job["threads"], options=ReadOptions(**job["options"]))
     except (CCNetError, OSError) as error:
         _say(link, {"error": str(error)})
         return

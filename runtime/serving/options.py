@@ -47,7 +47,6 @@ class ExtractorOptions:
     """What makes features of the videos that a server takes."""
 
     folder: str
-    backend: str = "auto"
     threads: int | None = None
     """CPU threads of each process's engines."""
     processes: int = 1
