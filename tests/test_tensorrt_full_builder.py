@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 from tensorrt_simulation import DataType, ILogger, Severity, Simulation, install
 
@@ -194,34 +196,104 @@ def test_tensorrt_8_keeps_the_float_layers_of_a_half_graph_and_nothing_else() ->
     trt.config.set_tactic_sources.assert_called_with(0b10000)
 
 
-@pytest.mark.parametrize("works", [True, False])
-def test_tensorrt_8_without_kernels_for_the_pinned_layers(build: Any, tmp_path: Path, works: bool) -> None:
-    trt = Library("8.6.0")
-    flags: set[str] = set()
-    names = ("FP16", "TF32", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS")
-    trt.BuilderFlag = SimpleNamespace(**{name: name for name in names})
-    trt.NetworkDefinitionCreationFlag = SimpleNamespace(EXPLICIT_BATCH=0)
-    trt.TacticSource = SimpleNamespace(CUBLAS=0, CUBLAS_LT=1, CUDNN=2)
-    trt.config.configure_mock(set_flag=flags.add, clear_flag=flags.discard, get_flag=flags.__contains__)
-    trt.config.get_tactic_sources.return_value = 0
-    trt.builder.create_network.return_value = network(layer("MATRIX_MULTIPLY", "HALF", "HALF"))
-    engine = trt.Runtime().deserialize_cuda_engine()
-    engine.create_engine_inspector().get_engine_information.return_value = '{"Layers": []}'
+class Tensorrt8(Library):
+    """8.6, which builds what `works` accepts of a profile and of layers that are bound to their precision."""
 
-    def attempt(*_: Any) -> memoryview | None:
-        refused = not works or "OBEY_PRECISION_CONSTRAINTS" in flags
-        if refused:
-            trt.Builder.call_args.args[0].log(Severity.ERROR, "Could not find any implementation")
-        return None if refused else memoryview(b"plan")
+    def __init__(self, works: Callable[[int, bool], bool], precision: str = "HALF") -> None:
+        super().__init__("8.6.0")
+        self.flags: set[str] = set()
+        self.works = works
+        self.largest = 0
+        self.attempted: list[tuple[int, bool]] = []
+        names = ("FP16", "TF32", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS")
+        self.BuilderFlag = SimpleNamespace(**{name: name for name in names})
+        self.NetworkDefinitionCreationFlag = SimpleNamespace(EXPLICIT_BATCH=0)
+        self.TacticSource = SimpleNamespace(CUBLAS=0, CUBLAS_LT=1, CUDNN=2)
+        flags = self.flags
+        self.config.configure_mock(set_flag=flags.add, clear_flag=flags.discard, add_optimization_profile=lambda _: 0)
+        self.config.get_tactic_sources.return_value = 0
+        tensor = SimpleNamespace(name="visual", shape=(-1, 6, 16))
+        network = self.builder.create_network.return_value
+        network.configure_mock(num_inputs=1, get_input=lambda _: tensor)
+        network.get_layer = lambda _: layer("MATRIX_MULTIPLY", precision, precision)
+        self.builder.create_optimization_profile.return_value.set_shape = self._profile
+        self.builder.create_builder_config.side_effect = self._new_config
+        engine = self.Runtime().deserialize_cuda_engine()
+        engine.create_engine_inspector().get_engine_information.return_value = '{"Layers": []}'
 
-    trt.builder.build_serialized_network.side_effect = attempt
-    if works:
-        assert "preference" in build(trt, precision="fp16").build["fallback"]
-        assert "PREFER_PRECISION_CONSTRAINTS" in flags
-    else:
-        with pytest.raises(ExportError, match=r"(?s)built no engine.*Could not find any implementation"):
-            build(trt, precision="fp16")
-        assert not (tmp_path / "e.engine").exists()
+    def _new_config(self) -> Any:
+        self.flags.clear()
+        return self.config
+
+    def _profile(self, name: str, *shapes: tuple[int, ...]) -> None:
+        self.largest = shapes[-1][0]
+
+    def _build(self, *_: Any) -> memoryview | None:
+        self.attempted.append((self.largest, "OBEY_PRECISION_CONSTRAINTS" in self.flags))
+        if self.works(*self.attempted[-1]):
+            return memoryview(b"plan")
+        self.Builder.call_args.args[0].log(Severity.ERROR, f"no implementation for {self.attempted[-1]}")
+        return None
+
+
+@pytest.mark.parametrize(
+    ("works", "attempted", "profile"),
+    [
+        (lambda most, bound: True, [(64, True)], (1, 32, 64)),
+        (lambda most, bound: most <= 8, [(64, True), (8, True)], (1, 8, 8)),
+        (lambda most, bound: most == 1, [(64, True), (8, True), (1, True)], (1, 1, 1)),
+        (lambda most, bound: not bound, [(64, True), (8, True), (1, True), (64, False)], (1, 32, 64)),
+        (
+            lambda most, bound: most == 1 and not bound,
+            [(64, True), (8, True), (1, True), (64, False), (1, False)],
+            (1, 1, 1),
+        ),
+    ],
+)
+def test_tensorrt_8_is_built_in_the_first_way_that_works(
+    build: Any, caplog: pytest.LogCaptureFixture, works: Any, attempted: Any, profile: tuple[int, ...]
+) -> None:
+    trt = Tensorrt8(works)
+    info = build(trt, precision="fp16", profile=(1, 32, 64))
+    assert trt.attempted == attempted
+    model_file = info.model_file(name="tensorrt-fp16")
+    assert (model_file.profile, model_file.max_batch) == (profile, profile[2])  # what the engine takes
+    assert tuple(info.options.profile) == (1, 32, 64)  # what a rebuild is to try again
+    assert len(info.build.get("refused", {})) == len(attempted) - 1
+    assert ("fallback" in info.build) == (len(attempted) > 1) == ("it could not be built" in caplog.text)
+    for tried, why in zip(attempted, info.build.get("refused", {}).values(), strict=False):
+        assert f"no implementation for {tried}" in why
+    if not attempted[-1][1]:
+        assert "a preference" in info.build["fallback"]
+        assert "PREFER_PRECISION_CONSTRAINTS" in trt.flags
+
+
+def test_tensorrt_8_that_builds_in_no_way(build: Any, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"(?s)built no engine.*\(64, True\).*\(8, True\).*\(1, True\).*\(1, False\)"):
+        build(Tensorrt8(lambda most, bound: False), precision="fp16", profile=(1, 32, 64))
+    fp32 = Tensorrt8(lambda most, bound: False, "FLOAT")
+    with pytest.raises(ExportError, match="built no engine"):
+        build(fp32, profile=(1, 4, 4))
+    assert fp32.attempted == [(4, False), (1, False)]  # nothing is bound in an fp32 engine, and 4 is not above 8
+    assert not (tmp_path / "e.engine").exists()
+
+
+def test_a_half_engine_of_tensorrt_8_with_weights_in_full_is_built_in_another_way(
+    build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that are bound to fp32 may take a whole region with them, which is seen by the size alone."""
+    trt = Tensorrt8(lambda most, bound: True)
+    small = trt.builder.build_serialized_network.side_effect
+
+    def built(*_: Any) -> Any:
+        plan = small()
+        return np.broadcast_to(np.zeros(1, np.uint8), 100 << 20) if trt.attempted[-1][1] else plan
+
+    trt.builder.build_serialized_network.side_effect = built
+    monkeypatch.setattr("export.tensorrt.build.graph_bytes", lambda _: 64 << 20)
+    info = build(trt, precision="fp16", profile=(1, 32, 64))
+    assert trt.attempted == [(64, True), (64, False)]
+    assert "as if its weights were fp32" in next(iter(info.build["refused"].values()))
 
 
 def test_tensorrt_8_is_asked_for_nothing_that_it_lacks(build: Any) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.util
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 from export.graph.onnx_file import graph_bytes, read_opset
 from export.tensorrt import legacy
+from export.tensorrt.configuration import configure, open_timing_cache
 from export.tensorrt.options import CURRENT, EngineOptions
 from export.tensorrt.precision import (
     check_inspected,
@@ -42,9 +44,6 @@ from runtime.errors import ExportError, Interrupted
 from runtime.files import atomic_file, sha256_file
 from runtime.signals import StopRequest
 
-MOST_EFFORT, MOST_TIMINGS = 5, 8
-"""At the highest builder level each kernel is timed so often: it is to be the fastest of some nearly equal ones."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
@@ -53,6 +52,8 @@ class EngineInfo:
     path: Path
     options: EngineOptions
     """As asked for, with the compute capability of this GPU in place of `current`."""
+    profile: tuple[int, ...]
+    """Batch sizes (min, opt, max) that it was built for: other ones than asked for where `build` tells a `fallback`."""
     library: str
     library_version: str
     gpu_name: str | None
@@ -71,13 +72,13 @@ class EngineInfo:
             format=options.format,
             files=(self.path.name,),
             precision=options.precision,
-            max_batch=options.profile[2],
+            max_batch=self.profile[2],
             opset=self.opset,
             library=self.library,
             library_version=self.library_version,
             gpu_name=self.gpu_name,
             compute_capabilities=self.compute_capabilities,
-            profile=options.profile,
+            profile=self.profile,
             onnx_sha256=self.onnx_sha256,
             options=options.to_json(),
             build=self.build,
@@ -104,45 +105,31 @@ def build_engine(onnx_path: str | Path, out_path: str | Path, options: EngineOpt
     if options.precision == "fp8" and device is not None:
         options.check_fp8(trt, (device.compute_capability,))
     begin = time.perf_counter()
-    logger, log = library_logger(trt)
-    with log.collect() as messages:
+    logger, library_log = library_logger(trt)
+    with library_log.collect() as messages:
         builder = start(trt, "Builder")
-        network = _parse(trt, builder, logger, log, onnx_path)
+        network = _parse(trt, builder, logger, library_log, onnx_path)
         requested = requested_precisions(network)
         check_requested(requested, options.precision, onnx_path)
-        config = _configure(trt, builder, network, log, options, targets)
-        cache = _open_timing_cache(config, options.timing_cache)
-        blob, fallback = _build(trt, builder, network, config), None
-        if blob is None and legacy.is_legacy(trt) and legacy.prefer_precisions(trt, config):
-            fallback = "no kernels for fp32 layers as they are in the graph; their precision is a preference"
-            blob = _build(trt, builder, network, config)
-    if blob is None:
-        raise ExportError(f"{trt.__name__} {trt.__version__} built no engine:\n{messages.errors()}")
+        used, blob, config, found = _build(trt, builder, network, library_log, options, targets, onnx_path)
     facts = {
         "seconds": round(time.perf_counter() - begin, 2),
         "layers": network.num_layers,
         "engine_bytes": int(blob.nbytes),
         "requested_precisions": requested,
         "warnings": messages.of("WARNING")[:50],
+        **found,
     }
-    if fallback:
-        facts["fallback"] = fallback
-    # checked before anything is written: an engine that is not what was asked for is never left behind
-    if options.format == "tensorrt-rtx":
-        facts["delivered_precisions"] = logged_precisions(messages.layers())
-    else:
-        facts |= _inspect(trt, log, blob, options)
-    check_inspected(facts["delivered_precisions"], options.precision)
-    check_size(facts["engine_bytes"], graph_bytes(onnx_path), options.precision)
     with atomic_file(out_path) as stream:
         stream.write(memoryview(blob))
-    if cache is not None and options.timing_cache is not None:
+    if options.timing_cache is not None:
         with atomic_file(options.timing_cache) as stream:
             stream.write(memoryview(config.get_timing_cache().serialize()))
     full = device if options.format == "tensorrt" else None
     return EngineInfo(
         path=out_path,
         options=dataclasses.replace(options, compute_capabilities=targets),
+        profile=used.profile,
         library=str(trt.__name__),
         library_version=str(trt.__version__),
         gpu_name=full.name if full else None,
@@ -203,90 +190,63 @@ def _parser_error(error: Any) -> str:
     return f"node {error.node()}{where}: {error.desc()} [{getattr(error.code(), 'name', error.code())}]"
 
 
-def _configure(
-    trt: Any, builder: Any, network: Any, log: LibraryLog, options: EngineOptions, targets: tuple[str, ...]
-) -> Any:
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    # also for the fp32 layers of a half graph: TF32 has the 10 bits of fp16 with the range of fp32
-    if options.precision == "fp32":
-        config.clear_flag(trt.BuilderFlag.TF32)
-    else:
-        config.set_flag(trt.BuilderFlag.TF32)
-    if legacy.is_legacy(trt):
-        legacy.configure(trt, network, config, options.precision)
-    if options.workspace_bytes is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
-    if options.optimization_level is not None:
-        config.builder_optimization_level = options.optimization_level
-        if options.optimization_level == MOST_EFFORT:
-            config.avg_timing_iterations = MOST_TIMINGS
-    if options.tiling != "none":
-        config.tiling_optimization_level = getattr(trt.TilingOptimizationLevel, options.tiling.upper())
-    if options.hardware_compatible:
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    if options.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if options.format == "tensorrt-rtx":
-        # no allocation while running: the runtime captures the engine in CUDA graphs
-        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-        # the library takes `current` only alone
-        _set_targets(trt, config, (CURRENT,) if options.compute_capabilities == (CURRENT,) else targets)
-    _add_profile(builder, network, config, log, options.profile)
-    return config
+def _build(
+    trt: Any,
+    builder: Any,
+    network: Any,
+    log: LibraryLog,
+    options: EngineOptions,
+    targets: tuple[str, ...],
+    onnx_path: Path,
+) -> tuple[legacy.Attempt, Any, Any, dict[str, Any]]:
+    """Return how the engine was built, the engine, its configuration, and what is known of it.
 
-
-def _set_targets(trt: Any, config: Any, capabilities: tuple[str, ...]) -> None:
-    if not capabilities:
-        return
-    known = {name: value for name, value in trt.ComputeCapability.__members__.items() if name != "NONE"}
-    config.num_compute_capabilities = len(capabilities)
-    for index, capability in enumerate(capabilities):
-        name = "CURRENT" if capability == CURRENT else f"SM{capability.replace('.', '')}"
-        if name not in known or not config.set_compute_capability(known[name], index):
-            have = ", ".join(f"{n[2:-1]}.{n[-1]}" if n.startswith("SM") else CURRENT for n in known)
-            raise ExportError(f"{trt.__name__} {trt.__version__} can't build for compute capability "
-                              f"{capability}; it can for: {have}")  # fmt: skip
-
-
-def _add_profile(builder: Any, network: Any, config: Any, log: LibraryLog, batches: tuple[int, ...]) -> None:
-    profile = builder.create_optimization_profile()
-    dynamic = 0
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        batch, *rest = tuple(tensor.shape)
-        if any(extent < 0 for extent in rest):
-            raise ExportError(f"input '{tensor.name}' has shape {(batch, *rest)}; only its first axis may be dynamic")
-        if batch >= 0 and batches != (batch, batch, batch):
-            raise ExportError(
-                f"input '{tensor.name}' has a fixed batch of {batch}, the profile asks for {batches}; export the "
-                f"graph with a dynamic batch, or ask for ({batch}, {batch}, {batch})"
+    Of TensorRT 8.6 there is more than one way; what the others gave is told. Raises ExportError when none gives an
+    engine that is what was asked for: such a one is never left behind.
+    """
+    old = legacy.is_legacy(trt)
+    attempts = legacy.attempts(options.precision, options.profile) if old else [legacy.Attempt(options.profile)]
+    refused: dict[str, str] = {}
+    blob: Any = None
+    for attempt in attempts:
+        if blob is not None and attempt.bound:
+            continue  # it was built, of another precision: for fewer videos it would be of that too
+        try:
+            config = configure(
+                trt, builder, network, log, dataclasses.replace(options, profile=attempt.profile), targets
             )
-        if batch < 0:
-            profile.set_shape(tensor.name, *[(size, *rest) for size in batches])
-            dynamic += 1
-    if dynamic:
-        with log.collect() as messages:
-            accepted = config.add_optimization_profile(profile)
-        if accepted < 0:
-            raise ExportError(f"the library refused the profile {batches}:\n{messages.errors()}")
+            if not attempt.bound:
+                legacy.prefer_precisions(trt, config)
+            cache = open_timing_cache(config, options.timing_cache)  # which has to live until the engine is built
+            with log.collect() as messages, _interruptible(trt, config):
+                blob = builder.build_serialized_network(network, config)
+            del cache
+            if blob is None:
+                raise ExportError(f"{trt.__name__} {trt.__version__} built no engine:\n{messages.errors()}")
+            found = _checked(trt, log, blob, messages.layers(), options, onnx_path)
+        except ExportError as error:
+            refused[str(attempt)] = str(error)
+            continue
+        if refused:
+            logging.getLogger(__name__).warning(
+                "%s: built %s; it could not be built %s", trt.__name__, attempt, ", or ".join(refused)
+            )
+            found |= {"fallback": str(attempt), "refused": refused}
+        return attempt, blob, config, found
+    raise ExportError("\n".join(dict.fromkeys(refused.values())))
 
 
-def _open_timing_cache(config: Any, path: Path | None) -> Any:
-    """Open the file's timings, or an empty cache when they are of another GPU or version. The caller keeps it alive."""
-    if path is None:
-        return None
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    if cache is None or not config.set_timing_cache(cache, False):
-        cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, False)
-    return cache
-
-
-def _build(trt: Any, builder: Any, network: Any, config: Any) -> Any:
-    """Return the engine, or None where the library finds no way to build it; its log says why."""
-    with _interruptible(trt, config):
-        return builder.build_serialized_network(network, config)
+def _checked(
+    trt: Any, log: LibraryLog, blob: Any, listing: str, options: EngineOptions, onnx_path: Path
+) -> dict[str, Any]:
+    """Return what the library tells of an engine. Raises ExportError for one of another precision than asked for."""
+    if options.format == "tensorrt-rtx":
+        found: dict[str, Any] = {"delivered_precisions": logged_precisions(listing)}
+    else:
+        found = _inspect(trt, log, blob, options)
+    check_inspected(found["delivered_precisions"], options.precision)
+    check_size(int(blob.nbytes), graph_bytes(onnx_path), options.precision)
+    return found
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from runtime.backends.tensorrt.legacy import is_legacy
@@ -9,6 +10,8 @@ from runtime.errors import ExportError
 
 __all__ = [
     "MAX_OPSET",
+    "Attempt",
+    "attempts",
     "check_supported",
     "configure",
     "is_legacy",
@@ -18,6 +21,34 @@ __all__ = [
 ]
 
 MAX_OPSET = 17
+NARROW_BATCH = 8
+"""Largest batch of the first profile that is tried where that of the range asked for gives no engine."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A way of building an engine."""
+
+    profile: tuple[int, ...]
+    bound: bool = True
+    """The fp32 layers of a half graph have to stay fp32; otherwise that is a preference."""
+
+    def __str__(self) -> str:
+        text = f"for batches {self.profile}"
+        return text if self.bound else f"{text}, the precision of the graph's fp32 layers a preference"
+
+
+def attempts(precision: str, profile: tuple[int, ...]) -> list[Attempt]:
+    """Return the ways of building an engine, what was asked for first; each is for where those before it give none.
+
+    8.6 may find no kernel where the batch is dynamic, or where layers of a half engine are bound to fp32.
+    """
+    least, tuned, most = profile
+    narrow = (min(least, NARROW_BATCH), min(tuned, NARROW_BATCH), min(most, NARROW_BATCH))
+    found = [Attempt(each) for each in (profile, narrow, (1, 1, 1))]
+    if precision == "fp16":
+        found += [Attempt(profile, bound=False), Attempt((1, 1, 1), bound=False)]
+    return list(dict.fromkeys(found))
 
 
 def check_supported(trt: Any, precision: str, opset: int) -> None:
@@ -55,13 +86,10 @@ def configure(trt: Any, network: Any, config: Any, precision: str) -> None:
     config.set_tactic_sources(config.get_tactic_sources() & ~outside)
 
 
-def prefer_precisions(trt: Any, config: Any) -> bool:
-    """Let the builder leave the pinned types where it finds no kernel; return whether it was bound to them so far."""
-    bound = bool(config.get_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS))
-    if bound:
-        config.clear_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-        config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
-    return bound
+def prefer_precisions(trt: Any, config: Any) -> None:
+    """Let the builder leave the pinned types where it finds no kernel of them."""
+    config.clear_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
 
 
 def _pin_float_layers(trt: Any, network: Any, config: Any) -> None:
