@@ -426,15 +426,20 @@ ENGINE_FILE = ModelFile(
 """Of an engine that `write_engine` writes."""
 
 
-def write_engine(path: Path, magic: bytes = b"ftrt") -> Path:
-    """Write an engine file of the simulation: its tensors with their shapes (batch -1) and types."""
+def engine_bytes(magic: bytes = b"ftrt") -> bytes:
+    """Return an engine of the simulation: its tensors with their shapes (batch -1) and types."""
     shapes = {"inputs": ENGINE_SPEC.input_shapes(1), "outputs": ENGINE_SPEC.output_shapes(1)}
     plan = {
         kind: {n: ([-1, *s[1:]], "INT32" if n == "lengths" else "FLOAT") for n, s in of_kind.items()}
         for kind, of_kind in shapes.items()
     }
+    return magic + json.dumps(plan).encode()
+
+
+def write_engine(path: Path, magic: bytes = b"ftrt") -> Path:
+    """Write an engine file of the simulation."""
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(magic + json.dumps(plan).encode())
+    path.write_bytes(engine_bytes(magic))
     return path
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from typing import Any
 
 import builders
 import pytest
+import simulated_library
 from tensorrt_simulation import ENGINE_FILE, ENGINE_SPEC, Simulation, install, write_engine
 
 from benchmarks.gpu import report as gpu_report
@@ -26,6 +29,7 @@ from benchmarks.networks import Networks
 from export.parity.inputs import stress_inputs, synthetic_inputs
 from export.parity.reference import Reference, record, save_reference
 from export.tensorrt.options import EngineOptions
+from runtime.backends.tensorrt.backend import TensorRTBackend
 from runtime.bundle import read_bundle
 from runtime.errors import EngineError, EngineMismatch, ExportError
 
@@ -101,6 +105,41 @@ def test_a_day_without_a_gpu(arguments: list[str], tmp_path: Path) -> None:
     assert stages["onnxruntime fp32"]["result"]["status"]["passed"]
     assert {m["name"].split(" / ")[1] for m in report["measurements"]} == {"onnxruntime fp32"}
     assert "batch 2, onnxruntime fp32" in text
+
+
+@pytest.mark.slow  # a dozen processes
+def test_a_short_day_on_a_gpu(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage of TensorRT 8.6, simulated, one of which takes too long; the GPU tests are other files' matter."""
+    shutil.rmtree(tmp_path / "bundle")
+    builders.make_bundle(tmp_path / "bundle", spec=ENGINE_SPEC)
+    videos = [*stress_inputs(ENGINE_SPEC)[:4], *synthetic_inputs(ENGINE_SPEC, count=4)]
+    with monkeypatch.context() as patched:
+        install(patched, Simulation())
+        path = write_engine(tmp_path / "engines" / "e.engine")
+        with TensorRTBackend.open(path, ENGINE_FILE, ENGINE_SPEC) as backend:
+            outputs = record(backend, videos)
+    save_reference(tmp_path / "reference.npz", Reference(ENGINE_SPEC, "0" * 64, videos, outputs))
+    monkeypatch.setenv("PYTHONPATH", str(simulated_library.shim(tmp_path / "shim")), prepend=os.pathsep)
+    stages = gpu_report.plan(gpu_report.parse([*arguments, "--formats", "tensorrt", "--batches", "1", "8", "32"]))
+    engines = [stage for stage in stages if stage.name.startswith("tensorrt")]
+    slow = "tensorrt fp32 throughput build"
+    engines = [dataclasses.replace(stage, limit_seconds=4) if stage.name == slow else stage for stage in engines]
+    monkeypatch.setattr(gpu_report, "plan", lambda options: engines)
+    status, report, text = report_of([*arguments, "--device", "cuda", "--batches", "1", "8", "32", "--minutes", "9"])
+    outcomes = {name.partition("fp32 ")[2]: stage for name, stage in report["stages"].items()}
+    assert {name: (o["status"], o.get("error")) for name, o in outcomes.items()} == {
+        f"{kind} {what}": ("done", "took longer than 4 s" if (kind, what) == ("throughput", "build") else None)
+        for kind in ("latency", "throughput")
+        for what in ("build", "parity check", "speed", "copies", "contexts", "layers")
+    }
+    assert status == 0
+    assert outcomes["throughput build"]["result"]["profile"] == [1, 8, 8]  # what was built before the time was over
+    rows = {
+        kind: [row["batch"] for row in outcomes[f"{kind} speed"]["result"]["rows"]]
+        for kind in ("latency", "throughput")
+    }
+    assert rows == {"latency": [1], "throughput": [8]}
+    assert "| tensorrt fp32 throughput | " in text
 
 
 def test_no_time_left(arguments: list[str]) -> None:
@@ -252,6 +291,59 @@ def test_batch_sizes_that_were_done_outlive_their_stage(arguments: list[str], tm
     assert outcome["result"] == kept
 
 
+def test_an_interrupt_keeps_what_the_running_stage_had(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is lent for a while ends the report with SIGTERM; here the stage sends it, and leaves a child."""
+    interpreter = tmp_path / "python"
+    interpreter.write_text(
+        f"""#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/child\n"""
+        f"""echo '{{"rows": []}}' > {tmp_path}/work/odd.partial.json\nkill -TERM $PPID\nexec sleep 60\n"""
+    )
+    interpreter.chmod(0o755)
+    stages = [Stage(name, "torch", "peer", 60) for name in ("odd", "next")]
+    monkeypatch.setattr(gpu_report, "plan", lambda options: stages)
+    status, report, text = report_of([*arguments, "--torch-python", str(interpreter)])
+    assert status == 130
+    assert report["stages"].keys() == {"odd"}
+    assert report["stages"]["odd"]["error"] == "the report was interrupted"
+    assert report["stages"]["odd"]["result"] == {"rows": []}
+    assert "the report was interrupted" in text
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 10  # a moment passes until the system has taken it away
+    while (stat := Path(f"/proc/{child}/stat")).exists() and stat.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_a_stage_leaves_behind_keeps_nobody_waiting(arguments: list[str], tmp_path: Path) -> None:
+    interpreter = tmp_path / "python"
+    interpreter.write_text("#!/bin/sh\nsleep 20 &\nexec sleep 20\n")
+    interpreter.chmod(0o755)
+    begin = time.monotonic()
+    run_one([*arguments, "--torch-python", str(interpreter)], Stage("odd", "torch", "peer", 60), limit=0.2)
+    assert time.monotonic() - begin < 10
+
+
+def test_long_stages_are_shorter_where_time_is_short() -> None:
+    tests, check = Stage("tests", "pytest", "pytest", 420), Stage("x", "tensorrt", "status", 90)
+    assert [round(tests.limit(minutes)) for minutes in (60, 25, 12, 5)] == [420, 420, 202, 120]
+    assert check.limit(5) == 90
+
+
+@pytest.mark.parametrize("how", ["takes too long", "fails"])
+def test_an_engine_that_was_built_first_outlives_a_better_one(arguments: list[str], tmp_path: Path, how: str) -> None:
+    interpreter = tmp_path / "python"
+    end = "exec sleep 60" if how == "takes too long" else "exit 1"
+    partial = f"{tmp_path}/work/x-build.partial.json"
+    interpreter.write_text(f"""#!/bin/sh\necho '{{"profile": [1, 8, 8]}}' > {partial}\n{end}\n""")
+    interpreter.chmod(0o755)
+    stage = Stage("x build", "torch", "build", 60)
+    outcome = run_one([*arguments, "--torch-python", str(interpreter)], stage, limit=1)
+    assert (outcome["status"], outcome["result"]["profile"]) == ("done", [1, 8, 8])
+    assert outcome["error"] == ("took longer than 1 s" if how == "takes too long" else "ended with 1")
+
+
 def test_a_verified_backend_that_can_not_be_measured_is_an_error() -> None:
     class Broken(builders.OracleBackend):
         def describe(self) -> dict[str, Any]:
@@ -290,6 +382,8 @@ def test_speed_and_layers_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert contexts["videos_per_second"].keys() == {"1", "2"}
     assert all(rate > 0 for rates in contexts["videos_per_second"].values() for rate in rates.values())
     assert contexts["under_load_ms"].keys() == {"normal", "high priority"}
+    assert gpu_stages.layers(settings | {"batches": [1, 64]}).keys() == {"1"}  # this engine takes up to 4
+    assert gpu_stages.layers(settings | {"batches": [64]}).keys() == {"4"}
     layers = gpu_stages.layers(settings)
     assert layers["1"] == {"total_ms": 2.5, "layers": 2, "slowest": [("slow", 2.0), ("quick", 0.5)]}
     assert sim.held == {}
@@ -318,7 +412,8 @@ DONE: dict[str, Any] = {
     "matmuls": {"status": "done", "result": {"side": 8192, "operations_per_second": {"fp16": 7.9e14}}},
     "tensorrt fp16 build": {"status": "done", "seconds": 60.0, "gpu": {
         "sm_mhz": {"min": 345.0, "mean": 1800.0, "max": 1980.0}, "unsteady": True}, "result": {"engine": {
-        "seconds": 58.0, "engine_bytes": 500 << 20, "delivered_precisions": {"fp16": 300}}}},
+        "seconds": 58.0, "engine_bytes": 500 << 20, "delivered_precisions": {"fp16": 300}}, "profile": [1, 8, 8],
+        "not_built": "no engine for batch 64"}},
     "tensorrt fp16 parity check": {"status": "done", "result": {"passed": True}},
     "tensorrt fp16 speed": {"status": "done", "result": {
         "rows": [ROW], "describe": {"scratch_bytes": 80 << 20}}},
@@ -329,6 +424,7 @@ DONE: dict[str, Any] = {
         "3": 950.0}}, "under_load_ms": {"normal": summary(3.0), "high priority": summary(1.5)}}},
     "tensorrt fp16 layers": {"status": "done", "result": {
         "1": {"total_ms": 1.0, "layers": 2, "slowest": [["conv", 0.75], ["norm", 0.25]]}}},
+    "tensorrt fp32 speed": {"status": "done", "result": {"rows": [ROW | {"device_ms": summary(0.9)}]}},
     "tensorrt bf16 build": {"status": "failed", "error": "ExportError: tensorrt 8.6.0 does not support | bfloat16"},
     "torch eager fp32": {"status": "done", "result": {"status": {"passed": False}, "rows": [ROW]}},
 }  # fmt: skip
@@ -336,13 +432,14 @@ DONE: dict[str, Any] = {
 
 def test_page() -> None:
     text = page({"commit": "abc"}, DONE)
-    assert "| tensorrt fp16 | 58 s | 500 MiB | 80 MiB | {'fp16': 300} | verified |" in text
+    assert "| tensorrt fp16 | 58 s | [1, 8, 8] | 500 MiB | 80 MiB | {'fp16': 300} | verified |" in text
     assert "| batch 1, tensorrt fp16 | 1.000 / 2.000 |  | 1.500 / 3.000 |  | 800 | replayed |" in text
     assert "| batch 1, tensorrt fp16 | 1.500 / 800 | 1.400 / 800 | 1.600 / 800 | graph | steps |" in text
     assert "| batch 1, tensorrt fp16 | 700 | 900 | 950 |" in text
     assert "high priority, beside its largest batches: 1.500 / 3.000 ms" in text
     assert "3900 GB/s" in text
-    assert "| tensorrt fp16 build | done | 60.0 | 345 to 1980, unsteady |" in text
+    assert "| tensorrt fp16 build | done | 60.0 | 345 to 1980, unsteady | no engine for batch 64 |" in text
+    assert "- batch 1, tensorrt fp16 is no faster than with fp32 (0.900 ms)" in text
     assert "fp16 matmul of 8192 x 8192: 790.0 TFLOP/s" in text
     assert "| conv | 0.7500 | 75.0% |" in text
     assert "does not support / bfloat16" in text
@@ -354,6 +451,9 @@ def test_measurements() -> None:
         "batch 1 / tensorrt fp16 / device p50": 1.0,
         "batch 1 / tensorrt fp16 / engine p50": 1.5,
         "batch 1 / tensorrt fp16 / throughput": 800.0,
+        "batch 1 / tensorrt fp32 / device p50": 0.9,
+        "batch 1 / tensorrt fp32 / engine p50": 1.5,
+        "batch 1 / tensorrt fp32 / throughput": 800.0,
     }
 
 
@@ -391,6 +491,7 @@ def test_the_torch_side(
 @pytest.mark.parametrize("kind", ["latency", "throughput"])
 def test_each_kind_of_engine_is_tuned_for_its_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
     asked: list[EngineOptions] = []
+    library = SimpleNamespace(__version__="10.9.0", TilingOptimizationLevel=None)
 
     def build(graph: Path, out: Path, options: EngineOptions, *, gpu: bool) -> Any:
         asked.append(options)
@@ -398,13 +499,39 @@ def test_each_kind_of_engine_is_tuned_for_its_batch(monkeypatch: pytest.MonkeyPa
 
     bundle = builders.make_bundle(tmp_path / "bundle")
     monkeypatch.setattr(gpu_stages, "build_here", build)
-    monkeypatch.setattr(gpu_stages, "load_library", lambda format: SimpleNamespace(TilingOptimizationLevel=None))
+    monkeypatch.setattr(gpu_stages, "load_library", lambda format: library)
     options = gpu_report.parse(["--bundle", "b", "--reference", "r", "--out", "o", "--formats", "tensorrt"])
     stage = next(s for s in gpu_report.plan(options) if s.name == f"tensorrt fp32 {kind} build")
     with pytest.raises(ExportError, match="far enough"):
         gpu_stages.build(SETTINGS | {"bundle": str(bundle.folder), "work": str(tmp_path)} | stage.settings)
     expected = {"latency": ((1, 1, 1), 5, "moderate"), "throughput": ((1, 32, 64), None, "none")}[kind]
     assert (asked[0].profile, asked[0].optimization_level, asked[0].tiling) == expected
+
+
+@pytest.mark.parametrize("wide", ["is built", "fails"])
+def test_tensorrt_8_builds_for_small_batches_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wide: str) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def build(graph: Path, out: Path, options: EngineOptions, *, gpu: bool) -> Any:
+        asked.append(options.profile)
+        if len(asked) > 1 and wide == "fails":
+            raise ExportError("built no engine")
+        model_file = dataclasses.replace(ENGINE_FILE, profile=options.profile, max_batch=options.profile[2])
+        facts = {"build": {"seconds": 1.0}, "profile": options.profile, "opset": 17, "onnx_sha256": "0"}
+        return SimpleNamespace(**facts, model_file=lambda name: model_file)
+
+    library = SimpleNamespace(__version__="8.6.0")
+    monkeypatch.setattr(gpu_stages, "build_here", build)
+    monkeypatch.setattr(gpu_stages, "load_library", lambda format: library)
+    settings = SETTINGS | {"bundle": str(builders.make_bundle(tmp_path / "bundle").folder), "work": str(tmp_path)}
+    settings |= {"partial": str(tmp_path / "partial.json"), "batches": [2, 16, 64], "format": "tensorrt"}
+    found = gpu_stages.build(settings | {"precision": "fp32", "kind": "throughput"})
+    assert asked == [(1, 8, 8), (1, 32, 64)]
+    assert found["profile"] == ((1, 32, 64) if wide == "is built" else (1, 8, 8))
+    assert found.get("not_built") == (None if wide == "is built" else "built no engine")
+    described = json.loads((tmp_path / "tensorrt-fp32-throughput.json").read_text())
+    assert described["max_batch"] == found["profile"][2]
+    assert json.loads((tmp_path / "partial.json").read_text())["profile"] == list(found["profile"])
 
 
 def test_graphs_are_written_as_the_guide_says(tmp_path: Path) -> None:

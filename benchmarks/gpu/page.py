@@ -65,7 +65,8 @@ def _engines(done: Outcomes) -> str:
     for name, outcome in done.items():
         if name.endswith(" build"):
             engine = name.removesuffix(" build")
-            facts = _result(done, name).get("engine", {})
+            result = _result(done, name)
+            facts = result.get("engine", {})
             status = done.get(f"{engine} parity check", {})
             parity = "verified" if status.get("status") == "done" else str(status.get("error", "not run"))
             described = _result(done, f"{engine} speed").get("describe", {})
@@ -73,6 +74,7 @@ def _engines(done: Outcomes) -> str:
                 [
                     engine,
                     f"{facts['seconds']:.0f} s" if facts else str(outcome.get("error", ""))[:120],
+                    str(result.get("profile", "")),
                     _mebibytes(facts.get("engine_bytes")),
                     _mebibytes(described.get("scratch_bytes")),
                     str(facts.get("delivered_precisions") or "unknown"),
@@ -81,7 +83,7 @@ def _engines(done: Outcomes) -> str:
             )
     if not rows:
         return ""
-    header = ["Engine", "Built in", "Size", "Scratch", "Layers by precision", "Parity check"]
+    header = ["Engine", "Built in", "Batches", "Size", "Scratch", "Layers by precision", "Parity check"]
     return "## Engines\n\n" + markdown_table(header, rows)
 
 
@@ -99,7 +101,18 @@ def _speeds(done: Outcomes) -> str:
         "its own work included); engine: host arrays to host arrays; end to end: features to events. Videos/s of "
         "`Localizer.stream`, where these overlap."
     )
-    return f"## Speed\n\n{note}\n\n" + markdown_table(header, rows)
+    slow = "\n".join(f"- {line}" for line in _no_faster(done))
+    return "\n\n".join(part for part in (f"## Speed\n\n{note}", markdown_table(header, rows), slow) if part)
+
+
+def _no_faster(done: Outcomes) -> Iterator[str]:
+    """Yield a line for each engine of fewer bits that is no faster than that of fp32: its layers may well be fp32."""
+    times = {(name, row["batch"]): row["device_ms"]["p50"] for name, row in _rows(done) if "device_ms" in row}
+    for (name, batch), milliseconds in times.items():
+        for precision in ("fp16", "bf16", "fp8"):
+            full = times.get((name.replace(precision, "fp32"), batch))
+            if precision in name and full is not None and milliseconds >= full:
+                yield f"batch {batch}, {name} is no faster than with fp32 ({full:.3f} ms)"
 
 
 def _copies(done: Outcomes) -> str:
@@ -166,7 +179,10 @@ def _layers(done: Outcomes) -> str:
 def _stages(done: Outcomes) -> str:
     rows = []
     for name, outcome in done.items():
-        why = str(outcome.get("error") or _result(done, name).get("summary", ""))
+        result = _result(done, name)
+        fallback = result.get("engine", {}).get("fallback", "")
+        told = outcome.get("error") or result.get("summary") or result.get("not_built") or fallback
+        why = str(told or "")
         cell = " ".join(why.split()).replace("|", "/")[:300]
         clock = outcome.get("gpu", {}).get("sm_mhz")
         shown = "" if clock is None else f"{clock['min']:.0f} to {clock['max']:.0f}"

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.bounded import Ended, run_bounded
 from benchmarks.gpu.clocks import sampled
 from benchmarks.gpu.page import measurements, page
 from benchmarks.results import write_result
@@ -34,6 +35,9 @@ OUTPUT = 3000
 """Characters kept of what a process wrote."""
 SPARE_SECONDS = 5.0
 """A stage is not begun with less time left than this."""
+MINUTES = 25.0
+"""What the limits of the stages are made for; with less time those of the long ones shrink, to `SHORT_SECONDS`."""
+SHORT_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,13 @@ class Stage:
     """`tensorrt` (this interpreter), `torch` (the other one) or `pytest`."""
     action: str
     limit_seconds: float
+    """At most; see `limit`."""
     settings: dict[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+
+    def limit(self, minutes: float) -> float:
+        """Return the seconds that it may take of so many minutes in all."""
+        return min(self.limit_seconds, max(SHORT_SECONDS, self.limit_seconds * minutes / MINUTES))
 
 
 def plan(options: argparse.Namespace) -> list[Stage]:
@@ -72,6 +81,8 @@ def plan(options: argparse.Namespace) -> list[Stage]:
                     continue
                 name = f"{format} {precision} {kind}"
                 chosen = {"format": format, "precision": precision, "kind": kind, "batches": batches}
+                if kind == "latency":
+                    chosen["optimization_level"] = options.optimization_level
                 stages.append(Stage(f"{name} build", "tensorrt", "build", 600, chosen, graphs))
                 stages.append(Stage(f"{name} parity check", "tensorrt", "status", 120, chosen, (f"{name} build",)))
                 stages.append(Stage(f"{name} speed", "tensorrt", "speed", 240, chosen, (f"{name} parity check",)))
@@ -131,10 +142,12 @@ def run(options: argparse.Namespace) -> Path:
             outcome = {"status": "skipped", "error": f"the {options.minutes:g} minutes were used up"}
         else:
             print(f"[{number}/{len(stages)}] {stage.name} ({left:.0f} s left)", flush=True)
-            outcome = run_stage(stage, options, common, min(stage.limit_seconds, left))
+            outcome = run_stage(stage, options, common, min(stage.limit(options.minutes), left))
         done[stage.name] = outcome
         print(f"    {outcome['status']} {outcome.get('seconds', 0):.1f} s {outcome.get('error', '')[:300]}", flush=True)
         path = _write(options.out, facts, done)
+        if outcome.get("interrupted"):
+            break
     return path
 
 
@@ -149,33 +162,27 @@ def run_stage(stage: Stage, options: argparse.Namespace, common: dict[str, Any],
     command, environment = _command(stage, options, settings, result)
     begin = time.perf_counter()
     with sampled() as gpu:
-        try:
-            process = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            outcome = {"status": "failed", "error": f"took longer than {limit:.0f} s", "output": _kept(error)}
-        else:
-            outcome = _outcome(stage, process, result)
-    if "result" not in outcome and partial.is_file():  # the batch sizes that were done before it failed
+        ended = run_bounded(command, limit, cwd=ROOT, environment=environment)
+    seconds = time.perf_counter() - begin
+    if ended.why_killed:
+        outcome: dict[str, Any] = {"status": "failed", "error": ended.why_killed, "output": ended.output[-OUTPUT:]}
+        if ended.interrupted:
+            outcome["interrupted"] = True
+    else:
+        outcome = _outcome(stage, ended, result)
+    if "result" not in outcome and partial.is_file():  # what was done before it failed
         outcome["result"] = json.loads(partial.read_text(encoding="utf-8"))
-    return outcome | {"seconds": time.perf_counter() - begin} | ({"gpu": gpu} if gpu else {})
+        if stage.action == "build":  # an engine that a better one was to replace
+            outcome["status"] = "done"
+    return outcome | {"seconds": seconds} | ({"gpu": gpu} if gpu else {})
 
 
-def _kept(error: subprocess.TimeoutExpired) -> str:
-    """Return what a process that was ended had written: of the tests, each that was done."""
-    parts = (
-        part.decode(errors="replace") if isinstance(part, bytes) else part for part in (error.stdout, error.stderr)
-    )
-    return "".join(part or "" for part in parts)[-OUTPUT:]
-
-
-def _outcome(stage: Stage, process: subprocess.CompletedProcess[str], result: Path) -> dict[str, Any]:
-    output = (process.stdout + process.stderr)[-OUTPUT:]
+def _outcome(stage: Stage, ended: Ended, result: Path) -> dict[str, Any]:
+    output = ended.output[-OUTPUT:]
     if stage.side == "pytest":
-        return _tests_outcome(process.returncode, result, output)
+        return _tests_outcome(ended.status, result, output)
     if not result.is_file():
-        return {"status": "failed", "error": f"ended with {process.returncode}", "output": output}
+        return {"status": "failed", "error": f"ended with {ended.status}", "output": output}
     outcome: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     status = outcome.get("result", {}).get("passed") if stage.action == "status" else None
     if status is False:  # an engine that fails its parity check gets no speed
@@ -247,7 +254,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--opset", type=int, default=17, help="of the exported graphs; 17 is what TensorRT 8.6 reads")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
-    parser.add_argument("--minutes", type=float, default=25.0, help="time budget; stages beyond it are skipped")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=MINUTES,
+        help="time budget; stages beyond it are skipped, the long ones shorter",
+    )
+    parser.add_argument(
+        "--optimization-level",
+        type=int,
+        default=5,
+        choices=range(6),
+        help="of the engines of lowest latency (full TensorRT)",
+    )
     parser.add_argument("--tests", nargs="*", default=["tests/test_gpu.py"], help="files given to pytest")
     parser.add_argument("--dry-run", action="store_true", help="print the stages with their limits and stop")
     options = parser.parse_args(argv)
@@ -259,15 +278,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0 when every stage that could run was done."""
+    """Exit status 0 when every stage that could run was done, 130 when the report was interrupted."""
     options = parse(argv)
     if options.dry_run:
         for stage in plan(options):
-            print(f"{stage.name:<28} {stage.side:<9} at most {stage.limit_seconds:4.0f} s")
+            print(f"{stage.name:<28} {stage.side:<9} at most {stage.limit(options.minutes):4.0f} s")
         return 0
     path = run(options)
     print(path)
     stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    if any(outcome.get("interrupted") for outcome in stages.values()):
+        return 130
     return 1 if any(outcome["status"] == "failed" for outcome in stages.values()) else 0
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, get_args
 
-from benchmarks.gpu.settings import Settings, bench_plan, engine_of
+from benchmarks.gpu.settings import Settings, batches_of, bench_plan, engine_of, keep
 from runtime.backends.base import Backend
 from runtime.backends.tensorrt.backend import TensorRTBackend
 from runtime.backends.tensorrt.context import Copies, RunOptions
@@ -39,9 +39,15 @@ def copies(settings: Settings) -> dict[str, Any]:
         )
         for way in ways
     ]
-    report = bench(spec, candidates, bench_plan(settings, model_file.max_batch))
+    plan = bench_plan(settings, model_file.max_batch)
+    report = bench(spec, candidates, plan, after_batch=lambda report: keep(settings, _fastest(report)))
     if failed := [f"{e['name']}: {e['not_measured']}" for e in report["candidates"] if e["not_measured"]]:
         raise EngineError(f"not measured: {'; '.join(failed)}")
+    return _fastest(report)
+
+
+def _fastest(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Say which way is fastest at each batch size that was timed."""
     fastest = {}
     for batch in {row["batch"] for row in report["rows"]}:
         rows = [row for row in report["rows"] if row["batch"] == batch]
@@ -56,16 +62,18 @@ def contexts(settings: Settings) -> dict[str, Any]:
     """Count videos per second of one, two and three execution contexts at once, and what a high priority is worth."""
     path, model_file, spec = engine_of(settings)
     found: dict[str, Any] = {"videos_per_second": {}, "under_load_ms": {}}
-    batches = [batch for batch in settings["batches"] if batch <= min(MOST_SHARED, model_file.max_batch)]
+    batches = [batch for batch in batches_of(settings, model_file.max_batch) if batch <= MOST_SHARED]
     with TensorRTBackend.open(path, model_file, spec) as backend:
         for batch in batches:
             rates = {str(count): _together(backend, batch, count, settings["seconds"]) for count in (1, 2, 3)}
             found["videos_per_second"][str(batch)] = rates
+            keep(settings, found)
         if batches:
             for name, high in (("normal", False), ("high priority", True)):
                 running = RunOptions(high_priority=high)
                 with TensorRTBackend.open(path, model_file, spec, running=running) as urgent:
                     found["under_load_ms"][name] = _under_load(urgent, backend, settings["seconds"])
+                keep(settings, found)
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from runtime.bundle import Bundle, ModelFile, read_bundle
 from runtime.errors import CCNetError, ExportError
+from runtime.files import write_json
 from runtime.profiling.bench import Plan
 from runtime.profiling.timing import Rules
 from runtime.schema import section_from_json
@@ -15,7 +16,8 @@ from runtime.spec import ModelSpec
 
 Settings = dict[str, Any]
 """`bundle`, `reference`, `work` (folders and files), `batches`, `seconds` (per measurement), `device` (cuda or cpu),
-and for engines `format`, `precision`, `kind` (latency or throughput)."""
+and for engines `format`, `precision`, `kind` (latency or throughput), `optimization_level` (of the former). A stage
+that measures one thing after the other leaves each in the file `partial`."""
 
 
 class Absent(CCNetError):
@@ -24,9 +26,20 @@ class Absent(CCNetError):
 
 def bench_plan(settings: Settings, max_batch: int) -> Plan:
     """Return what to measure of an engine that takes batches of up to `max_batch`."""
-    batches = tuple(batch for batch in settings["batches"] if batch <= max_batch)
     seconds = settings["seconds"]
-    return Plan(rules=Rules(warmup_seconds=min(0.3, seconds), seconds=seconds), batches=batches)
+    rules = Rules(warmup_seconds=min(0.3, seconds), seconds=seconds)
+    return Plan(rules=rules, batches=tuple(batches_of(settings, max_batch)))
+
+
+def batches_of(settings: Settings, max_batch: int) -> list[int]:
+    """Return the batch sizes to look at that an engine takes; it may be built for fewer videos than asked for."""
+    return [batch for batch in settings["batches"] if batch <= max_batch] or [max_batch]
+
+
+def keep(settings: Settings, found: dict[str, Any]) -> None:
+    """Leave what a stage has so far, should it not come to its end."""
+    if partial := settings.get("partial"):
+        write_json(partial, found)
 
 
 def graph_of(settings: Settings) -> tuple[Bundle, ModelFile]:

@@ -22,7 +22,16 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.gpu.running import contexts, copies
-from benchmarks.gpu.settings import Absent, Settings, bench_plan, engine_of, engine_path, graph_of
+from benchmarks.gpu.settings import (
+    Absent,
+    Settings,
+    batches_of,
+    bench_plan,
+    engine_of,
+    engine_path,
+    graph_of,
+    keep,
+)
 from export.parity.compare import compare
 from export.parity.reference import load_reference
 from export.tensorrt.build import EngineInfo, build_engine
@@ -31,6 +40,7 @@ from runtime.backends.base import Backend
 from runtime.backends.tensorrt import cuda
 from runtime.backends.tensorrt.backend import TensorRTBackend
 from runtime.backends.tensorrt.context import RunOptions
+from runtime.backends.tensorrt.legacy import is_legacy
 from runtime.backends.tensorrt.library import load_library
 from runtime.bundle import ModelFile
 from runtime.errors import BackendUnavailable, CCNetError, EngineError, EngineMismatch, ExportError, MissingDependency
@@ -54,7 +64,7 @@ class OnDevice(Protocol):
 
 COPY_BYTES = 1 << 30
 SLOWEST = 10
-TUNED_BATCH = 32
+TUNED_BATCH, SMALL_BATCH = 32, 8
 MOST_REPEATS, FEWEST_REPEATS = 1000, 20
 """Of a time on the device: 99 of 100 can be told from a thousand, if they fit into the seconds of a measurement."""
 
@@ -101,24 +111,39 @@ def build(settings: Settings) -> dict[str, Any]:
     """Build one engine for this GPU (RTX without one: portable) from the bundle's graph of that precision.
 
     Of kind `latency`: for batch 1 alone, with all the time that the builder wants; `throughput`: tuned for batch 32.
+    TensorRT 8.6 may take minutes too long for that: it builds one for small batches first, which stays if so.
     """
     bundle, graph = graph_of(settings)
     format, precision = settings["format"], settings["precision"]
     largest = max(settings["batches"])
     path = engine_path(settings)
-    full = format == "tensorrt"
+    full, latency = format == "tensorrt", settings["kind"] == "latency"
     options = EngineOptions(
         format=format,
         precision=precision,
         profile=(1, min(TUNED_BATCH, largest), largest),
-        optimization_level=5 if full and settings["kind"] == "latency" else None,
-        tiling="moderate" if full and settings["kind"] == "latency" and _has_tiling() else "none",
+        optimization_level=settings["optimization_level"] if full and latency else None,
+        tiling="moderate" if full and latency and _has_tiling() else "none",
         timing_cache=path.parent / "timings.cache" if full else None,
     )
-    info = build_here(bundle.path(graph), path, options, gpu=settings["device"] == "cuda")
-    model_file = info.model_file(name=f"{format}-{precision}")
-    write_json(path.with_suffix(".json"), dataclasses.asdict(model_file))
-    return {"engine": info.build, "profile": info.options.profile, "opset": info.opset, "onnx_sha256": info.onnx_sha256}
+    first_profiles = [(1, SMALL_BATCH, SMALL_BATCH)] if full and largest > SMALL_BATCH and _builds_slowly() else []
+    found: dict[str, Any] = {}
+    for profile in (*first_profiles, options.profile):
+        wanted = dataclasses.replace(options, profile=profile)
+        try:
+            info = build_here(bundle.path(graph), path, wanted, gpu=settings["device"] == "cuda")
+        except ExportError as error:
+            if not found:
+                raise
+            return found | {"not_built": str(error)}
+        write_json(path.with_suffix(".json"), dataclasses.asdict(info.model_file(name=f"{format}-{precision}")))
+        found = {"engine": info.build, "profile": info.profile, "opset": info.opset, "onnx_sha256": info.onnx_sha256}
+        keep(settings, found)
+    return found
+
+
+def _builds_slowly() -> bool:
+    return is_legacy(load_library("tensorrt"))
 
 
 def _has_tiling() -> bool:
@@ -139,7 +164,8 @@ def build_here(graph: Path, out: Path, options: EngineOptions, *, gpu: bool = Tr
 def status(settings: Settings) -> dict[str, Any]:
     """Compare a built engine with the recorded outputs of the eager network."""
     path, model_file, spec = engine_of(settings)
-    return check_engine_file(path, model_file, spec, Path(settings["reference"]), settings["batches"])
+    batches = batches_of(settings, model_file.max_batch)
+    return check_engine_file(path, model_file, spec, Path(settings["reference"]), batches)
 
 
 def check_engine_file(
@@ -168,6 +194,7 @@ def speed(settings: Settings) -> dict[str, Any]:
     with TensorRTBackend.open(path, model_file, spec, running=RunOptions(cuda_graph=False)) as backend:
         for row in found["rows"]:
             row["device_ms_without_graph"] = _device_time(backend, row["batch"], settings["seconds"])
+            keep(settings, found)
     return found
 
 
@@ -176,11 +203,13 @@ def layers(settings: Settings) -> dict[str, Any]:
     path, model_file, spec = engine_of(settings)
     found: dict[str, Any] = {}
     with TensorRTBackend.open(path, model_file, spec) as backend:
-        for batch in sorted({min(settings["batches"]), max(settings["batches"])}):
+        batches = batches_of(settings, model_file.max_batch)
+        for batch in sorted({min(batches), max(batches)}):
             times = backend.layer_milliseconds(batch)
             slowest = list(itertools.islice(times.items(), SLOWEST))
             total = sum(times.values())
             found[str(batch)] = {"total_ms": total, "layers": len(times), "slowest": slowest}
+            keep(settings, found)
     return found
 
 
@@ -231,12 +260,8 @@ def time_backend(
         ]
         return (facts or {}) | {"describe": engine, "rows": rows}
 
-    def keep(report: dict[str, Any]) -> None:
-        if partial := settings.get("partial"):
-            write_json(partial, found(report))
-
     candidate = Candidate(name=backend.name, open=lambda: backend, status="verified" if verified else "failed")
-    report = bench(backend.spec, [candidate], plan, after_batch=keep)
+    report = bench(backend.spec, [candidate], plan, after_batch=lambda report: keep(settings, found(report)))
     reason = report["candidates"][0]["not_measured"]
     if verified and reason:
         raise EngineError(f"{backend.name}: not measured: {reason}")
