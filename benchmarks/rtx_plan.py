@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.backends.tensorrt.engine import RTX_MAGIC
+from runtime.backends.tensorrt.rtx import RTX_MAGIC
 from runtime.errors import BackendUnavailable, ExportError
 
 KNOWN_VERSION = ("1", "7")

@@ -225,16 +225,17 @@ def make_bundle(
     *,
     spec: ModelSpec = SPEC,
     engine_files: Sequence[ModelFile] = (),
+    engine_content: bytes = b"not really an engine",
 ) -> Bundle:
     """Write a bundle with one ONNX file, `onnx-fp32`, the given engines and engine files.
 
-    Without `engines`: one verified ONNX Runtime engine. Engine files are a few arbitrary bytes.
+    Without `engines`: one verified ONNX Runtime engine. All engine files hold `engine_content`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_oracle_onnx(folder / "model.onnx", spec)
     model_files = [onnx_model_file()]
     for file in engine_files:
-        (folder / file.files[0]).write_bytes(b"not really an engine")
+        (folder / file.files[0]).write_bytes(engine_content)
         model_files.append(file)
     if engines is None:
         engines = [engine("onnxruntime")]

@@ -7,6 +7,7 @@ nothing else, in a process of their own. What can't be downloaded is skipped. Th
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from native_stand_ins import stand_in
+
+from runtime.backends.tensorrt.library import start
+from runtime.backends.tensorrt.rtx import REFUSALS
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("runtime/backends/tensorrt", "export/tensorrt")
@@ -106,7 +111,7 @@ NEWER: dict[str, dict[str, int]] = {
 """From 10.9 on; before, `legacy` does without, or the branch of 8.6."""
 OF_8_METHODS: dict[str, dict[str, int]] = {
     "ICudaEngine": {"create_execution_context_without_device_memory": 0},
-    "IBuilderConfig": {"get_flag": 1, "get_tactic_sources": 0, "set_tactic_sources": 1},
+    "IBuilderConfig": {"get_tactic_sources": 0, "set_tactic_sources": 1},
     "ILayer": {"set_output_type": 2, "get_input": 1},
 }
 RTX_METHODS: dict[str, dict[str, int]] = {
@@ -203,21 +208,6 @@ def wheels(pytestconfig: pytest.Config) -> Path:
     folder = cache.mkdir("wheels")
     (folder / "offline").unlink(missing_ok=True)
     return folder
-
-
-def stand_in(bindings: Path, folder: Path) -> None:
-    """Build the libraries that a binding names, of nothing but the symbols that it wants."""
-    if not all(map(shutil.which, ("cc", "nm", "objdump"))):
-        pytest.skip("no C compiler and binutils to build a stand-in library with")
-    listed = subprocess.run(["nm", "-D", "--undefined-only", bindings], capture_output=True, text=True, check=True)
-    names = [line.split()[-1] for line in listed.stdout.splitlines()]
-    wanted = [n for n in names if "@" not in n and not n.startswith(("Py", "_Py", "_ITM", "_ZGT", "__"))]
-    source = folder / "stand_in.c"
-    source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in wanted))
-    needed = subprocess.run(["objdump", "-p", bindings], capture_output=True, text=True, check=True).stdout
-    for library in re.findall(r"NEEDED\s+(libnv\S+)", needed):
-        command = ["cc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{library}", "-o", folder / library, source]
-        subprocess.run(command, check=True)
 
 
 def inspect(module: str, names: set[str], python: str = sys.executable, **environment: str) -> dict[str, str | None]:
@@ -321,6 +311,57 @@ def test_bindings_of_tensorrt_for_rtx() -> None:
     names |= {name for name in more | properties() if "optimization_level" not in name}
     found = inspect("tensorrt_rtx", names | methods(tables))
     check(found, names, tables)
+
+
+def test_calls_of_the_runtime_of_tensorrt_for_rtx(tmp_path: Path) -> None:
+    """What only a loaded engine, and so a GPU, gives: made by the source itself, of a library that agrees to all."""
+    bindings = importlib.util.find_spec("tensorrt_rtx_bindings")
+    if bindings is None or bindings.origin is None:
+        pytest.skip("tensorrt_rtx is not installed")
+    libraries = stand_in(Path(bindings.origin).with_name("tensorrt_rtx.so"), tmp_path, agrees=True)
+    (tmp_path / "kernels.cache").write_bytes(b"kernels of an earlier start")
+    code = f"""
+        import ctypes, sys, types
+        from pathlib import Path
+        for library in {[str(library) for library in libraries]}:
+            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+        sys.modules["tensorrt_rtx_libs"] = types.ModuleType("tensorrt_rtx_libs")  # not the real ones
+        import tensorrt_rtx_bindings as trt
+        from runtime.backends.tensorrt.library import library_logger
+        from runtime.backends.tensorrt.rtx import RuntimeCache, runtime_config
+        runtime = trt.Runtime(library_logger(trt)[0])
+        engine = runtime.deserialize_cuda_engine(b"vtrt")
+        config = runtime_config(trt, engine, RuntimeCache(Path({str(tmp_path)!r}), ["kernels"]))
+        context = engine.create_execution_context(config)
+        serialized = config.create_runtime_cache().serialize()
+        try:
+            config.cuda_graph_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        except TypeError:
+            print(*(type(each).__name__ for each in (engine, config, context, serialized)), flush=True)
+        import os
+        os._exit(0)  # nothing of such a library is freed
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["ICudaEngine", "IRuntimeConfig", "IExecutionContext", "IHostMemory"]
+
+
+def test_what_the_real_tensorrt_for_rtx_says_of_a_file() -> None:
+    """Of an engine alone it needs a GPU to say more."""
+    rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    runtime = start(rtx, "Runtime")
+    validity, diagnostics = runtime.get_engine_validity(b"vtrt" + bytes(runtime.engine_header_size))
+    assert validity == rtx.EngineValidity.INVALID
+    assert int(diagnostics) >= 0
+    bits = [int(getattr(rtx.EngineInvalidityDiagnostics, name)) for name in REFUSALS]
+    assert sorted(bits) == sorted({1 << (bit.bit_length() - 1) for bit in bits})  # one bit each
+    assert {f"SM{capability}" for capability in (75, 80, 86, 89, 120)} <= set(rtx.ComputeCapability.__members__)
 
 
 @pytest.mark.slow  # a download of 46 MB

@@ -10,7 +10,6 @@ numpy and TensorRT, without torch; without onnx too, if CCNET_GPU_GRAPHS names a
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
 import os
 import threading
@@ -29,7 +28,7 @@ from runtime.backends.tensorrt import cuda
 from runtime.backends.tensorrt.backend import TensorRTBackend
 from runtime.backends.tensorrt.context import RunOptions
 from runtime.bundle import ModelFile, read_bundle
-from runtime.errors import BackendUnavailable, BundleError, CCNetError, EngineError, EngineMismatch, ExportError
+from runtime.errors import BackendUnavailable, BundleError, EngineError, EngineMismatch, ExportError
 
 pytestmark = pytest.mark.gpu
 
@@ -67,22 +66,9 @@ def built(
     info = build_for_this_gpu(graph, folder / "small.engine", format, precision)
     try:
         TensorRTBackend.open(info.path, model_file_of(info), ATTENTION_SPEC).close()
-    except (EngineMismatch, EngineError) as error:
-        skip_if_unknown(error, device, format)
-        raise
+    except EngineMismatch as error:
+        pytest.skip(str(error))  # a portable RTX engine on a GPU that RTX does not know
     return info
-
-
-def skip_if_unknown(error: CCNetError, device: cuda.Device, format: str) -> None:
-    """Skip where a portable RTX engine is on a GPU that RTX does not know; it may say so when loading or running."""
-    if isinstance(error, EngineMismatch):
-        pytest.skip(str(error))
-    capability = f"SM{device.compute_capability.replace('.', '')}"
-    if (
-        format == "tensorrt-rtx"
-        and capability not in importlib.import_module(MODULES[format]).ComputeCapability.__members__
-    ):
-        pytest.skip(f"TensorRT for RTX does not know compute capability {device.compute_capability}: {error}")
 
 
 def small_graph(precision: str, folder: Path) -> Path:
@@ -241,7 +227,6 @@ def test_the_real_network_against_its_recorded_reference(
     spec = bundle.spec
     try:
         report = check_engine_file(info.path, model_file_of(info), spec, Path(recorded))
-    except CCNetError as error:
-        skip_if_unknown(error, device, format)
-        pytest.fail(str(error))
+    except EngineMismatch as error:
+        pytest.skip(str(error))
     assert report["passed"], report

@@ -121,6 +121,13 @@ def test_the_version_is_stated_once_and_its_copies_agree() -> None:
     assert released[0] == ccnet.__version__
 
 
+def test_the_gpu_extra_brings_the_cuda_libraries_of_onnx_runtime() -> None:
+    """Without them its CUDA provider does not start, unless torch or a CUDA toolkit is there."""
+    requirements = project()["project"]["optional-dependencies"]["gpu"]
+    (wanted,) = (r for r in requirements if r.startswith("onnxruntime-gpu"))
+    assert re.match(r"onnxruntime-gpu\[cuda,cudnn\][<>=]", wanted)
+
+
 def test_every_extra_that_an_error_names_exists_and_brings_its_package() -> None:
     extras = project()["project"]["optional-dependencies"]
     for distribution, extra in EXTRAS.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import builders
 import numpy as np
 import pytest
 from tensorrt_simulation import (
@@ -23,11 +24,13 @@ from tensorrt_simulation import (
     Engine,
     Simulation,
     assert_right,
+    engine_bytes,
     inputs,
     tensorrt_module,
     write_engine,
 )
 
+from runtime.backends.select import open_engine
 from runtime.backends.tensorrt import cuda
 from runtime.backends.tensorrt.backend import TensorRTBackend
 from runtime.backends.tensorrt.context import RunOptions
@@ -462,6 +465,7 @@ def rtx(sim: Simulation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any
     bits = {name: 1 << bit for bit, name in enumerate((*names, "MALFORMED_ENGINE", "CUDA_ERROR"))}
     module.EngineInvalidityDiagnostics = SimpleNamespace(**bits)
     module.EngineValidity = SimpleNamespace(INVALID="invalid")
+    module.ComputeCapability = SimpleNamespace(__members__={"SM86": 1, "SM89": 2, "SM120": 3})
     module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
     module.CudaGraphStrategy = SimpleNamespace(DISABLED="disabled")
     module.Runtime.engine_header_size = 4
@@ -516,6 +520,35 @@ def test_what_rtx_says_of_an_engine(rtx: Any, tmp_path: Path, name: str, error: 
     path = write_engine(tmp_path / "bundle" / "e.engine", b"vtrt")
     with pytest.raises(error, match=f"can't run this engine on Simulated GPU.*{text}"):
         TensorRTBackend.open(path, RTX_FILE, ENGINE_SPEC)
+
+
+@pytest.mark.parametrize("told", ["by the manifest", "by the header", "when it is loaded", "when it runs"])
+def test_an_rtx_engine_on_a_gpu_that_rtx_does_not_know(rtx: Any, sim: Simulation, tmp_path: Path, told: str) -> None:
+    """Hopper: `auto` takes the next engine, whenever it turns out."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    built_for = ("8.9",) if told == "by the manifest" else ()
+    model_file = dataclasses.replace(
+        RTX_FILE, compute_capabilities=built_for, library_version=rtx.__version__, files=("e.engine",)
+    )
+    rtx.diagnostics = rtx.EngineInvalidityDiagnostics.UNSUPPORTED_CC if told == "by the header" else 0
+    if told == "when it is loaded":
+        rtx.Runtime.deserialize_cuda_engine = lambda self, blob: None
+    sim.refuse_runs = told == "when it runs"
+    engines = [builders.engine("tensorrt-rtx", "fp16", model_file=model_file.name), builders.engine("onnxruntime")]
+    files: Any = {"engine_files": [model_file], "engine_content": engine_bytes(b"vtrt")}
+    bundle = builders.make_bundle(tmp_path / "bundle", engines, spec=ENGINE_SPEC, **files)
+    with pytest.raises(EngineMismatch):
+        open_engine(bundle, "tensorrt-rtx")
+    with pytest.warns(RuntimeWarning, match="engine 'tensorrt-rtx-fp16' is skipped"):
+        opened = open_engine(bundle)
+    opened.backend.close()
+    assert opened.backend.name == "onnxruntime"
+    assert sim.held == {}
+    sim.capability = (8, 9)  # a GPU that it knows: what goes wrong there is no mismatch
+    if told in ("when it is loaded", "when it runs"):
+        with pytest.raises(EngineError):
+            open_engine(bundle, "tensorrt-rtx")
 
 
 def test_rtx_kernels_are_saved_after_each_new_batch_size(rtx: Any, sim: Simulation, tmp_path: Path) -> None:

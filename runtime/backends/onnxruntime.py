@@ -32,6 +32,8 @@ _DISTRIBUTIONS = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu"}
 # What ONNX Runtime says when it keeps some nodes of a CUDA session on the CPU and was told not to.
 _CPU_NODES = "assigned to the default CPU EP"
 
+_CUDA_LIBRARIES = "pip install 'ccnet[gpu]' brings the libraries that it needs, 'ccnet doctor' says what is there"
+
 # Fused nodes go to the end of the order in which a CPU session runs. These two fuse parts of every attention and MLP:
 # both groups of the largest stage were half computed before either was finished, 90 MB more at full size, no faster.
 _MEMORY_HUNGRY_FUSIONS = ["MatmulTransposeFusion", "BiasGeluFusion"]
@@ -282,14 +284,16 @@ def _cuda_session(onnxruntime: Any, path: Path, options: Any, chosen: dict[str, 
     except EngineError as error:
         # A working CUDA session may still keep shape arithmetic on the CPU; anything else is a real failure.
         if _CPU_NODES not in str(error):
-            raise BackendUnavailable(f"the CUDA provider of ONNX Runtime did not start: {error}") from error
+            raise BackendUnavailable(
+                f"the CUDA provider of ONNX Runtime did not start: {error}; {_CUDA_LIBRARIES}"
+            ) from error
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
         session = _session(onnxruntime, path, options, [provider])
         cpu_nodes = True
     if session.get_providers()[0] != cuda:
         raise BackendUnavailable(
             f"ONNX Runtime took {session.get_providers()} instead of {cuda}: no GPU, no driver, or a CUDA library is "
-            "missing; 'ccnet doctor' says which"
+            f"missing; {_CUDA_LIBRARIES}"
         )
     taken = session.get_provider_options().get(cuda, {})
     if any(taken.get(name) != value for name, value in chosen.items()):

@@ -21,7 +21,7 @@ from runtime.backends.tensorrt.context import Copies, ExecutionContext, RunOptio
 from runtime.backends.tensorrt.engine import LoadedEngine
 from runtime.backends.tensorrt.library import load_library
 from runtime.bundle import ModelFile
-from runtime.errors import BackendUnavailable, BundleError, EngineError
+from runtime.errors import BackendUnavailable, BundleError, EngineError, EngineMismatch
 from runtime.files import user_cache_folder
 from runtime.spec import AUDIO, LENGTHS, LOGITS, OFFSETS, VISUAL, ModelSpec
 
@@ -79,17 +79,30 @@ class TensorRTBackend(BaseBackend):
         compiled kernels; None: see `runtime.files.user_cache_folder`.
 
         Raises what `engine.check_engine` raises; BundleError for a file that is missing, cut short, of the other
-        format, or whose tensors are not those of `spec`; EngineError when the library can't load or run it.
+        format, or whose tensors are not those of `spec`; EngineError when the library can't load or run it, which is an
+        EngineMismatch on a GPU that TensorRT for RTX does not know.
         """
         path = Path(path)
         running = running or _recorded(path, model_file)
         folder = Path(cache_folder) if cache_folder else user_cache_folder()
-        engine = LoadedEngine(path, model_file, device, folder)
+        try:
+            return cls._open(LoadedEngine(path, model_file, device, folder), model_file, spec, running)
+        except EngineError as error:
+            if loaded.known_gpu(model_file, device):
+                raise
+            raise EngineMismatch(f"the library does not know this GPU: {error}") from error
+
+    @classmethod
+    def _open(
+        cls, engine: LoadedEngine, model_file: ModelFile, spec: ModelSpec, running: RunOptions
+    ) -> TensorRTBackend:
         backend = cls(engine, model_file, spec, running)
         try:
-            fixed = check_graph(_shapes(engine.inputs), _shapes(engine.outputs), spec, str(path))
+            fixed = check_graph(_shapes(engine.inputs), _shapes(engine.outputs), spec, str(engine.path))
             if fixed not in (None, backend.max_batch):
-                raise BundleError(f"{path}: its batch is fixed at {fixed}, the manifest says {backend.max_batch}")
+                raise BundleError(
+                    f"{engine.path}: its batch is fixed at {fixed}, the manifest says {backend.max_batch}"
+                )
             for batch in backend._sizes_up_to(model_file.profile[1] if model_file.profile else 1):
                 backend._warm_up(batch)
         except BaseException:

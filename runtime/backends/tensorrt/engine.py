@@ -6,7 +6,6 @@ with what to do, instead of with whatever the library would say, or do.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,20 +24,10 @@ from runtime.backends.tensorrt.library import (
     start,
 )
 from runtime.backends.tensorrt.pinned import PinnedPool
+from runtime.backends.tensorrt.rtx import REFUSALS, RTX_MAGIC, RuntimeCache, runtime_config
 from runtime.bundle import ModelFile
 from runtime.errors import BackendUnavailable, BundleError, EngineError, EngineMismatch
-from runtime.files import atomic_file
 
-RTX_MAGIC = b"vtrt"
-_REFUSALS = {
-    "VERSION_MISMATCH": "built by another release",
-    "UNSUPPORTED_CC": "not built for this GPU",
-    "OLD_CUDA_DRIVER": "the driver is too old",
-    "OLD_CUDA_RUNTIME": "the CUDA runtime is too old",
-    "INSUFFICIENT_GPU_MEMORY": "the GPU has too little memory",
-    "CUDA_ERROR": "CUDA does not start",
-}
-"""What RTX may say of an engine that is not damaged."""
 HINT = "build it again here ('ccnet rebuild BUNDLE') or run the ONNX graph instead (on_mismatch='onnx')"
 
 
@@ -65,6 +54,14 @@ def check_engine(model_file: ModelFile, device: int = 0) -> cuda.Device:
     if not _gpu_fits(model_file, found):
         raise EngineMismatch(f"engine '{model_file.name}' was {wanted}: {HINT}")
     return found
+
+
+def known_gpu(model_file: ModelFile, device: int) -> bool:
+    """Return whether the library knows this GPU at all; what it says of an engine on another one may be anything."""
+    if model_file.format != "tensorrt-rtx":
+        return True
+    name = f"SM{cuda.probe(device).compute_capability.replace('.', '')}"
+    return name in load_library(model_file.format).ComputeCapability.__members__
 
 
 def _version_fits(model_file: ModelFile, built: str, here: str) -> bool:
@@ -136,7 +133,10 @@ class LoadedEngine:
         self.scratch_bytes = legacy.scratch_bytes(self._engine)
         """What the largest batch of the profile works in."""
         self._config: Any = None
-        self._cache = _RuntimeCache(self, model_file, cache_folder) if self.format == "tensorrt-rtx" else None
+        self._cache: RuntimeCache | None = None
+        if self.format == "tensorrt-rtx":
+            names = path.stem, (model_file.onnx_sha256 or "")[:16], self.device.name, str(self.trt.__version__)
+            self._cache = RuntimeCache(cache_folder, names)
 
     def _deserialize(self, model_file: ModelFile) -> Any:
         with (
@@ -157,13 +157,13 @@ class LoadedEngine:
     def _refuse(self, diagnostics: int) -> None:
         """Raise what the library says of an engine that is sound but can't run here; a damaged one is read on."""
         bits = self.trt.EngineInvalidityDiagnostics
-        found = {name for name in _REFUSALS if diagnostics & int(getattr(bits, name))}
+        found = {name for name in REFUSALS if diagnostics & int(getattr(bits, name))}
         where = f"{self.device.name} (compute capability {self.device.compute_capability})"
         text = f"{self.path}: TensorRT-RTX {self.trt.__version__} can't run this engine on {where}"
         if found & {"VERSION_MISMATCH", "UNSUPPORTED_CC"}:
             raise EngineMismatch(f"{text}: {HINT}")
         if found:
-            raise BackendUnavailable(f"{text}: {', '.join(sorted(_REFUSALS[name] for name in found))}")
+            raise BackendUnavailable(f"{text}: {', '.join(sorted(REFUSALS[name] for name in found))}")
 
     def _bindings(self) -> tuple[dict[str, Binding], dict[str, Binding]]:
         inputs: dict[str, Binding] = {}
@@ -194,23 +194,11 @@ class LoadedEngine:
         trt = self.trt
         if legacy.is_legacy(trt):
             return legacy.create_execution_context(self._engine)
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._cache is None:
-            return self._engine.create_execution_context(strategy)
+            return self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._config is None:
-            self._config = self._runtime_config(strategy)
+            self._config = runtime_config(trt, self._engine, self._cache)
         return self._engine.create_execution_context(self._config)
-
-    def _runtime_config(self, strategy: Any) -> Any:
-        """Configure the execution contexts of RTX, which may refer to the configuration as long as they live."""
-        trt, config = self.trt, self._engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(strategy)
-        # kernels of a new shape are compiled before its first run, and graphs are captured by the backend itself
-        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
-        if self._cache is not None:
-            self._cache.attach(config)
-        return config
 
     def retain(self) -> LoadedEngine:
         """Count one more user of the engine, and return it."""
@@ -243,41 +231,6 @@ class Binding:
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-
-
-class _RuntimeCache:
-    """RTX only: kernels compiled for this GPU, kept in a file of this user so that the next start is quick.
-
-    A hint, never needed: a file that can't be read or written costs time and nothing else.
-    """
-
-    def __init__(self, engine: LoadedEngine, model_file: ModelFile, folder: Path | None) -> None:
-        self._folder = folder
-        identity = (model_file.onnx_sha256 or "")[:16], engine.device.name, str(engine.trt.__version__)
-        name = "-".join((engine.path.stem, *identity)).replace(" ", "_").replace("/", "_")
-        self._path = folder / f"{name}.cache" if folder else None
-        self._saved: bytes = b""
-        self._cache: Any = None
-
-    def attach(self, config: Any) -> None:
-        if self._cache is None:
-            self._cache = config.create_runtime_cache()
-            if self._path is not None and self._path.is_file():
-                with contextlib.suppress(OSError):
-                    self._saved = self._path.read_bytes()
-                    self._cache.deserialize(self._saved)
-        config.set_runtime_cache(self._cache)
-
-    def save(self) -> None:
-        """Write the file, where kernels were added."""
-        serialized = None if self._cache is None or self._path is None else self._cache.serialize()
-        if serialized is None or self._path is None:
-            return
-        content = bytes(memoryview(serialized).cast("B"))
-        if content != self._saved:
-            with contextlib.suppress(OSError), atomic_file(self._path) as stream:
-                stream.write(content)
-            self._saved = content
 
 
 Array = npt.NDArray[Any]
