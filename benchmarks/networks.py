@@ -1,4 +1,4 @@
-"""What the benchmarks run: a random checkpoint, its graphs (reference, fused, typed, int8), and engines for them.
+"""What the benchmarks run: a random checkpoint, its graphs (reference, fused, typed, int8, fp8), and engines for them.
 
 Files are made once per preset in a work folder and used again by the other benchmarks of the same run.
 
@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 from ccnet.config import Config, ModelConfig, preset, with_overrides
 from runtime.backends.base import BaseBackend
 from runtime.backends.registry import REGISTRY
+from runtime.batches import pack
 from runtime.bundle import ModelFile
 from runtime.errors import BackendUnavailable
 from runtime.files import write_json
-from runtime.spec import ModelSpec, TimeBase
+from runtime.profiling.workload import sample_videos
+from runtime.spec import INPUT_NAMES, ModelSpec, TimeBase
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,6 +63,8 @@ SMALL = Config(
 )
 """A network that a CPU trains in a minute; its steps are 0.96 s."""
 
+CALIBRATION_VIDEOS = 4
+"""Of the fp8 graph, whose accuracy no benchmark looks at."""
 BRANCH_SCALE = 0.3
 """Spread of the residual branches' learned scales. They start at 1e-4, where every error inside a branch would hide."""
 AFFINE_NOISE = 0.1
@@ -111,6 +115,13 @@ class Networks:
         return min(LEAST_WEIGHTS, self.config.model.dim**2)
 
     @property
+    def least_fp8_weights(self) -> int:
+        """The same for fp8, of a feed-forward layer."""
+        from export.graph.fp8 import LEAST_WEIGHTS
+
+        return min(LEAST_WEIGHTS, self.config.model.dim**2)
+
+    @property
     def spec(self) -> ModelSpec:
         return self.config.spec(labels(self.config))
 
@@ -133,7 +144,7 @@ class Networks:
         """Return the ONNX file of a form.
 
         `reference` is the reference graph, `fused` the fused network, `int8` that with int8 weights, `fp16` and `bf16`
-        that in those types.
+        that in those types, `fp8` that of `fp16` with fp8 matmuls.
         """
         path = self.folder / form / "model.onnx"
         if not path.with_suffix(".json").exists():
@@ -188,6 +199,17 @@ class Networks:
             begin = time.perf_counter()
             source = self.graph("fused")
             quantized = quantize_weights(source, path, least_weights=self.least_int8_weights)
+            seconds = time.perf_counter() - begin
+            return {**dataclasses.asdict(quantized), "path": path.name, "seconds": seconds}
+        if form == "fp8":
+            from export.graph.fp8 import quantize_fp8
+
+            begin = time.perf_counter()
+            inputs = pack(sample_videos(self.spec, CALIBRATION_VIDEOS), self.spec)
+            feeds = [
+                dict(zip(INPUT_NAMES, (rows[i : i + 1] for rows in inputs), strict=True)) for i in range(len(inputs[0]))
+            ]
+            quantized = quantize_fp8(self.graph("fp16"), path, feeds, least_weights=self.least_fp8_weights)
             seconds = time.perf_counter() - begin
             return {**dataclasses.asdict(quantized), "path": path.name, "seconds": seconds}
         from export.graph.to_onnx import export_onnx

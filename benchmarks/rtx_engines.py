@@ -31,11 +31,13 @@ ENGINES: tuple[tuple[str, str, EnginePrecision], ...] = (
     ("fused fp32", "fused", "fp32"),
     ("fused fp16", "fp16", "fp16"),
     ("fused bf16", "bf16", "bf16"),
+    ("fused fp8", "fp8", "fp8"),
 )
 """Name in the results, graph, precision."""
 COLUMNS = {
     "kernels": "kernels",
     "fused_attentions": "fused attentions",
+    "fp8_kernels": "fp8 kernels",
     "scratch_bytes": "scratch MB",
     "engine_bytes": "engine MB",
     "layers": "layers at parse",
@@ -99,7 +101,7 @@ def _shown(key: str, value: float) -> float:
 
 
 def _better(key: str) -> Any:
-    return "higher" if key == "fused_attentions" else "lower"
+    return "higher" if key in ("fused_attentions", "fp8_kernels") else "lower"
 
 
 if __name__ == "__main__":

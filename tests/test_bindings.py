@@ -7,6 +7,7 @@ nothing else, in a process of their own. What can't be downloaded is skipped. Th
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import json
 import os
@@ -18,14 +19,17 @@ import textwrap
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
 import pytest
 from native_stand_ins import stand_in
 
+from runtime.backends.tensorrt.cuda import probe
 from runtime.backends.tensorrt.library import start
 from runtime.backends.tensorrt.rtx import REFUSALS
+from runtime.errors import BackendUnavailable
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("runtime/backends/tensorrt", "export/tensorrt")
@@ -123,6 +127,45 @@ RTX_METHODS: dict[str, dict[str, int]] = {
     },
     "IRuntimeCache": {"serialize": 0, "deserialize": 1},
 }  # fmt: skip
+
+STREAM, EVENT, GRAPH, EXECUTABLE = (
+    f"runtime.{name}(0)" for name in ("cudaStream_t", "cudaEvent_t", "cudaGraph_t", "cudaGraphExec_t")
+)
+COPY = "runtime.cudaMemcpyKind.cudaMemcpyHostToDevice"
+FLAGS = "runtime.cudaStreamNonBlocking"
+CALLS_OF_CUDA: dict[str, list[str]] = {
+    "cudaDeviceGetStreamPriorityRange": [],
+    "cudaDriverGetVersion": [],
+    "cudaEventCreateWithFlags": ["0"],
+    "cudaEventDestroy": [EVENT],
+    "cudaEventElapsedTime": [EVENT, EVENT],
+    "cudaEventRecord": [EVENT, STREAM],
+    "cudaEventSynchronize": [EVENT],
+    "cudaFree": ["0"],
+    "cudaFreeHost": ["0"],
+    "cudaGetDeviceProperties": ["0"],
+    "cudaGraphDestroy": [GRAPH],
+    "cudaGraphExecDestroy": [EXECUTABLE],
+    "cudaGraphInstantiate": [GRAPH, "0"],
+    "cudaGraphLaunch": [EXECUTABLE, STREAM],
+    "cudaGraphUpload": [EXECUTABLE, STREAM],
+    "cudaHostAlloc": ["1", "0"],
+    "cudaHostRegister": ["0", "0", "runtime.cudaHostRegisterPortable"],
+    "cudaHostUnregister": ["0"],
+    "cudaMalloc": ["1"],
+    "cudaMemGetInfo": [],
+    "cudaMemcpyAsync": ["0", "0", "0", COPY, STREAM],
+    "cudaMemset2DAsync": ["0", "4", "1", "1", "0", STREAM],
+    "cudaMemsetAsync": ["0", "0", "0", STREAM],
+    "cudaSetDevice": ["0"],
+    "cudaStreamBeginCapture": [STREAM, "runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal"],
+    "cudaStreamCreateWithFlags": [FLAGS],
+    "cudaStreamCreateWithPriority": [FLAGS, "-1"],
+    "cudaStreamDestroy": [STREAM],
+    "cudaStreamEndCapture": [STREAM],
+    "cudaStreamSynchronize": [STREAM],
+}
+"""Call -> arguments of the types that the source gives, of nothing: null pointers and handles."""
 
 INSPECT = """
 import importlib, json, sys
@@ -365,10 +408,10 @@ def test_what_the_real_tensorrt_for_rtx_says_of_a_file() -> None:
 
 
 @pytest.mark.slow  # a download of 46 MB
-def test_the_real_library_without_a_driver(wheels: Path) -> None:
+@pytest.mark.parametrize(("cuda", "version"), [("cu12", "10.16.1.11"), ("cu13", "11.4.0.106")])
+def test_the_real_library_without_a_driver(wheels: Path, cuda: str, version: str) -> None:
     """In a process of its own, which must live: of 10.16 and 11.4 a failed Runtime was a segmentation fault."""
-    version = "10.16.1.11"
-    folders = [wheel(f"tensorrt_lean_cu12_{part}", version, wheels) for part in ("bindings", "libs")]
+    folders = [wheel(f"tensorrt_lean_{cuda}_{part}", version, wheels) for part in ("bindings", "libs")]
     code = """
         import sys, tensorrt_lean_bindings
         from runtime.backends.tensorrt.library import start
@@ -387,24 +430,23 @@ def test_the_real_library_without_a_driver(wheels: Path) -> None:
     assert done.stdout.startswith(("refused:", "started"))
 
 
-@pytest.mark.parametrize("version", ["12.9.10", "13.4.4"])
-def test_bindings_of_cuda(wheels: Path, version: str, tmp_path: Path) -> None:
-    """Both majors: `cuda.bindings.runtime` loads without a driver."""
-    environment = {}
-    try:
-        from importlib.metadata import version as installed
+def cuda_bindings(wheels: Path, version: str) -> dict[str, str]:
+    """Return the environment in which `cuda.bindings` has a version."""
+    with contextlib.suppress(ModuleNotFoundError):
+        if installed("cuda-bindings") == version:
+            return {}
+    folders = wheel("cuda-bindings", version, wheels), wheel("cuda-pathfinder", "1.9.0", wheels)
+    return {"PYTHONPATH": os.pathsep.join(map(str, folders))}
 
-        here = installed("cuda-bindings")
-    except ModuleNotFoundError:
-        here = ""
-    if here != version:
-        pathfinder = wheel("cuda-pathfinder", "1.9.0", wheels)
-        environment = {"PYTHONPATH": os.pathsep.join(map(str, (wheel("cuda-bindings", version, wheels), pathfinder)))}
+
+@pytest.mark.parametrize("version", ["12.9.10", "13.4.4"])
+def test_bindings_of_cuda(wheels: Path, version: str) -> None:
+    """Both majors: `cuda.bindings.runtime` loads without a driver."""
     calls = calls_of_cuda()
     constants = {"cudaStreamNonBlocking", "cudaHostRegisterPortable", "cudaMemcpyKind.cudaMemcpyHostToDevice"}
     constants |= {"cudaMemcpyKind.cudaMemcpyDeviceToHost"}
     constants |= {"cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal"}
-    found = inspect("cuda.bindings.runtime", constants | set(calls), **environment)
+    found = inspect("cuda.bindings.runtime", constants | set(calls), **cuda_bindings(wheels, version))
     assert not {name for name, documented in found.items() if documented is None}
     wrong = [
         f"{name} with {count}: {(found[name] or '').splitlines()[:1]}"
@@ -413,6 +455,31 @@ def test_bindings_of_cuda(wheels: Path, version: str, tmp_path: Path) -> None:
         if not takes((found[name] or "").splitlines()[0] + "\n", count)
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("version", ["12.9.10", "13.4.4"])
+def test_calls_of_cuda(wheels: Path, version: str) -> None:
+    """Each call with the types that it is given: what they refuse is a TypeError, also without a driver."""
+    with contextlib.suppress(BackendUnavailable):
+        probe()
+        pytest.skip("there is a GPU: tests/test_gpu.py makes these calls of it")
+    code = f"""
+        from cuda.bindings import runtime
+        wrong = []
+        for name, arguments in {CALLS_OF_CUDA}.items():
+            given = [eval(argument, {{"runtime": runtime}}) for argument in arguments]
+            try:
+                status, *results = getattr(runtime, name)(*given)
+                int(status)
+            except TypeError as error:
+                wrong.append(f"{{name}}: {{error}}")
+        print(*wrong, sep="\\n")
+    """
+    assert {name: {len(arguments)} for name, arguments in CALLS_OF_CUDA.items()} == calls_of_cuda()
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = os.environ | cuda_bindings(wheels, version)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 def test_every_table_names_what_is_used() -> None:

@@ -164,6 +164,27 @@ def test_two_threads(small: TensorRTBackend) -> None:
     assert not failures, failures[0]
 
 
+def test_threads_that_load_record_and_free_at_the_same_time(small: TensorRTBackend) -> None:
+    """Capturing in one thread forbids others to allocate, free or load: 4 threads of 50 new contexts each."""
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for turn in range(50):
+                with small.fork() as backend:
+                    assert_close(backend, stress(1 + (seed + turn) % MAX_BATCH, seed)["mixed lengths"])
+                    assert set(backend.describe()["cuda_graphs"].values()) == {"replayed"}
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+
+
 def test_load_and_free_again_without_leaking(built: EngineInfo) -> None:
     model_file = model_file_of(built)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from benchmarks.gpu.page import measurements, page
 from benchmarks.gpu.report import Stage
 from benchmarks.gpu.settings import Absent
 from benchmarks.networks import Networks
+from ccnet.cli.main import make_parser
 from export.parity.inputs import stress_inputs, synthetic_inputs
 from export.parity.reference import Reference, record, save_reference
 from export.tensorrt.options import EngineOptions
@@ -534,10 +537,46 @@ def test_tensorrt_8_builds_for_small_batches_first(monkeypatch: pytest.MonkeyPat
     assert json.loads((tmp_path / "partial.json").read_text())["profile"] == list(found["profile"])
 
 
+GUIDE = (gpu_report.ROOT / "benchmarks" / "GPU.md").read_text(encoding="utf-8")
+
+
+def commands(begin: str) -> list[list[str]]:
+    """Return the arguments of each command of the guide that begins so."""
+    joined = GUIDE.replace("\\\n", " ").splitlines()
+    return [shlex.split(line.removeprefix(begin), comments=True) for line in joined if line.startswith(begin)]
+
+
+def test_the_commands_of_the_guide_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    reports = commands("python -m benchmarks.gpu.report ")
+    assert len(reports) == 5
+    for arguments in reports:
+        assert gpu_report.plan(gpu_report.parse(arguments))
+        assert gpu_report.main([*arguments, "--dry-run"]) == 0
+    parser, _ = make_parser()
+    for arguments in (tools := commands("ccnet ")):
+        parser.parse_args(arguments)
+    assert {arguments[0] for arguments in tools} == {"export", "reference"}
+    (stage,) = re.findall(r"`python -m benchmarks.gpu.stages (\w+) (\S+) result.json`", GUIDE)
+    assert stage[0] in gpu_stages.STAGES
+    assert "tensorrt-fp16-latency-speed.settings.json" in stage[1]
+
+
+def test_the_order_of_the_day() -> None:
+    given = ["--checkpoint", "c", "--torch-python", "python", "--out", "o", "--precisions", "fp32", "fp16"]
+    stages = gpu_report.plan(gpu_report.parse(given))
+    names = [stage.name for stage in stages]
+    assert names[:5] == ["machine", "copy", "tests", "matmuls", "export"]
+    assert gpu_report.PRECISIONS[0] == "fp16"
+    built = [name for name in names if name.endswith("build")]
+    assert built[:2] == ["tensorrt fp32 latency build", "tensorrt fp32 throughput build"]
+    (compiled,) = (stage for stage in stages if stage.settings.get("form") == "compiled")
+    assert (compiled.settings["batches"], compiled.limit_seconds) == ([1, 64], 600)  # it takes minutes for each
+    assert all("optimization_level" in stage.settings for stage in stages if " latency " in stage.name)
+
+
 def test_graphs_are_written_as_the_guide_says(tmp_path: Path) -> None:
     pytest.importorskip("onnx", reason="onnx is not installed")
-    guide = (gpu_report.ROOT / "benchmarks" / "GPU.md").read_text()
-    (command,) = (line.partition(" &&")[0] for line in guide.splitlines() if "tests/builders.py graphs" in line)
+    (command,) = (line.partition(" &&")[0] for line in GUIDE.splitlines() if "tests/builders.py graphs" in line)
     command = command.replace("python ", f"{sys.executable} ").replace(" graphs", f" {tmp_path / 'new' / 'graphs'}")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(command, shell=True, check=True, cwd=gpu_report.ROOT, env=environment)

@@ -201,13 +201,16 @@ def test_a_cuda_session_that_fell_back_is_refused(
         OnnxRuntimeBackend.open(graph, SPEC, device="cuda")
 
 
+@pytest.mark.parametrize(("precision", "wanted"), [("fp32", "0"), ("tf32", "1"), ("fp16", "1")])
 def test_a_cuda_session_without_its_options_is_refused(
-    graph: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    graph: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], precision: str, wanted: str
 ) -> None:
-    pretending = PretendingRuntime(heeds_option=False, provider="CUDAExecutionProvider")
+    """The fp32 layers of a half graph may use TF32."""
+    other = {"0": "1", "1": "0"}[wanted]
+    pretending = PretendingRuntime(heeds_option=False, provider="CUDAExecutionProvider", tf32=other)
     monkeypatch.setitem(sys.modules, "onnxruntime", pretending)
-    with pytest.raises(BackendUnavailable, match="use_tf32': '1'.*expected.*use_tf32': '0'"):
-        OnnxRuntimeBackend.open(graph, SPEC, device="cuda", precision="fp32")
+    with pytest.raises(BackendUnavailable, match=f"use_tf32': '{other}'.*expected.*use_tf32': '{wanted}'"):
+        OnnxRuntimeBackend.open(graph, SPEC, device="cuda", precision=precision)
     assert capsys.readouterr().out == ""  # results may be piped
 
 

@@ -24,9 +24,12 @@ def test_plans_of_every_form_are_counted(
 ) -> None:
     for _, form, _ in rtx_engines.ENGINES:
         tiny_graph(form)
+    assert tiny_networks.graph_facts("fp8")["matmuls"] > 0
     setting = Setting(tiny_networks, tmp_path, Rules(seconds=0, calls=1))
     path = rtx_engines.run(setting)
     named = {m["name"]: m["value"] for m in json.loads(path.read_text())["measurements"]}
     assert named["fused fp32 / kernels"] < named["reference / kernels"]
     assert named["fused fp16 / engine MB"] > 0
+    assert named["fused fp8 / fp8 kernels"] >= named["fused fp16 / fp8 kernels"] == 0
+    assert "| fused fp8 |" in path.with_suffix(".md").read_text()
     assert "| fused bf16 |" in path.with_suffix(".md").read_text()

@@ -105,6 +105,19 @@ def test_forks_share_the_engine_and_outlive_the_first(sim: Simulation, engine_pa
     assert sim.held == {}
 
 
+def test_a_fork_has_recorded_what_the_engine_is_tuned_for(sim: Simulation, engine_path: Path) -> None:
+    with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as first, first.fork() as fork:
+        assert fork.describe()["cuda_graphs"] == first.describe()["cuda_graphs"] == {2: "replayed", 1: "replayed"}
+        runs = sim.plain_runs
+        fork.infer(*inputs(2))
+        assert sim.plain_runs == runs
+        sim.faults = {"cudaMalloc": 2}
+        with pytest.raises(EngineError, match="cudaMalloc"):
+            first.fork()
+        sim.faults = {}
+    assert sim.held == {}
+
+
 def test_threads_record_new_batch_sizes_at_the_same_time(sim: Simulation, engine_path: Path) -> None:
     """Memory that one thread allocates while another one captures would end the capture."""
     failures: list[BaseException] = []

@@ -103,18 +103,19 @@ class TensorRTBackend(BaseBackend):
                 raise BundleError(
                     f"{engine.path}: its batch is fixed at {fixed}, the manifest says {backend.max_batch}"
                 )
-            for batch in backend._sizes_up_to(model_file.profile[1] if model_file.profile else 1):
-                backend._warm_up(batch)
         except BaseException:
             backend.close()
             raise
-        return backend
+        return backend._warm()
 
     def fork(self) -> TensorRTBackend:
-        """Return a backend for another thread: its own execution context, stream and buffers on the same engine."""
+        """Return a backend for another thread: its own execution context, stream and buffers on the same engine.
+
+        It has run the batch sizes that `open` runs.
+        """
         if self.closed:
             raise EngineError(f"{self.name}: the backend is closed")
-        return TensorRTBackend(self._engine.retain(), self._model_file, self.spec, self._running)
+        return TensorRTBackend(self._engine.retain(), self._model_file, self.spec, self._running)._warm()
 
     def allocate(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return an array of any content that batches are copied to the GPU from without one more copy.
@@ -204,6 +205,16 @@ class TensorRTBackend(BaseBackend):
         if self._thread != threading.get_ident():
             cuda.call("cudaSetDevice", self._engine.device.index)
             self._thread = threading.get_ident()
+
+    def _warm(self) -> TensorRTBackend:
+        """Run the batch sizes up to the one that the engine is tuned for, and return the backend; else close it."""
+        try:
+            for batch in self._sizes_up_to(self._model_file.profile[1] if self._model_file.profile else 1):
+                self._warm_up(batch)
+        except BaseException:
+            self.close()
+            raise
+        return self
 
     def _warm_up(self, batch: int) -> None:
         """Run one request with every step valid: a new batch size is captured and its replay compared."""
