@@ -69,6 +69,8 @@ class Simulation:
     engines: int = 0
     launches: int = 0
     plain_runs: int = 0
+    waits: int = 0
+    """Times that the host waited for a stream."""
     clock: float = 0.0
     lock: threading.RLock = field(default_factory=threading.RLock)
     """Held during each CUDA call: threads share the device."""
@@ -180,6 +182,7 @@ class Cuda:
 
     def cudaStreamSynchronize(self, stream: int) -> None:
         assert stream not in self._sim.captures, "synchronization while capturing"
+        self._sim.waits += 1
         queue, self._sim.streams[stream] = self._sim.streams[stream], []
         for operation in queue:
             operation()

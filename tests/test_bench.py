@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,18 +33,24 @@ QUICK = Plan(rules=Rules(warmup_seconds=0, warmup_calls=1, seconds=0, calls=4), 
 
 
 class FakeBackend:
-    """An engine that answers with constants."""
+    """An engine that answers with constants. It counts the videos of streams, and the different inputs of the rest."""
 
     name, precision = "fake", "fp32"
 
     def __init__(self, spec: ModelSpec = SPEC, max_batch: int = 2, seconds: float = 0.0) -> None:
         self.spec, self.max_batch, self.seconds = spec, max_batch, seconds
         self.batches: list[int] = []
+        self.streamed = 0
+        self.seen: set[bytes] = set()
         self.closed = False
 
     def infer(self, visual: Any, audio: Any, lengths: Any) -> tuple[Any, Any]:
         batch = len(check_inputs(visual, audio, lengths, self.spec, self.max_batch)[0])
         self.batches.append(batch)
+        if threading.current_thread().name.startswith("ccnet-stream"):
+            self.streamed += batch
+        else:
+            self.seen.add(visual.tobytes())
         time.sleep(self.seconds)
         shapes = self.spec.output_shapes(batch)
         return np.zeros(shapes["logits"], np.float32), np.ones(shapes["offsets"], np.float32)
@@ -58,6 +65,15 @@ class FakeBackend:
 def candidate(name: str, backend: FakeBackend, **changes: Any) -> Candidate:
     facts: dict[str, Any] = {"open": lambda: backend, "status": "verified", **changes}
     return Candidate(name=name, **facts)
+
+
+def test_a_stream_is_counted_by_whole_batches_and_calls_get_other_inputs_each_time() -> None:
+    backend = FakeBackend(max_batch=4)
+    rules = replace(QUICK.rules, calls=600)
+    (row,) = bench(SPEC, [candidate("a", backend)], replace(QUICK, rules=rules, batches=(4,)))["rows"]
+    # videos of one batch come out together: counting them one by one would count the same moment four times
+    assert 400 <= row["stream_videos_per_second"]["videos"] <= backend.streamed
+    assert len(backend.seen) >= 8  # more than a cache of the processor holds of the real ones
 
 
 def test_rows_for_every_batch_with_accuracy_beside_them() -> None:

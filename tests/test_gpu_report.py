@@ -371,6 +371,14 @@ def test_speed_and_layers_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path
         "kind": "throughput",
         "device": "cuda",
     }
+    judged: list[Any] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            gpu_stages, "compare", lambda *_, batches: judged.append(batches) or SimpleNamespace(to_json=dict)
+        )
+        patched.setattr(gpu_stages, "load_reference", lambda path: SimpleNamespace(outputs=None, videos=None))
+        gpu_stages.status(settings | {"batches": [1, 2, 4, 64], "reference": "r"})
+    assert judged == [[1, 2, 4]]  # each that is timed
     speed = gpu_stages.speed(settings)
     assert [row["batch"] for row in speed["rows"]] == [1, 2]
     assert speed["describe"]["cuda_graphs"] == {1: "replayed", 2: "replayed"}
@@ -509,6 +517,7 @@ def test_each_kind_of_engine_is_tuned_for_its_batch(monkeypatch: pytest.MonkeyPa
         gpu_stages.build(SETTINGS | {"bundle": str(bundle.folder), "work": str(tmp_path)} | stage.settings)
     expected = {"latency": ((1, 1, 1), 5, "moderate"), "throughput": ((1, 32, 64), None, "none")}[kind]
     assert (asked[0].profile, asked[0].optimization_level, asked[0].tiling) == expected
+    assert asked[0].timing_cache == tmp_path / "timings.cache"  # of all precisions and kinds
 
 
 @pytest.mark.parametrize("wide", ["is built", "fails"])

@@ -218,9 +218,13 @@ def test_close_twice_and_use_after_close(sim: Simulation, engine_path: Path) -> 
 
 def test_engine_and_layer_times(sim: Simulation, engine_path: Path) -> None:
     with TensorRTBackend.open(engine_path, ENGINE_FILE, ENGINE_SPEC) as backend:
-        graphs = len(sim.graphs)
-        times = backend.engine_milliseconds(2, repeats=5, warmup_seconds=0)
-        assert times.shape == (5,)
+        graphs, waits = len(sim.graphs), sim.waits
+        times = backend.engine_milliseconds(2, repeats=50, warmup_seconds=0)
+        assert times.shape == (50,)
+        assert sim.waits - waits < 10  # all are queued before the first wait: no launch by the host is in a time
+        launches = sim.launches
+        backend.engine_milliseconds(2, repeats=1, warmup_seconds=0.01)
+        assert sim.launches > launches + 2  # an idle GPU has low clocks
         np.testing.assert_allclose(times, 0.5)  # the simulated clock advances half a millisecond between two events
         assert len(sim.graphs) == graphs
         assert backend.layer_milliseconds(2, repeats=3) == {"slow": 2.0, "quick": 0.5}
