@@ -104,7 +104,8 @@ TOLERANCES: dict[Precision, Tolerance] = {
     # offsets 0.028, mean 0.002, mAP 2e-4 (measured before the stretching and channel layers were int8 too).
     "int8": _SEVEN_BITS,
     # Large matmuls and feed-forward layers in fp8. Seen on a trained network (36 matmuls, 290 events): logits 0.055,
-    # mean 0.0025, offsets 0.040, mean 0.0016, mAP 3e-4; one event lost.
+    # mean 0.0025, offsets 0.040, mean 0.0016, mAP 3e-4; one event lost. A full-size network of random weights with
+    # fitted heads (31 matmuls, 111 events) fails: logits 0.55, mean 0.015, 22 events lost, mAP 0.016 off.
     "fp8": _SEVEN_BITS,
 }
 
