@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,8 +74,15 @@ class Library(MagicMock):
         return self.plan
 
     def _timings(self, blob: bytes) -> Any:
-        self.config.get_timing_cache.return_value.serialize.return_value = blob + b" and more"
-        return SimpleNamespace(blob=blob)
+        cache = MagicMock(blob=blob)
+        kept = weakref.ref(cache)  # the configuration does not keep it: whoever made it has to
+
+        def serialize() -> bytes:
+            assert kept() is not None
+            return blob + b" and more"
+
+        self.config.get_timing_cache.return_value.serialize = serialize
+        return cache
 
 
 @pytest.fixture

@@ -36,17 +36,19 @@ def run_bounded(command: Sequence[str], limit: float, *, cwd: Path, environment:
         process = subprocess.Popen(
             command, cwd=cwd, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-        while not why:
-            try:
-                process.wait(max(0.0, min(LOOK_SECONDS, end - time.monotonic())))
-                break
-            except subprocess.TimeoutExpired:
-                if stop.requested:
-                    why = "the report was interrupted"
-                elif time.monotonic() >= end:
-                    why = f"took longer than {limit:.0f} s"
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        try:
+            while not why:
+                try:
+                    process.wait(max(0.0, min(LOOK_SECONDS, end - time.monotonic())))
+                    break
+                except subprocess.TimeoutExpired:
+                    if stop.requested:
+                        why = "the report was interrupted"
+                    elif time.monotonic() >= end:
+                        why = f"took longer than {limit:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         output.seek(0)
         return Ended(process.returncode, output.read(), why, stop.requested)

@@ -111,25 +111,25 @@ def build_engine(onnx_path: str | Path, out_path: str | Path, options: EngineOpt
         network = _parse(trt, builder, logger, library_log, onnx_path)
         requested = requested_precisions(network)
         check_requested(requested, options.precision, onnx_path)
-        used, blob, config, found = _build(trt, builder, network, library_log, options, targets, onnx_path)
+        built = _build(trt, builder, network, library_log, options, targets, onnx_path)
     facts = {
         "seconds": round(time.perf_counter() - begin, 2),
         "layers": network.num_layers,
-        "engine_bytes": int(blob.nbytes),
+        "engine_bytes": int(built.blob.nbytes),
         "requested_precisions": requested,
         "warnings": messages.of("WARNING")[:50],
-        **found,
+        **built.facts,
     }
     with atomic_file(out_path) as stream:
-        stream.write(memoryview(blob))
+        stream.write(memoryview(built.blob))
     if options.timing_cache is not None:
         with atomic_file(options.timing_cache) as stream:
-            stream.write(memoryview(config.get_timing_cache().serialize()))
+            stream.write(memoryview(built.config.get_timing_cache().serialize()))
     full = device if options.format == "tensorrt" else None
     return EngineInfo(
         path=out_path,
         options=dataclasses.replace(options, compute_capabilities=targets),
-        profile=used.profile,
+        profile=built.profile,
         library=str(trt.__name__),
         library_version=str(trt.__version__),
         gpu_name=full.name if full else None,
@@ -190,6 +190,16 @@ def _parser_error(error: Any) -> str:
     return f"node {error.node()}{where}: {error.desc()} [{getattr(error.code(), 'name', error.code())}]"
 
 
+@dataclass(frozen=True)
+class _Built:
+    profile: tuple[int, ...]
+    blob: Any
+    config: Any
+    cache: Any
+    """Timings, which the configuration refers to and does not keep."""
+    facts: dict[str, Any]
+
+
 def _build(
     trt: Any,
     builder: Any,
@@ -198,8 +208,8 @@ def _build(
     options: EngineOptions,
     targets: tuple[str, ...],
     onnx_path: Path,
-) -> tuple[legacy.Attempt, Any, Any, dict[str, Any]]:
-    """Return how the engine was built, the engine, its configuration, and what is known of it.
+) -> _Built:
+    """Build the engine.
 
     Of TensorRT 8.6 there is more than one way; what the others gave is told. Raises ExportError when none gives an
     engine that is what was asked for: such a one is never left behind.
@@ -217,10 +227,9 @@ def _build(
             )
             if not attempt.bound:
                 legacy.prefer_precisions(trt, config)
-            cache = open_timing_cache(config, options.timing_cache)  # which has to live until the engine is built
+            cache = open_timing_cache(config, options.timing_cache)
             with log.collect() as messages, _interruptible(trt, config):
                 blob = builder.build_serialized_network(network, config)
-            del cache
             if blob is None:
                 raise ExportError(f"{trt.__name__} {trt.__version__} built no engine:\n{messages.errors()}")
             found = _checked(trt, log, blob, messages.layers(), options, onnx_path)
@@ -232,7 +241,7 @@ def _build(
                 "%s: built %s; it could not be built %s", trt.__name__, attempt, ", or ".join(refused)
             )
             found |= {"fallback": str(attempt), "refused": refused}
-        return attempt, blob, config, found
+        return _Built(attempt.profile, blob, config, cache, found)
     raise ExportError("\n".join(dict.fromkeys(refused.values())))
 
 
