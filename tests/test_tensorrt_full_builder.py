@@ -44,6 +44,13 @@ def network(*layers: Any) -> Any:
     return MagicMock(num_layers=len(layers), num_inputs=0, get_layer=lambda index: layers[index])
 
 
+class Timings:
+    """ITimingCache."""
+
+    def __init__(self, blob: bytes) -> None:
+        self.blob = blob
+
+
 class Library(MagicMock):
     """`tensorrt`: every call goes well, unless a test says otherwise."""
 
@@ -74,7 +81,7 @@ class Library(MagicMock):
         return self.plan
 
     def _timings(self, blob: bytes) -> Any:
-        cache = MagicMock(blob=blob)
+        cache = Timings(blob)
         kept = weakref.ref(cache)  # the configuration does not keep it: whoever made it has to
 
         def serialize() -> bytes:
