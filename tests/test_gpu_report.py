@@ -372,10 +372,13 @@ def test_speed_and_layers_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path
         "device": "cuda",
     }
     judged: list[Any] = []
+
+    def judge(*_: Any, batches: Any) -> Any:
+        judged.append(batches)
+        return SimpleNamespace(to_json=dict)
+
     with monkeypatch.context() as patched:
-        patched.setattr(
-            gpu_stages, "compare", lambda *_, batches: judged.append(batches) or SimpleNamespace(to_json=dict)
-        )
+        patched.setattr(gpu_stages, "compare", judge)
         patched.setattr(gpu_stages, "load_reference", lambda path: SimpleNamespace(outputs=None, videos=None))
         gpu_stages.status(settings | {"batches": [1, 2, 4, 64], "reference": "r"})
     assert judged == [[1, 2, 4]]  # each that is timed

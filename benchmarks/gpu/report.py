@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if options.dry_run:
         for stage in plan(options):
-            print(f"{stage.name:<28} {stage.side:<9} at most {stage.limit(options.minutes):4.0f} s")
+            print(f"{stage.name:<40} {stage.side:<9} at most {stage.limit(options.minutes):4.0f} s")
         return 0
     path = run(options)
     print(path)
