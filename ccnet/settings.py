@@ -19,6 +19,7 @@ import difflib
 import inspect
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -33,7 +34,8 @@ from runtime.schema import quote, show
 
 RUN_KEYS = ("preset", "annotations", "classes", "features", "out")
 """What a file may say besides settings."""
-_LARGEST = 1 << 20
+_LARGEST, _DEEPEST = 1 << 16, 8
+"""Bytes, and sections and lists inside each other: all settings take 3 kB, and YAML is read 100 kB a second."""
 _SOURCE = re.compile(r"\s*\b(Paper|Release): (.+)\.$")
 
 
@@ -127,15 +129,23 @@ def _read_yaml(text: str) -> Any:
     yaml = import_package("yaml", "reading YAML", distribution="pyyaml")
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+        depth = 0
+
         def compose_node(self, parent: Any, index: Any) -> Any:
+            line = self.peek_event().start_mark.line + 1
             if self.check_event(yaml.AliasEvent):
-                raise ValueError(f"line {self.peek_event().start_mark.line + 1}: aliases are not read")
-            return super().compose_node(parent, index)
+                raise ValueError(f"line {line}: aliases are not read")
+            if self.depth > _DEEPEST:
+                raise ValueError(f"line {line}: nested deeper than {_DEEPEST} sections and lists")
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [key.value for key, _ in node.value]
-            twice = next((key for key in keys if keys.count(key) > 1), None)
-            if twice is not None:
+            keys = Counter(str(key.value) for key, _ in node.value)
+            if len(keys) < len(node.value):
+                twice = keys.most_common(1)[0][0]
                 raise ValueError(f"line {node.start_mark.line + 1}: key {show(twice)} occurs twice")
             return super().construct_mapping(node, deep)
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtime.temporaries import naming, orphans, resolved, temporary_prefix, umask
+from runtime.temporaries import naming, orphans, resolved, temporary_prefix, temporary_stem, umask
 
 _LOCKED: set[str] = set()
 """Lock files that this process holds: to the system, a second lock of it is the same one."""
@@ -86,11 +86,11 @@ def recover_folder(path: str | os.PathLike[str]) -> None:
     """
     path = Path(os.path.realpath(path))
     if not path.exists():
-        for retired in orphans(path.parent, re.escape(path.name)):
+        for retired in orphans(path.parent, re.escape(temporary_stem(path))):
             if (retired / "old").is_dir():
                 os.replace(retired / "old", path)
                 break
-    for orphan in orphans(path.parent, re.escape(path.name)):
+    for orphan in orphans(path.parent, re.escape(temporary_stem(path))):
         shutil.rmtree(orphan, ignore_errors=True)
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import os
 import re
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+_LONGEST_STEM = 200
+"""Bytes; file systems take names of 255."""
 
 
 @contextlib.contextmanager
@@ -31,7 +35,15 @@ def _is_temporary(name: object, path: Path) -> bool:
 
 def temporary_prefix(path: Path) -> str:
     """Return how the temporary names of this process begin: hidden, with its id and a mark of the machine."""
-    return f".{path.name}.{os.getpid()}-{_machine()}."
+    return f".{temporary_stem(path)}.{os.getpid()}-{_machine()}."
+
+
+def temporary_stem(path: Path) -> str:
+    """Return what of a name goes into the temporary one: all of it, unless that would make it too long."""
+    name = os.fsencode(path.name)
+    if len(name) <= _LONGEST_STEM:
+        return path.name
+    return f"{path.name[: _LONGEST_STEM // 4]}-{hashlib.sha256(name).hexdigest()[:16]}"
 
 
 def _machine() -> str:
@@ -40,7 +52,7 @@ def _machine() -> str:
 
 def orphans(folder: Path, target: str) -> list[Path]:
     """Return temporary files and folders of targets that match, of this user, whose process on this machine is gone."""
-    name = re.compile(rf"\.{target}\." + r"(\d+)-" + _machine() + r"\..*\.(partial|old)")
+    name = re.compile(rf"\.{target}\." + r"(\d+)-" + _machine() + r"\..*\.(partial|old)", re.DOTALL)
     found = []
     try:
         entries = list(os.scandir(folder))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import Exported, random_network, shared_path
+from fuzzing import COUNT, LIMITS, Attack, Limits, Mutate
+from fuzzing import attack as fuzzing_attack
 from fuzzing import table as fuzzing_table
 from tensorrt_simulation import Simulation, install, write_engine
 
@@ -25,13 +27,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print what `make soak` read, which the tests of tests/test_fuzz.py hand on."""
+    """Print what `make soak` read, which the tests of tests/test_fuzz*.py hand on."""
     reports = [report for state in ("passed", "failed") for report in terminalreporter.getreports(state)]
     rows = [value for report in reports for name, value in report.user_properties if name == "fuzz"]
     if rows and "CCNET_FUZZ" in os.environ:
         terminalreporter.section("mutations of files")
         for line in fuzzing_table(rows):
             terminalreporter.line(line)
+
+
+@pytest.fixture
+def attack(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Attack:
+    """Read mutations; the numbers go to the table at the end of the session, and a fault fails the test."""
+    reader = request.node.name.removeprefix("test_")
+
+    def run(
+        read: Callable[[Path], object],
+        path: Path,
+        mutate: Mutate,
+        *,
+        share: float = 1.0,
+        name: str = "",
+        limits: Limits = LIMITS,
+    ) -> None:
+        row, found = fuzzing_attack(name or reader, read, path, mutate, round(COUNT * share), limits)
+        record_property("fuzz", row.to_json())
+        assert not found, "\n".join(f"{kind}: {example}" for kind, example in found.items())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,14 @@ processor time, and takes no more memory than twice the file and a fixed amount.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import gc
 import io
 import json
+import logging
 import os
+import re
 import signal
 import time
 import traceback
@@ -18,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,16 +33,44 @@ COUNT = int(os.environ.get("CCNET_FUZZ", "300"))
 FIRST = int(os.environ.get("CCNET_FUZZ_SEED", "0"))
 LONGEST_MESSAGE = 600
 """Characters, without the path: a quotation of at most 400, and what is said about it."""
-LONGEST_SECONDS = 1.0
-"""Of processor time of this process, which other processes of the machine do not lengthen."""
 HANGS_AFTER = 60.0
 """Seconds by the clock, for a reader that waits and takes no processor time."""
-BASE_BYTES = 32 << 20
-"""What a reader may take beside twice the file: arenas of the allocator, thread stacks, tables of a library."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What reading one file may take."""
+
+    seconds: float = 1.0
+    """Of processor time of this process, which other processes of the machine do not lengthen."""
+    base_bytes: int = 32 << 20
+    """Beside twice the file: arenas of the allocator, thread stacks, tables of a library."""
+
+
+LIMITS = Limits()
+_MMAP_THRESHOLD, _MMAPPED_FROM = -3, 1 << 20
+"""glibc's name of the size from which on an allocation is given back to the system when it is freed, and that size."""
 WARM_UP = 3
 """Mutations that are read once before anything is measured: modules are imported and caches filled."""
 
 Mutate = Callable[[np.random.Generator], bytes]
+
+
+class Attack(Protocol):
+    """The fixture `attack`: read mutations of a file, and fail where one is not read as it should be."""
+
+    def __call__(
+        self,
+        read: Callable[[Path], object],
+        path: Path,
+        mutate: Mutate,
+        *,
+        share: float = 1.0,
+        name: str = "",
+        limits: Limits = LIMITS,
+    ) -> None:
+        """Read `share` of the usual number. `name`: of the reader, where a test has several."""
+
 
 # Text that stands for a value, put into the JSON as it is.
 RAW = (
@@ -171,6 +203,44 @@ def mutated_npy(content: bytes, rng: np.random.Generator) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content[128:]
 
 
+_TOKEN = re.compile(rb"[0-9.]+|[A-Za-z_]+|[^\sA-Za-z0-9]")
+_HOSTILE = (
+    *(text.encode() for text in RAW),
+    *(b"-1", b"0", b"1e309", b"inf", b"99999999999999999999", b"00:61:00.000", b"0:0:0,0", b"-->", b"\0", b"\x1b[2J"),
+    *(b"\xff\xfe", b"\xed\xa0\x80", b"\r", b"\t", b'"', b"'", b"<a>", b"</", b"&x;", b"&#0;", b"<!DOCTYPE a [", b"---"),
+    *(
+        b"!!python/object:os.system",
+        b"&a [*a]",
+        b"[[a]]",
+        b"a.b.c = 1",
+        b"../x",
+        "\u202e".encode(),
+        b"," * 5_000,
+        b"x" * 30_000,
+    ),
+)
+
+
+def mutated_text(data: bytes, rng: np.random.Generator) -> bytes:
+    """Replace, remove, double or move words, numbers and lines of a text; sometimes damage the bytes."""
+    for _ in range(rng.integers(1, 4)):
+        lines = data.split(b"\n")
+        at, to = (int(i) for i in rng.integers(len(lines), size=2))
+        action = rng.integers(7)
+        if action == 0:
+            del lines[at]
+        elif action == 1:
+            lines.insert(to, lines[at])
+        elif action == 2:
+            lines[at] = _HOSTILE[rng.integers(len(_HOSTILE))]
+        elif words := [*_TOKEN.finditer(lines[at])]:
+            word = words[rng.integers(len(words))]
+            put = b"" if action == 3 else _HOSTILE[rng.integers(len(_HOSTILE))]
+            lines[at] = lines[at][: word.start()] + put + lines[at][word.end() :]
+        data = b"\n".join(lines)
+    return mutated_bytes(data, rng) if rng.random() < 0.2 else data
+
+
 @dataclass
 class Row:
     """What reading mutations came to: how many were tried, how many failed in which way, the most bytes and seconds."""
@@ -193,10 +263,19 @@ class Hang(BaseException):
 
 
 def attack(
-    reader: str, read: Callable[[Path], object], path: Path, mutate: Mutate, count: int
+    reader: str, read: Callable[[Path], object], path: Path, mutate: Mutate, count: int, limits: Limits = LIMITS
 ) -> tuple[Row, dict[str, str]]:
     """Write mutations to `path` and read them. Return the numbers, and each kind of fault with an example."""
-    row, found = Row(reader), dict[str, str]()
+    with _no_records_kept():
+        return _attack(Row(reader), read, path, mutate, count, limits)
+
+
+def _attack(
+    row: Row, read: Callable[[Path], object], path: Path, mutate: Mutate, count: int, limits: Limits
+) -> tuple[Row, dict[str, str]]:
+    found = dict[str, str]()
+    # What was freed before would hide what is taken: large allocations come from the system, and go back to it.
+    _of_glibc("mallopt", _MMAP_THRESHOLD, _MMAPPED_FROM)
     for seed in range(FIRST, FIRST + min(count, WARM_UP)):
         path.write_bytes(mutate(np.random.default_rng(seed)))
         with contextlib.suppress(Exception):
@@ -206,22 +285,50 @@ def attack(
         row.tried += 1
         path.write_bytes(content)
         fault, seconds, grown = _measured(read, path)
-        if seconds > LONGEST_SECONDS:  # once more: the first may have met a collection of garbage
+        most = limits.base_bytes + 2 * len(content)
+        if seconds > limits.seconds or grown > most:
+            # Once more: the first may have met a collection of garbage, or loaded a library.
+            gc.collect()
+            _of_glibc("malloc_trim", 0)
             path.write_bytes(content)
-            seconds = min(seconds, _measured(read, path)[1])
+            again = _measured(read, path)
+            seconds, grown = min(seconds, again[1]), min(grown, again[2])
         row.seconds, row.peak_bytes = max(row.seconds, seconds), max(row.peak_bytes, grown)
         faults = [fault] if fault else []
         row.uncaught += fault.startswith("uncaught")
         row.messages += fault.startswith("message")
-        if seconds > LONGEST_SECONDS:
+        if seconds > limits.seconds:
             row.slow += 1
             faults.append("slow")
-        if grown > BASE_BYTES + 2 * len(content):
+        if grown > most:
             row.memory += 1
             faults.append("memory")
         for kind in faults:
             found.setdefault(kind, f"seed {seed}: {seconds:.2f} s, {grown / 1e6:.0f} MB for {len(content)} bytes")
     return row, found
+
+
+@contextlib.contextmanager
+def _no_records_kept() -> Iterator[None]:
+    """Keep pytest from storing what is logged, with the frames of every error that is an argument."""
+    root = logging.getLogger()
+    former, root.handlers = root.handlers, [_Forgetful()]
+    try:
+        yield
+    finally:
+        root.handlers = former
+
+
+class _Forgetful(logging.Handler):
+    """Formats records, as what prints them would, and forgets them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.format(record)
+
+
+def _of_glibc(name: str, *arguments: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # another system
+        getattr(ctypes.CDLL(None), name)(*arguments)
 
 
 def _measured(read: Callable[[Path], object], path: Path) -> tuple[str, float, int]:

@@ -6,6 +6,7 @@ CCNET_FUZZ is their number for each reader, CCNET_FUZZ_SEED where to start. A fa
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import zipfile
@@ -13,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fuzzing
 import numpy as np
 import pytest
 import torch
@@ -24,11 +24,11 @@ from builders import (
     SMALLEST_LABELS as LABELS,
 )
 from builders import SPEC, OracleBackend, features_with, fill_draft, make_bundle, write_features
-from fuzzing import RAW, mutated_bytes, mutated_json, mutated_npy
+from fuzzing import RAW, Attack, mutated_bytes, mutated_json, mutated_npy, mutated_text
 
 from ccnet.checkpoint import MANIFEST as CHECKPOINT
 from ccnet.checkpoint import WEIGHTS, read_checkpoint, save_checkpoint
-from ccnet.cli.main import main
+from ccnet.cli import inspect
 from ccnet.config import parse_overrides, preset, with_overrides
 from ccnet.network.model import CCNet
 from ccnet.network.released import read_released
@@ -39,32 +39,12 @@ from export.parity.inputs import synthetic_inputs
 from export.parity.reference import Reference, load_reference, record, save_reference
 from runtime.annotations import read_annotations
 from runtime.bundle import MANIFEST, PARITY
-from runtime.corpus.plan import pinned_engine, read_plan
-from runtime.corpus.run import Run
-from runtime.corpus.sources import read_manifest
-from runtime.corpus.store import LocalStore
 from runtime.detections import read_events
 from runtime.features import read_video
 from runtime.files import sha256_file
 from runtime.formats.events import Event, Video
 from runtime.formats.registry import FORMATS, read_videos
-from runtime.localizer import Localizer
 from runtime.records import BadRecord, parse_json
-
-Attack = Callable[..., None]
-
-
-@pytest.fixture
-def attack(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Attack:
-    """Read mutations; the numbers go to the table at the end of the session, and a fault fails the test."""
-    reader = request.node.name.removeprefix("test_")
-
-    def run(read: Callable[[Path], object], path: Path, mutate: fuzzing.Mutate, *, share: float = 1.0) -> None:
-        row, found = fuzzing.attack(reader, read, path, mutate, round(fuzzing.COUNT * share))
-        record_property("fuzz", row.to_json())
-        assert not found, "\n".join(f"{kind}: {example}" for kind, example in found.items())
-
-    return run
 
 
 def test_json_itself() -> None:
@@ -78,10 +58,10 @@ def test_bundle_manifest(attack: Attack, tmp_path: Path) -> None:
     good = bundle.manifest.to_json()
 
     def read(path: Path) -> None:
-        for arguments in ([], ["--json"]):
-            if main(["inspect", str(path.parent), *arguments]) == 0:
-                with changed_bundle(path.parent):
-                    pass
+        for as_json in (False, True):
+            inspect.run(argparse.Namespace(bundle=path.parent, json=as_json), [])
+        with changed_bundle(path.parent):
+            pass
 
     attack(read, bundle.folder / MANIFEST, lambda rng: mutated_json(good, rng))
 
@@ -120,18 +100,25 @@ def state(tmp_path: Path) -> Path:
     return tmp_path / "last"
 
 
-def _resume(folder: Path) -> None:
-    with torch.random.fork_rng([]):
-        read_state(folder).restore(Learner(CONFIG, torch.device("cpu")))
+@pytest.fixture
+def resume() -> Callable[[Path], None]:
+    """Return what restores a learner; always the same one, as making one takes most of the time."""
+    learner = Learner(CONFIG, torch.device("cpu"))
+
+    def restore(folder: Path) -> None:
+        with torch.random.fork_rng([]):
+            read_state(folder).restore(learner)
+
+    return restore
 
 
-def test_training_state(attack: Attack, state: Path) -> None:
+def test_training_state(attack: Attack, state: Path, resume: Callable[[Path], None]) -> None:
     good = json.loads((state / STATE).read_text())
-    attack(lambda path: _resume(path.parent), state / STATE, lambda rng: mutated_json(good, rng), share=0.2)
+    attack(lambda path: resume(path.parent), state / STATE, lambda rng: mutated_json(good, rng), share=0.2)
 
 
 @pytest.mark.parametrize("name", [TENSORS, WEIGHTS])
-def test_tensors_behind_their_hash(attack: Attack, state: Path, name: str) -> None:
+def test_tensors_behind_their_hash(attack: Attack, state: Path, resume: Callable[[Path], None], name: str) -> None:
     good = (state / name).read_bytes()
     size = int.from_bytes(good[:8], "little")
     header = json.loads(good[8 : 8 + size])
@@ -148,7 +135,7 @@ def test_tensors_behind_their_hash(attack: Attack, state: Path, name: str) -> No
         place = content if name == TENSORS else content["weights"]
         place |= {"size": path.stat().st_size, "sha256": sha256_file(path)}
         manifest.write_text(json.dumps(content))
-        _resume(path.parent)
+        resume(path.parent)
 
     attack(read, state / name, mutate, share=0.05)
 
@@ -260,10 +247,11 @@ def test_formats_of_other_tools(attack: Attack, name: str, tmp_path: Path) -> No
     path = tmp_path / f"v{form.suffix}"
     form.write(path, [Video("v", events, 9.5, "test")])
     good = path.read_bytes()
-    structured = form.suffix == ".json"
 
     def mutate(rng: np.random.Generator) -> bytes:
-        return mutated_json(json.loads(good), rng) if structured else mutated_bytes(good, rng)
+        if form.suffix == ".json":
+            return mutated_json(json.loads(good), rng)
+        return mutated_bytes(good, rng) if name == "parquet" else mutated_text(good, rng)
 
     attack(lambda path: read_videos(path, form), path, mutate)
 
@@ -279,77 +267,4 @@ def test_annotations_of_thumos(attack: Attack, name: str, tmp_path: Path) -> Non
     good = {"dog_val.txt": b"v 0.5 2\nw  1 2.5\n", "durations.csv": b"video_id,duration\nv,9.5\nw,7\n"}
     for other, content in good.items():
         (tmp_path / other).write_bytes(content)
-    attack(lambda path: read_annotations(path.parent), tmp_path / name, lambda rng: mutated_bytes(good[name], rng))
-
-
-def test_requests_with_tensors(attack: Attack, tmp_path: Path) -> None:
-    from runtime.serving.models import localizer_model, localizer_source
-    from runtime.serving.protocol import parse_infer
-
-    visual, audio = features_with(12)
-    inputs = [
-        {"name": "visual", "datatype": "FP32", "shape": [12, 6], "data": visual.tolist()},
-        {"name": "audio", "datatype": "FP32", "shape": [12, 3], "parameters": {"binary_data_size": audio.nbytes}},
-        {"name": "duration", "datatype": "FP64", "shape": [1], "data": [9.5]},
-    ]
-    good = {"id": "v", "inputs": inputs, "outputs": [{"name": "scores", "parameters": {"binary_data": True}}]}
-
-    def read(path: Path) -> Any:
-        content = path.read_bytes()
-        request = parse_infer(content, str(len(content) - audio.nbytes))
-        localizer_model(SPEC).check(request)
-        return Localizer([OracleBackend()], SPEC)(*localizer_source(request))
-
-    attack(read, tmp_path / "request", lambda rng: mutated_json(good, rng) + audio.tobytes())
-
-
-def test_uploads(attack: Attack, tmp_path: Path) -> None:
-    from runtime.serving.uploads import features_of_files, parse_form, unpack_npz
-
-    stream = io.BytesIO()
-    np.savez_compressed(stream, visual=features_with(12).visual, audio=features_with(12).audio)
-    archive = stream.getvalue()
-    attack(
-        lambda path: features_of_files(unpack_npz(path.read_bytes(), 100_000), SPEC, "v"),
-        tmp_path / "v.npz",
-        lambda rng: mutated_bytes(archive, rng),
-    )
-    pytest.importorskip("python_multipart")
-    part = b'--edge\r\nContent-Disposition: form-data; name="file"; filename="visual.npy"\r\n\r\n'
-    form = part + archive + b"\r\n" + part.replace(b"visual", b"audio") + b"x\r\n--edge--\r\n"
-    attack(
-        lambda path: features_of_files(parse_form(path.read_bytes(), b"edge").files, SPEC, "v"),
-        tmp_path / "form",
-        lambda rng: mutated_bytes(form, rng),
-    )
-
-
-def test_manifest_of_videos(attack: Attack, tmp_path: Path) -> None:
-    good = [{"video_id": name, "features": "part", "duration": 9.5} for name in ("v", "w")]
-    attack(
-        lambda path: read_manifest(str(path)),
-        tmp_path / "videos.jsonl",
-        lambda rng: b"\n".join(mutated_json(line, rng) for line in good),
-    )
-
-
-@pytest.mark.parametrize("name", ["plan.json", "videos.jsonl", "engine.json", "done/000000.json"])
-def test_the_folder_of_a_run(attack: Attack, name: str, tmp_path: Path) -> None:
-    write_features(tmp_path, "v", features_with(12, [(2, 8, 1, 3.0)]))
-    bundle, out = make_bundle(tmp_path / "bundle"), tmp_path / "run"
-    assert main(["predict", str(bundle.folder), "--features", str(tmp_path), "--out", str(out), "--quiet"]) == 0
-    good = json.loads((out / name).read_bytes())
-
-    def read(path: Path) -> None:
-        store = LocalStore(out)
-        plan = read_plan(store)
-        assert plan is not None
-        run = Run(store, plan)
-        pinned_engine(store)
-        if plan.shards:
-            plan.entries(store, 0)
-        run.summary()
-        if run.complete:
-            run.finish(str(tmp_path))
-
-    attack(read, out / name, lambda rng: mutated_json(good, rng))
+    attack(lambda path: read_annotations(path.parent), tmp_path / name, lambda rng: mutated_text(good[name], rng))

@@ -16,6 +16,7 @@ from ccnet.cli.logs import reporting
 from runtime.errors import CCNetError, Interrupted
 from runtime.files import give_up
 from runtime.packages import distribution_of, missing
+from runtime.schema import quote
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def _run(module: Any, arguments: argparse.Namespace, overrides: list[str]) -> in
             sys.stdout.flush()  # what can't be written is an error now, not a word of the interpreter's at its end
         return status
     except Interrupted as error:
-        log.error("ccnet %s: %s", arguments.command, error)
+        log.error("ccnet %s: %s", arguments.command, str(error))
         return error.exit_code
     except CCNetError as error:
         return _failed(arguments.command, error)
@@ -127,7 +128,7 @@ def _run(module: Any, arguments: argparse.Namespace, overrides: list[str]) -> in
                 sys.stdout.flush()
         except OSError:
             give_up(sys.stdout)
-        where = f" ({error.filename})" if error.filename else ""
+        where = f" ({quote(error.filename)})" if error.filename else ""
         log.error("ccnet %s: error: %s%s", arguments.command, error.strerror or error, where)
         return 2
 
@@ -142,5 +143,5 @@ def _fill_standard_streams() -> None:
 
 
 def _failed(command: str, error: CCNetError) -> int:
-    log.error("ccnet %s: error: %s", command, error)
+    log.error("ccnet %s: error: %s", command, str(error))  # as text: a record may be kept, and with it all frames
     return error.exit_code

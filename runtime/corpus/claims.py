@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runtime.files import link_exclusively
+from runtime.records import BadRecord, parse_json
 from runtime.temporaries import is_zombie
 
 BEAT_SECONDS = 20.0
@@ -165,8 +166,8 @@ class FileClaims:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        data = parse_json(path.read_bytes())
+    except (OSError, BadRecord):
         return {}
     return data if isinstance(data, dict) else {}
 

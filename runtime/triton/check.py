@@ -6,6 +6,7 @@ package tritonclient.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def _read_config(path: Path) -> Any:
     text_format = import_package("google.protobuf.text_format", "checking a repository", distribution="tritonclient")
     try:
         return text_format.Parse(path.read_text(encoding="utf-8"), schema.ModelConfig())
-    except (text_format.ParseError, UnicodeDecodeError) as error:
+    except (text_format.ParseError, ValueError) as error:  # ValueError: of a number, of UTF-8
         return f"config.pbtxt: {quote(error)}"
 
 
@@ -84,7 +85,7 @@ def _model(folder: Path, config: Any, container: Container) -> Iterator[str]:
         return
     newest = max(versions, key=lambda path: int(path.name))
     path = newest / config.default_model_filename
-    if not config.default_model_filename or not path.is_file():
+    if not config.default_model_filename or not os.path.isfile(path):  # of a name that is too long, too
         yield f"{newest.name}/{config.default_model_filename or '(default_model_filename)'}: no such file"
         return
     if config.backend == "onnxruntime":

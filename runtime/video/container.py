@@ -116,9 +116,11 @@ def stated_seconds(stream: Any, container: Any) -> Fraction | None:
 
 
 def picture_stream(container: Any, path: object) -> Any:
-    """Return the video stream to read, never cover art. Raises VideoError when there is none."""
+    """Return the video stream to read, never cover art. Raises VideoError when there is none, or no decoder for it."""
     for stream in container.streams.video:
         if not int(stream.disposition) & 0x400:  # AV_DISPOSITION_ATTACHED_PIC
+            if stream.codec_context is None:
+                raise VideoError(f"{path}: its picture is of a codec that this FFmpeg does not know; convert it")
             return stream
     kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no streams"
     raise VideoError(f"{path}: has no picture (it holds {kinds}); expected a video stream")

@@ -23,7 +23,8 @@ from runtime.features import read_video
 from runtime.files import atomic_file, sha256_file, write_json
 from runtime.localizer import Localizer
 from runtime.machine import library_versions
-from runtime.records import BadRecord, check_video_id, read_json
+from runtime.records import BadRecord, check_duration, check_video_id, get_values, read_json
+from runtime.schema import quote, show
 from runtime.signals import StopRequest
 from runtime.spec import ModelSpec
 from runtime.video.container import (
@@ -47,6 +48,8 @@ ENDINGS = frozenset(
 )
 """Of the files of a folder that are taken for videos; a file that is named is opened whatever it is called."""
 RECORD_SCHEMA = 1
+_LONGEST_PATH = 4096
+"""Bytes, of what a system opens."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,11 @@ def find_video_files(names: Sequence[str | Path]) -> list[VideoPath]:
         try:
             video_id = check_video_id(stem)
         except BadRecord as error:
-            raise VideoError(f"{path}: {error}") from None
+            raise VideoError(f"{quote(path)}: {error}") from None
         other = videos.setdefault(video_id, VideoPath(video_id, path)).path
         if other != path:
-            raise VideoError(f"{other} and {path} would both be called '{video_id}'; rename one of them")
+            both = f"{quote(other, 150)} and {quote(path, 150)}"
+            raise VideoError(f"{both} would both be called '{quote(video_id, 60)}'; rename one of them")
     if not videos:
         raise VideoError(f"{', '.join(map(str, names))}: no video files")
     return list(videos.values())
@@ -177,15 +181,18 @@ def is_done(video: VideoPath, out: str | Path, extractor: Extractor, options: Re
     out = Path(out)
     try:
         record = read_json(_record_path(out, video.video_id))
-        names = record["files"]
+        layout = extractor.spec.layout
+        names = [f"{video.video_id}{suffix}.npy" for suffix in (*layout.visual, *layout.audio)]
+        check_duration(record["duration"])
         same = (
-            record["schema"] == RECORD_SCHEMA
+            record["files"].keys() == {*names}
+            and record["schema"] == RECORD_SCHEMA
             and {key: record["video"][key] for key in ("size", "modified")} == _fingerprint(video.path)
             and record["extractor"] == _plain(extractor.identity())
             and record["options"] == _choices(options)
         )
-        return same and all((out / name).is_file() and Path(name).name == name for name in names)
-    except (BadRecord, OSError, KeyError, TypeError):
+        return same and all((out / name).is_file() for name in names)
+    except (BadRecord, OSError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -221,8 +228,16 @@ def check_fits(extractor: ExtractorSpec, network: ModelSpec) -> None:
 
 
 def recorded_duration(out: str | Path, video_id: str) -> float:
-    """Return how many seconds the picture of a video lasts whose features are in `out`."""
-    return float(read_json(_record_path(Path(out), video_id))["duration"])
+    """Return how many seconds the picture of a video lasts whose features are in `out`.
+
+    Raises VideoError where their record is missing or damaged.
+    """
+    path = _record_path(Path(out), video_id)
+    try:
+        (duration,) = get_values(read_json(path), ("duration",))
+        return check_duration(duration)
+    except (BadRecord, OSError) as error:
+        raise VideoError(f"{path}: {error}; delete it and extract the video again") from None
 
 
 @dataclass(frozen=True)
@@ -269,6 +284,8 @@ def _listed(name: str) -> list[str]:
     except (OSError, ValueError) as error:
         raise VideoError(f"{name}: can't be read ({getattr(error, 'strerror', None) or error})") from None
     paths = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if too_long := next((path for path in paths if len(os.fsencode(path)) > _LONGEST_PATH), None):
+        raise VideoError(f"{name}: got a path of {len(too_long)} characters, {show(too_long)}")
     folder = os.path.dirname(name)
     return [path if is_remote(path) else os.path.join(folder, path) for path in paths]
 
