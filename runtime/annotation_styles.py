@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.records import BadRecord, is_number, read_bytes, read_json
+from runtime.records import BadRecord, as_number, as_segment, is_number, read_bytes, read_json
 from runtime.schema import show
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,10 @@ _AMBIGUOUS = "ambiguous"
 
 def subset_name(value: Any) -> Any:
     """Return the name of a subset that is written in another way (`Training`, `val`), and anything else as it is."""
-    return _SUBSETS.get(value.lower(), value.lower()) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    name = value.strip().lower()
+    return _SUBSETS.get(name, name)
 
 
 def read_content(path: Path, labels: Sequence[str] | None) -> Any:
@@ -51,7 +54,7 @@ def read_content(path: Path, labels: Sequence[str] | None) -> Any:
 def _without_ids(records: Iterable[Any]) -> bool:
     """Return whether no event has a label id, and at least one a label."""
     events = [event for record in records for event in _events(record)]
-    return bool(events) and all("label" in event and "label_id" not in event for event in events)
+    return bool(events) and all("label" in event and event.get("label_id") is None for event in events)
 
 
 def _events(record: Any) -> list[dict[str, Any]]:
@@ -72,8 +75,9 @@ def _activitynet(path: Path, database: dict[str, Any], labels: Sequence[str] | N
         events = []
         for event in record.get("annotations", []):
             if isinstance(event, dict) and isinstance(event.get("label"), str):
-                inside = _inside(event.get("segment"), record.get("duration"))
-                cut += inside != event.get("segment")
+                segment = as_segment(event.get("segment"))
+                inside = _inside(segment, as_number(record.get("duration")))
+                cut += inside != segment
                 if inside is None:
                     continue
                 event = {"segment": inside, "label": event["label"], "label_id": ids[event["label"]]}

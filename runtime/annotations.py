@@ -25,6 +25,8 @@ from runtime.records import (
     BadRecord,
     LabelTable,
     as_label_id,
+    as_number,
+    as_segment,
     check_duration,
     check_list,
     check_segment,
@@ -81,7 +83,8 @@ def read_annotations(path: str | Path, labels: Sequence[str] | None = None) -> A
     gathered from the events; an id up to the largest that never occurs is called `class <id>`, see `unnamed`.
 
     Where it is plain what is meant, it is taken: subsets called `Training` or `val`, ids as 3.0 or "3", no id where
-    another event or `labels` has it, no `annotations` of a video without events, `duration_second` for `duration`.
+    another event or `labels` has it, no `annotations` of a video without events, `duration_second` for `duration`,
+    numbers as text, `null` for what is left out.
 
     Raises AnnotationError naming the file and all that is wrong in it, with video, event, what was found and what was
     expected: invalid JSON, wrong structure, a key (such as a video id) that occurs twice, an id with path separators,
@@ -182,7 +185,7 @@ def _database(path: Path, labels: Sequence[str] | None) -> dict[str, Any]:
 def _gather_labels(database: dict[str, Any], table: LabelTable) -> None:
     """Fill the table before events without an id ask it; what is wrong is said when the events are read."""
     events = [event for record in database.values() for event in _events(record)]
-    if any("label_id" not in event for event in events):
+    if any(event.get("label_id") is None for event in events):
         for event in events:
             with contextlib.suppress(BadRecord):
                 table.check(event.get("label"), as_label_id(event.get("label_id")))
@@ -228,11 +231,12 @@ def _read_video(video_id: str, record: Any, table: LabelTable, problems: list[st
 def _check_video(record: Any) -> tuple[float, str, list[Any]]:
     """Return duration, subset and events of a video's record."""
     if isinstance(record, dict):
-        record = {"annotations": [], **record}
+        record = {key: value for key, value in record.items() if value is not None}
+        record.setdefault("annotations", [])
         if "duration" not in record and "duration_second" in record:
             record["duration"] = record["duration_second"]
     duration, subset, events = get_values(record, ("duration", "subset", "annotations"))
-    duration = check_duration(duration)
+    duration = check_duration(as_number(duration))
     subset = subset_name(subset)
     if subset not in SUBSETS:
         raise BadRecord(f"subset: got {show(subset)}, expected one of {', '.join(SUBSETS)}")
@@ -243,8 +247,9 @@ def _check_video(record: Any) -> tuple[float, str, list[Any]]:
 def _check_event(event: Any, duration: float, table: LabelTable) -> tuple[tuple[float, float], int]:
     """Return segment and label id of an event."""
     segment, label = get_values(event, ("segment", "label"))
-    bounds = _clip(check_segment(segment, duration), duration)
-    label_id = table.id_of(label) if "label_id" not in event else table.check(label, as_label_id(event["label_id"]))
+    bounds = _clip(check_segment(as_segment(segment), duration), duration)
+    label_id = event.get("label_id")
+    label_id = table.id_of(label) if label_id is None else table.check(label, as_label_id(label_id))
     return bounds, label_id
 
 

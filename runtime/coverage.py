@@ -100,10 +100,10 @@ def common_gaps(gaps: Mapping[str, Gaps], videos: int, time_base: TimeBase, *, c
     if _nearly_all(other_time, videos):
         base = f"{time_base.step_seconds:.3g} s (time_base: fps {time_base.fps:g}, stride {time_base.stride_frames:g})"
         steps = [found.step_seconds for found in other_time if found.step_seconds]
-        found = f"; they seem to have a step every {statistics.median(steps):.3g} s" if steps else ""
+        found = f"they seem to have a step every {statistics.median(steps):.3g} s, " if steps else ""
         said.append(
-            f"the features of {len(other_time)} of {videos} videos do not cover the annotated duration{found}, "
-            f"expected one every {base}. Events are at the wrong times: extract the features as the network expects "
+            f"the features of {len(other_time)} of {videos} videos do not cover the annotated duration; {found}"
+            f"expected is a step every {base}. Events are at the wrong times: extract the features as the network expects "
             "them, or give the time base that they have when training"
         )
     if cropped and _nearly_all(longer, videos):

@@ -27,7 +27,7 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
     """
     encoding = None if "b" in mode else "utf-8"
     if is_stream(path):
-        with _open_stream(path, mode, encoding) as stream:
+        with naming(Path(path)), _open_stream(path, mode, encoding) as stream:
             yield stream
         return
     path = resolved(path)
@@ -110,14 +110,21 @@ def check_output_file(path: str | os.PathLike[str]) -> None:
     """Raise OSError now where `atomic_file(path)` would later: a folder, or no place that can be written to."""
     if is_stream(path):
         return
+    if not os.fspath(path):
+        raise FileNotFoundError(errno.ENOENT, "got nothing, expected the name of a file")
     target = resolved(path)
     if target.is_dir() or os.fspath(path).endswith(os.sep):
         raise IsADirectoryError(errno.EISDIR, "got a folder, expected the name of a file", str(path))
-    parent = next(folder for folder in target.parents if folder.exists())
-    if not parent.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(parent))
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, "the folder can't be written to", str(parent))
+    check_writable(target.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError unless files can be made in a folder, which may have to be made itself."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(there))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "the folder can't be written to", str(there))
 
 
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:

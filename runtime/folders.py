@@ -13,12 +13,30 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from runtime.files import check_writable
 from runtime.temporaries import naming, orphans, resolved, temporary_prefix, temporary_stem, umask
 
 _LOCKED: set[str] = set()
 """Lock files that this process holds: to the system, a second lock of it is the same one."""
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def check_output_folder(path: str | os.PathLike[str], *, replaced: bool = False) -> None:
+    """Raise OSError now where a folder could not be filled, or, if `replaced`, `atomic_folder(path)` later."""
+    if not os.fspath(path):
+        raise FileNotFoundError(errno.ENOENT, "got nothing, expected the name of a folder")
+    target = resolved(path)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "got a file, expected the name of a folder", str(path))
+    if replaced:
+        _refuse_mount(target)
+    check_writable(target.parent if replaced else target)
+
+
+def _refuse_mount(path: Path) -> None:
+    if _is_mount(path):
+        raise OSError(errno.EBUSY, "a mount point can't be replaced; name a folder inside it", str(path))
 
 
 @contextlib.contextmanager
@@ -29,8 +47,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     points to is replaced; the link stays. Raises OSError for a mount point, which can't be replaced, before the block.
     """
     path = resolved(path)
-    if _is_mount(path):
-        raise OSError(errno.EBUSY, "a mount point can't be replaced; name a folder inside it", str(path))
+    _refuse_mount(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
     with naming(path):

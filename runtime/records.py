@@ -26,6 +26,9 @@ _DEEPEST = 64
 _DIGITS = 40
 _LABEL_IDS = 100_000
 
+_NOT_UTF_8 = ((b"\x1f\x8b", "compressed by gzip"), (b"\xff\xfe", "in UTF-16"), (b"\xfe\xff", "in UTF-16"))
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE).fullmatch
+
 _PLAIN_NAME = re.compile(r"[^/\\\x00-\x1f\ud800-\udfff]+").fullmatch
 """A surrogate alone stands for a byte of a file name that is not UTF-8; no file can carry it on."""
 
@@ -49,7 +52,7 @@ def read_json(path: str | Path, *, limit: int = LARGEST_FILE, any_number: bool =
 
 
 def parse_json(text: str | bytes, *, any_number: bool = False) -> Any:
-    """Parse JSON in UTF-8, strictly.
+    """Parse JSON in UTF-8, with or without a byte order mark, strictly.
 
     Refused beyond bad JSON: a key twice in one object, objects and lists nested deeper than 64, text that is not
     Unicode (half of a surrogate pair), and, unless `any_number`, numbers that are not finite or have more than 40
@@ -57,7 +60,7 @@ def parse_json(text: str | bytes, *, any_number: bool = False) -> Any:
     """
     numbers: dict[str, Any] = {"parse_float": _finite, "parse_int": _integer, "parse_constant": _refuse_constant}
     try:
-        text = text if isinstance(text, str) else text.decode()
+        text = text if isinstance(text, str) else _decode(text)
         value = json.loads(text, object_pairs_hook=_unique_keys, **({} if any_number else numbers))
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
@@ -67,6 +70,15 @@ def parse_json(text: str | bytes, *, any_number: bool = False) -> Any:
         raise BadRecord(f"not valid JSON ({error})") from None
     _check_depth(value)
     return value
+
+
+def _decode(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = next((name for begin, name in _NOT_UTF_8 if content.startswith(begin)), None)
+        what = f"it is {found}" if found else f"byte {error.start} is not UTF-8"
+        raise BadRecord(f"not valid JSON ({what}); expected text in UTF-8") from None
 
 
 def get_values(record: Any, keys: tuple[str, ...]) -> list[Any]:
@@ -120,6 +132,16 @@ def as_label_id(value: Any) -> Any:
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= _DIGITS:
         return int(value)
     return value
+
+
+def as_number(value: Any) -> Any:
+    """Return a number that is written as text as the number, anything else as it is."""
+    return float(value) if isinstance(value, str) and len(value) <= _DIGITS and _NUMBER(value) else value
+
+
+def as_segment(value: Any) -> Any:
+    """Return a list with the numbers in it that are written as text as numbers, anything else as it is."""
+    return [as_number(item) for item in value] if isinstance(value, list) else value
 
 
 def is_number(value: Any) -> bool:

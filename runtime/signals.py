@@ -14,7 +14,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class StopRequest:
     """Inside the block the first SIGINT, SIGTERM or SIGHUP is only noted; a second SIGINT raises KeyboardInterrupt.
 
-    Only the main thread can take signals over; elsewhere they keep their effect and nothing is noted.
+    Only the main thread can take signals over; elsewhere they keep their effect and nothing is noted. SIGHUP stays
+    ignored where it is, which is what `nohup` is for.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                self._before[number] = signal.signal(number, self._note)
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -104,14 +104,16 @@ BAD = {
     "empty id": (renamed(""), "video id: got"),
     "unknown subset": (video(subset="holdout"), "subset: got 'holdout', expected one of train, validation, test"),
     "negative duration": (video(duration=-1), "duration: got -1, expected seconds above 0"),
-    "duration is text": (video(duration="10"), "duration: got '10'"),
+    "duration is text": (video(duration="10 s"), "duration: got '10 s'"),
+    "duration is endless text": (video(duration="1" * 5000), "duration: got '1111"),
     "duration is NaN": (video(duration=float("nan")), "duration: got nan"),
     "duration is true": (video(duration=True), "duration: got True"),
     "annotations is an object": (video(annotations={}), "annotations: got {}, expected a list"),
     "segment missing": (without("segment"), EVENT + "'segment' is missing"),
     "label id missing": (without("label_id"), EVENT + "'label_id' is missing"),
     "segment of three": (event(segment=[1, 2, 3]), EVENT + "segment: got"),
-    "segment of text": (event(segment=["1", "2"]), EVENT + "segment: got"),
+    "segment of text": (event(segment=["1", "two"]), EVENT + "segment: got"),
+    "segment of infinite text": (event(segment=["1", "inf"]), EVENT + "segment: got"),
     "infinite segment": (event(segment=[1, float("inf")]), EVENT + "segment: got"),
     "number too large": (json.dumps(event(segment=[1, 2])).replace("[1, 2]", "[1, 1e999]"), EVENT + "segment: got"),
     "endless digits": (json.dumps(event(segment=[1, 2])).replace("[1, 2]", f"[1, {'9' * 5000}]"), "not valid JSON"),
@@ -143,6 +145,34 @@ def test_habits_of_published_files_are_taken(tmp_path: Path) -> None:
     assert annotations.videos["first"].labels.tolist() == [0, 1, 1]
     assert annotations.videos["second"].duration == 20.5
     assert len(annotations.videos["second"].labels) == 0
+
+
+@pytest.mark.parametrize("style", ["with ids", "without ids"])
+def test_what_spreadsheets_and_other_programs_write(style: str, tmp_path: Path) -> None:
+    content = event(segment=["1.5", "2"])
+    first, second = content["database"]["first"], content["database"]["second"]
+    first |= {"duration": "1e1", "subset": "Train "}
+    second |= {"annotations": None}
+    if style == "without ids":
+        for item in first["annotations"]:
+            item["label_id"] = None
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(content, indent=1).replace("\n", "\r\n").encode())
+    annotations = read_annotations(path)
+    assert annotations.videos["first"].duration == 10.0
+    assert annotations.videos["first"].segments[1].tolist() == [1.5, 2.0]
+    assert annotations.videos["first"].subset == "train"
+    assert len(annotations.videos["second"].labels) == 0
+
+
+@pytest.mark.parametrize(
+    ("begin", "message"),
+    [(b"\x1f\x8b", "it is compressed by gzip"), (b"\xff\xfe", "it is in UTF-16"), (b"[\xe9", "byte 1")],
+)
+def test_what_is_not_utf_8_is_told(begin: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(begin + b"\xff")
+    with pytest.raises(AnnotationError, match=message):
+        read_annotations(tmp_path / "a.json")
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:

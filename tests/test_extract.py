@@ -219,6 +219,9 @@ def test_mistakes_are_told_before_any_work(
         find_video_files([tmp_path / "empty"])
     with pytest.raises(VideoError, match="can't be read"):
         find_video_files([tmp_path / "absent.txt"])
+    (tmp_path / "long.txt").write_text("x" * 5000)
+    with pytest.raises(VideoError, match="got a path of 5000 characters, 'xxx"):
+        find_video_files([tmp_path / "long.txt"])
     out = tmp_path / "out"
     assert extract(tmp_path / "one", "--extractor", tmp_path / "one", "--out", out) == 2
     assert "is not an extractor" in capsys.readouterr().err

@@ -82,8 +82,17 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["bundle"]
 
 
-def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
-    target = tmp_path / "x"
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "\U0001f415" * 63])
+def test_the_longest_names(tmp_path: Path, name: str) -> None:
+    write_json(tmp_path / name, 1)
+    with atomic_folder(tmp_path / f"{name[:-1]}y") as folder:
+        (folder / "a").touch()
+    assert len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("name", ["x", "a\nb", "y" * 250])
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
     target.write_bytes(b"old")
     code = (
         "import sys, time\n"
@@ -100,8 +109,8 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
             time.sleep(0.01)
     assert target.read_bytes() == b"old"
     assert len(os.listdir(tmp_path)) == 2
-    write_json(tmp_path / "y", 1)
-    assert sorted(os.listdir(tmp_path)) == ["x", "y"]  # what the killed process left is gone
+    write_json(tmp_path / "z", 1)
+    assert sorted(os.listdir(tmp_path)) == sorted([name, "z"])  # what the killed process left is gone
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

@@ -94,6 +94,9 @@ def test_checkpoint(attack: Attack, tmp_path: Path) -> None:
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
     learner = Learner(CONFIG, torch.device("cpu"))
+    for parameter in learner.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    learner.optimizer.step()
     row = {"epoch": 1, "step": 3, "learning_rate": 0.1, "loss": 0.5}
     position = Position(epoch=1, batch=2, best_map=0.5, best_epoch=1, epochs=(row,), steps=(row,))
     save_state(tmp_path / "last", learner, position, labels=LABELS, annotations_sha256="0", metrics={})

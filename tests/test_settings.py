@@ -75,7 +75,8 @@ def test_a_file_says_what_the_command_line_says(tmp_path: Path, name: str, text:
         ("s.yaml", "a: [", r"s\.yaml: can't be read as YAML"),
         ("s.yaml", "- 1", r"got \[1\], expected settings"),
         ("s.yaml", "model: !!python/object/apply:os.system [ls]", "can't be read as YAML"),
-        ("s.yaml", "[" * 5000, r"s\.yaml: "),
+        ("s.yaml", "[" * 5000, r"line 1: nested deeper than 8"),
+        ("s.yaml", "model: {" + "a: 1, " * 20_000, r"more than 65536 bytes"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path: Path, name: str, text: str, message: str) -> None:

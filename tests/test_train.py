@@ -27,7 +27,7 @@ from torch import nn
 import ccnet.training.loop
 import ccnet.training.validation
 from ccnet import load_checkpoint
-from ccnet.checkpoint import load_tensors, read_checkpoint
+from ccnet.checkpoint import load_tensors, read_checkpoint, save_tensors
 from ccnet.config import Config, LossConfig, ModelConfig, TrainConfig
 from ccnet.network.model import CCNet
 from ccnet.synthetic.annotations import demo_annotations
@@ -51,6 +51,7 @@ from runtime.errors import (
     Interrupted,
     TrainingError,
 )
+from runtime.files import sha256_file
 from runtime.spec import TimeBase
 
 CONFIG = Config(
@@ -462,6 +463,25 @@ def test_a_damaged_state(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "run" / "last" / name
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        data.train(tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("name", ["optimizer/exp_avg/", "optimizer/", "random/cpu"])
+def test_a_state_with_tensors_that_do_not_fit(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    interrupt_at(monkeypatch, 1)
+    with pytest.raises(Interrupted):
+        data.train(tmp_path / "run")
+    path = tmp_path / "run" / "last" / "training.safetensors"
+    tensors = load_tensors(path)
+    key = next(key for key in tensors if key.startswith(name))
+    tensors[key.replace("exp_avg", "other") if name == "optimizer/" else key] = torch.zeros(7)
+    save_tensors(path, tensors)
+    manifest = path.with_name("training.json")
+    content = json.loads(manifest.read_text()) | {"size": path.stat().st_size, "sha256": sha256_file(path)}
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"training\.safetensors: tensor '(optimizer|random)/"):
         data.train(tmp_path / "run", resume=True)
 
 

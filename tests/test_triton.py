@@ -151,6 +151,8 @@ def test_the_check_finds_what_triton_would_say_at_load(repository: Path) -> None
         ("ccnet_events", 'name: "ccnet_events"', 'name: "other"', "its configuration is named 'other'"),
         ("ccnet_network", "model.onnx", "model.plan", "1/model.plan: no such file"),
         ("ccnet_network", "max_batch_size", "max_batchsize", "config.pbtxt:"),
+        ("ccnet_network", "data_type: TYPE_FP32", "data_type: 99999999999", "config.pbtxt: Value out of range"),
+        ("ccnet_network", "model.onnx", "x" * 5000, "no such file"),
     ):
         problems = edited(repository, model, before, after)
         assert any(message in problem for problem in problems), (message, problems)

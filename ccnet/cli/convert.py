@@ -13,8 +13,10 @@ from typing import Any
 from ccnet.cli.options import add_json_argument, print_result
 from runtime.annotations import SUBSETS, read_annotations
 from runtime.errors import ConfigError, PredictionError
+from runtime.files import check_output_file
+from runtime.folders import check_output_folder
 from runtime.formats.events import Event, Video, clipped, parse_number
-from runtime.formats.registry import FORMATS, format_of, losses, output_format, read_videos, write_videos
+from runtime.formats.registry import FORMATS, format_of, goes_to_file, losses, output_format, read_videos, write_videos
 from runtime.formats.text import read_text
 from runtime.records import BadRecord, check_duration
 from runtime.schema import show
@@ -59,6 +61,10 @@ def score(text: str) -> float:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     target = output_format(arguments.out, arguments.target_format)
+    if goes_to_file(arguments.out, target):
+        check_output_file(arguments.out)
+    else:
+        check_output_folder(arguments.out)
     videos = read_videos(arguments.source, format_of(arguments.source, arguments.source_format))
     if arguments.annotations:
         videos = _with_annotations(videos, arguments.annotations)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ccnet.cli.chain import Chain
+from ccnet.cli.options import output_folder
 from ccnet.config import PRESETS, Config
 
 GOAL = 0.60
@@ -35,7 +36,9 @@ def register(subparsers: Any) -> None:
         "exports it, predicts and evaluates in a process without PyTorch, measures its speed and draws one video. "
         f"Exit status 1 when the test mAP stays below {GOAL}.",
     )
-    parser.add_argument("--out", metavar="DIR", help="folder for everything (default: demo, or demo-video)")
+    parser.add_argument(
+        "--out", type=output_folder, metavar="DIR", help="folder for everything (default: demo, or demo-video)"
+    )
     parser.add_argument(
         "--video",
         action="store_true",

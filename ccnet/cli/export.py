@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ccnet.cli.options import add_json_argument, positive, print_result
+from ccnet.cli.options import add_json_argument, positive, print_result, replaced_folder
 
 if TYPE_CHECKING:
     from export.bundle import ExportResult
@@ -26,7 +26,13 @@ def register(subparsers: Any) -> None:
         "otherwise).",
     )
     parser.add_argument("checkpoint", help="checkpoint folder")
-    parser.add_argument("--out", required=True, metavar="BUNDLE", help="bundle folder; an earlier bundle is replaced")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=replaced_folder,
+        metavar="BUNDLE",
+        help="bundle folder; an earlier bundle is replaced",
+    )
     parser.add_argument("--format", nargs="+", default=["onnx"], choices=["onnx", "tensorrt", "tensorrt-rtx"])
     parser.add_argument(
         "--precision",

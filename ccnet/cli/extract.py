@@ -12,7 +12,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ccnet.cli.logs import video_list
-from ccnet.cli.options import add_json_argument, positive, print_result, seconds
+from ccnet.cli.options import add_json_argument, output_folder, positive, print_result, seconds
 from runtime.backends.registry import BACKENDS
 from runtime.errors import VideoFailed
 from runtime.progress import Progress
@@ -34,7 +34,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("videos", nargs="+", metavar="VIDEO", help="files, folders, or .txt lists of paths")
     add_extractor_arguments(parser, required=True)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the feature files")
+    parser.add_argument("--out", required=True, type=output_folder, metavar="DIR", help="folder of the feature files")
     parser.add_argument("--check", metavar="DIR", help="compare with published features of the same videos in DIR")
     parser.add_argument(
         "--on-error", choices=("skip", "stop"), default="skip", help="after a bad video: go on, or stop (default: skip)"

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ccnet.cli.options import add_json_argument, print_result
+from ccnet.cli.options import add_json_argument, print_result, replaced_folder
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,13 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--i3d-flow", required=True, metavar="F", help="i3d_flow.pt, or piergiaj's flow_imagenet.pt")
     parser.add_argument("--raft", required=True, metavar="F", help="raft-sintel.pth, or torchvision's raft_large")
     parser.add_argument("--vggish", required=True, metavar="F", help="vggish-10086976.pth")
-    parser.add_argument("--out", required=True, metavar="E", help="extractor folder; an earlier extractor is replaced")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=replaced_folder,
+        metavar="E",
+        help="extractor folder; an earlier extractor is replaced",
+    )
     add_json_argument(parser)
 
 

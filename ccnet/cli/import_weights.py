@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ccnet.cli.options import add_json_argument, print_result
+from ccnet.cli.options import add_json_argument, print_result, replaced_folder
 from ccnet.config import PRESETS, ModelConfig, parse_overrides, preset, with_overrides
 from runtime.errors import CheckpointError, ConfigError
 
@@ -26,7 +26,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("file", type=Path, help="the released .pth.tar, or a saved state dict")
     parser.add_argument("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
-    parser.add_argument("--out", required=True, type=Path, help="checkpoint folder to write")
+    parser.add_argument("--out", required=True, type=replaced_folder, help="checkpoint folder to write")
     parser.add_argument("--annotations", type=Path, help="annotation file that gives the class names")
     add_json_argument(parser)
 
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise CheckpointError(f"{arguments.file}: {misfit}")
     model = CCNet(config.model).eval()
     load_released(model, parameters, source=str(arguments.file))
-    save_checkpoint(arguments.out, model, config=config, labels=labels)
+    save_checkpoint(Path(arguments.out), model, config=config, labels=labels)
     count = sum(parameter.numel() for parameter in model.parameters())
     release = release_of(parameters)
     print_result(

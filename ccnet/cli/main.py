@@ -53,6 +53,15 @@ RENAMED = {"plant": "synthesize"}
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand. Return its exit status: 0, a `CCNetError.exit_code`, or 130 after Ctrl-C."""
     _fill_standard_streams()
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:  # while the command's modules are imported
+        with contextlib.suppress(OSError):
+            print("ccnet: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _main(argv: list[str] | None) -> int:
     parser, _ = make_parser()
     if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next
         _complete(parser)

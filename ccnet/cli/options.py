@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import logging
 import math
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -20,8 +22,10 @@ from runtime.backends.select import OnMismatch
 from runtime.coverage import report_gaps
 from runtime.errors import ConfigError, printable
 from runtime.files import check_output_file, write_json
+from runtime.folders import check_output_folder
 from runtime.localizer import Localizer
 from runtime.pipeline import LongVideos
+from runtime.schema import quote
 
 if TYPE_CHECKING:
     from runtime.evaluation import FoundEvents
@@ -58,12 +62,34 @@ def seconds(text: str) -> float:
 
 def output_file(text: str) -> str:
     """Take the name of a file to write, `-` for standard output; a bad one is refused before the work."""
-    try:
+    with _refusing(text):
         check_output_file(text)
-    except (OSError, ValueError) as error:
-        where = getattr(error, "filename", None) or text
-        raise argparse.ArgumentTypeError(f"{getattr(error, 'strerror', None) or error} ({where})") from None
     return text
+
+
+def output_folder(text: str) -> str:
+    """Take the name of a folder to fill; a bad one is refused before the work. A link to nothing is followed."""
+    with _refusing(text):
+        check_output_folder(text)
+    return text if os.path.exists(text) else os.path.realpath(text) if os.path.islink(text) else text
+
+
+def replaced_folder(text: str) -> str:
+    """Take the name of a folder that is replaced as a whole; a bad one is refused before the work."""
+    with _refusing(text):
+        check_output_folder(text, replaced=True)
+    return text
+
+
+@contextlib.contextmanager
+def _refusing(text: str) -> Iterator[None]:
+    """Say to the parser what is wrong with the name of an output."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        where = quote(getattr(error, "filename", None) or text)
+        message = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(f"{message} ({where})" if where else str(message)) from None
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +158,8 @@ def read_config(arguments: argparse.Namespace, overrides: list[str]) -> Config:
         if getattr(arguments, key) is None and key != "classes":
             where = f"give it here or as '{key}' in {arguments.config}" if arguments.config else "it has no default"
             raise ConfigError(f"--{key} is missing: {where}")
+    if arguments.config and hasattr(arguments, "out"):  # on the command line the parser looks at it
+        check_output_folder(arguments.out)
     return settings.config(arguments.preset, parse_overrides(overrides))
 
 

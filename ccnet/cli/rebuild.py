@@ -8,6 +8,7 @@ import shlex
 from typing import Any
 
 from ccnet.cli.options import add_json_argument, print_result
+from runtime.folders import check_output_folder
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from runtime.bundle import read_bundle
 
     engines = engines_to_rebuild(read_bundle(arguments.bundle), arguments.engines)
+    if engines:
+        check_output_folder(arguments.bundle, replaced=True)
     rebuilt: dict[str, Any] = {}
     for engine in engines:
         built = rebuild(arguments.bundle, engine)

@@ -7,7 +7,7 @@ import os
 import time
 from typing import Any
 
-from ccnet.cli.options import add_json_argument, positive, print_result
+from ccnet.cli.options import add_json_argument, output_folder, positive, print_result
 from ccnet.config import PRESETS, parse_overrides, preset, with_overrides
 
 TAKES_OVERRIDES = True
@@ -24,7 +24,7 @@ def register(subparsers: Any) -> None:
         "--model.visual_dim 64. All 10,790 videos of UnAV-100 take 12 GB as float32 and 6 GB as float16.",
     )
     parser.add_argument("--annotations", required=True, metavar="FILE", help="annotation JSON in the UnAV-100 layout")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the .npy files")
+    parser.add_argument("--out", required=True, type=output_folder, metavar="DIR", help="folder for the .npy files")
     parser.add_argument("--preset", default="unav100", choices=sorted(PRESETS), help="default: %(default)s")
     parser.add_argument("--subset", nargs="+", metavar="NAME", help="train, validation, test; default: all videos")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N of these videos")

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from typing import Any
 
-from ccnet.cli.options import add_config_arguments, add_json_argument, print_result, read_config
+from ccnet.cli.options import add_config_arguments, add_json_argument, output_folder, print_result, read_config
 
 TAKES_OVERRIDES = True
 
@@ -24,7 +24,7 @@ def register(subparsers: Any) -> None:
         "same preset and settings (only train.device and train.workers may differ).",
     )
     add_config_arguments(parser)
-    parser.add_argument("--out", metavar="DIR", help="folder of the run")
+    parser.add_argument("--out", type=output_folder, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="continue the run in DIR")
     parser.add_argument("--quiet", action="store_true", help="print only the result")
     add_json_argument(parser)

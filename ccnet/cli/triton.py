@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ccnet.cli.options import add_json_argument, positive, print_result
+from ccnet.cli.options import add_json_argument, output_folder, positive, print_result
 from runtime.bundle import read_bundle
 from runtime.errors import ConfigError
 from runtime.triton.check import BACKENDS, Container, check_repository, parse_version
@@ -29,7 +29,9 @@ def register(subparsers: Any) -> None:
         "without BUNDLE, in a repository that is there.",
     )
     parser.add_argument("bundle", nargs="?", help="bundle folder; without it, --check looks at --out")
-    parser.add_argument("--out", required=True, type=Path, metavar="REPOSITORY", help="folder of the repository")
+    parser.add_argument(
+        "--out", required=True, type=output_folder, metavar="REPOSITORY", help="folder of the repository"
+    )
     parser.add_argument("--format", choices=("onnx", "tensorrt"), default="onnx", help="of the network (default: onnx)")
     parser.add_argument("--precision", default="fp32", help="of the network's file (default: fp32)")
     parser.add_argument(
@@ -88,7 +90,7 @@ def _write(arguments: argparse.Namespace, record: dict[str, Any]) -> list[str]:
     engine = find_engine(bundle, options)
     if engine.status != "verified":
         log.warning("%s was never verified against the eager network; 'ccnet verify' does it", engine.name)
-    models = write_repository(bundle, arguments.out, options)
+    models = write_repository(bundle, Path(arguments.out), options)
     record |= {"models": [model.name for model in models], "file": engine.model_file, "status": engine.status}
     return [
         f"{arguments.out}: {', '.join(model.name for model in models)}, from {engine.model_file} ({engine.status})",

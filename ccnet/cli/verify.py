@@ -8,8 +8,9 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from ccnet.cli.export import add_video_arguments, eager_arguments
-from ccnet.cli.options import add_json_argument, print_result, print_text
+from ccnet.cli.options import add_json_argument, output_folder, print_result, print_text
 from runtime.errors import ConfigError
+from runtime.folders import check_output_folder
 
 if TYPE_CHECKING:
     from export.parity.reference import Reference
@@ -33,6 +34,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--precision", metavar="P", help="only engines of this precision")
     parser.add_argument(
         "--polygraphy",
+        type=output_folder,
         metavar="DIR",
         help="ask a second tool instead: writes inputs.json and expected.json for 'polygraphy run' into DIR and judges "
         "its results.json when that is there; the bundle stays as it is",
@@ -56,6 +58,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         text = f"{bundle.folder}: every engine is verified already; name one with --backend to verify it again here"
         print_result(arguments, result, text)
         return 0
+    check_output_folder(bundle.folder, replaced=True)
     reference = _reference(arguments, bundle)
     check_fits(bundle, reference.spec, reference.checkpoint_sha256)
     named = bool(arguments.backend or arguments.precision)

@@ -122,6 +122,7 @@ class Learner:
                 raise CheckpointError(
                     f"{source}: unknown tensor 'optimizer/{key}'; it belongs to another configuration"
                 )
+            _check_moment(kind, tensor, parameters[name], f"{source}: tensor 'optimizer/{key}'")
             # The fused kernel wants its step counter where the parameter is.
             self.optimizer.state[parameters[name]][kind] = tensor.to(self.device, copy=True)
         self._scaler.load_state_dict(scaler)
@@ -129,7 +130,10 @@ class Learner:
             raise CheckpointError(
                 f"{source}: missing tensor 'random/cpu'; the state was made by another version of ccnet"
             )
-        torch.set_rng_state(groups["random"]["cpu"])
+        generator = groups["random"]["cpu"]
+        if generator.dtype != torch.uint8 or generator.shape != torch.get_rng_state().shape:
+            raise CheckpointError(f"{source}: tensor 'random/cpu' is not the state of a random generator")
+        torch.set_rng_state(generator)
         if self.device.type == "cuda" and "cuda" in groups["random"]:
             torch.cuda.set_rng_state(groups["random"]["cuda"], self.device)
 
@@ -137,3 +141,15 @@ class Learner:
         if self.config.train.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=_AUTOCAST[self.config.train.precision])
+
+
+def _check_moment(kind: str, tensor: Tensor, parameter: Tensor, where: str) -> None:
+    """Raise CheckpointError unless AdamW takes a tensor as this part of its state of a parameter."""
+    shapes = {"step": torch.Size([]), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    if kind not in shapes:
+        raise CheckpointError(f"{where}: unknown; the state was made by another version of ccnet")
+    if tensor.shape != shapes[kind] or not tensor.is_floating_point():
+        raise CheckpointError(
+            f"{where}: got {list(tensor.shape)} of {tensor.dtype}, expected floats of {list(shapes[kind])}; "
+            "it belongs to another configuration"
+        )

@@ -292,9 +292,7 @@ def write_videos(path: str | Path, videos: Sequence[Video], format: Format) -> l
     """
     path = Path(path)
     try:
-        if not format.one_video or is_stream(path):
-            return _write_file(path, videos, format)
-        if path.suffix.lower() == format.suffix and not path.is_dir():
+        if goes_to_file(path, format):
             return _write_file(path, videos, format)
         files = [path / f"{video.video_id}{format.suffix}" for video in videos]
         for file, video in zip(files, videos, strict=True):
@@ -303,6 +301,12 @@ def write_videos(path: str | Path, videos: Sequence[Video], format: Format) -> l
         return files
     except BadRecord as error:
         raise PredictionError(f"{path}: {error}") from None
+
+
+def goes_to_file(path: str | Path, format: Format) -> bool:
+    """Return whether events that are written to `path` go to one file there, not to a folder of a file a video."""
+    path = Path(path)
+    return not format.one_video or is_stream(path) or (path.suffix.lower() == format.suffix and not path.is_dir())
 
 
 def _write_file(path: Path, videos: Sequence[Video], format: Format) -> list[Path]:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import FrameType
@@ -61,7 +62,7 @@ class Server:
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self._socket.getsockname()[1]}"
 
     def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
-        """Serve until SIGTERM, Ctrl-C or `drain`; then answer what was accepted, refuse the rest, and return.
+        """Serve until SIGTERM, SIGHUP, Ctrl-C or `drain`; then answer what was accepted, refuse the rest, and return.
 
         `on_ready` is called once requests are answered. A second Ctrl-C ends it at once. Signals reach it in the main
         thread only. Raises ConfigError for TLS files that can't be used.
@@ -88,6 +89,9 @@ class Server:
         ):  # uvicorn leaves asyncio's minute, and nobody counts those clients
             handshake = partial(self._loop.create_server, ssl_handshake_timeout=self._options.limits.pause_seconds)
             self._loop.create_server = handshake  # type: ignore[method-assign,assignment]
+        hangs_up = threading.current_thread() is threading.main_thread()
+        if hangs_up and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            self._loop.add_signal_handler(signal.SIGHUP, self.drain)
         self._service.connections = lambda: len(server.server_state.connections)
         running = asyncio.create_task(server.serve([self._socket]))
         while not (server.started or running.done()):
