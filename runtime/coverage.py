@@ -103,8 +103,8 @@ def common_gaps(gaps: Mapping[str, Gaps], videos: int, time_base: TimeBase, *, c
         found = f"they seem to have a step every {statistics.median(steps):.3g} s, " if steps else ""
         said.append(
             f"the features of {len(other_time)} of {videos} videos do not cover the annotated duration; {found}"
-            f"expected is a step every {base}. Events are at the wrong times: extract the features as the network expects "
-            "them, or give the time base that they have when training"
+            f"expected is a step every {base}. Events are at the wrong times: extract the features as the network "
+            "expects them, or give the time base that they have when training"
         )
     if cropped and _nearly_all(longer, videos):
         said.append(f"{len(longer)} of {videos} videos are longer than the network's T, and the rest of each is unseen")

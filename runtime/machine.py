@@ -100,17 +100,27 @@ def _gpu_name() -> str | None:
     """Return the name of the GPU that engines run on.
 
     CUDA heeds CUDA_VISIBLE_DEVICES, numbers mixed GPUs in its own order and tells a MIG slice from a whole card;
-    nvidia-smi does none of that and is asked only where the CUDA bindings are not installed.
+    nvidia-smi does none of that and is asked only where the CUDA bindings are not installed: what CUDA_VISIBLE_DEVICES
+    names first is looked up in its order.
     """
     from runtime.backends.tensorrt import cuda
 
     try:
         return cuda.probe().name
     except MissingDependency:
-        found = gpus()
-        return found[0]["name"] if found else None
+        return _name_of(os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip())
     except (BackendUnavailable, EngineError):
         return None
+
+
+def _name_of(device: str) -> str | None:
+    """Return the name of a GPU by its number or UUID, as CUDA_VISIBLE_DEVICES has them; None where it is not found."""
+    if device.isdecimal():
+        found = gpus() or []
+        return found[int(device)]["name"] if int(device) < len(found) else None
+    rows = _nvidia_smi("--query-gpu=uuid,name") or []
+    names = [name for uuid, name, *_ in rows if device.startswith("GPU-") and uuid.startswith(device)]
+    return names[0] if len(names) == 1 else None
 
 
 def cpu_model() -> str | None:

@@ -64,7 +64,7 @@ def test_what_holds_for_nearly_all_videos_is_a_setting() -> None:
     gaps = {name: gap for name, gap in found.items() if gap is not None}
     (fact,) = common_gaps(gaps, 10, PUBLISHED)
     assert "9 of 10 videos" in fact
-    assert "a step every 1.36 s, expected one every 0.32 s" in fact  # (46 - 0.96) / 33
+    assert "a step every 1.36 s, expected is a step every 0.32 s" in fact  # (46 - 0.96) / 33
     assert common_gaps(gaps, 11, PUBLISHED) == []
     longer = {"v": Gaps(cropped="x")}
     assert len(common_gaps(longer, 1, PUBLISHED)) == 1
@@ -90,7 +90,7 @@ EXPECTED = (
     "4 of 4 videos are not covered as a whole:\n  v0: the features cover 6.0 s, the duration is 24.0 s\n",
     "  v3: the features cover 40.0 s, the duration is 160.0 s; 32.0 of 40.0 s are used, T = 32 of 40 steps",
     "NEARLY ALL VIDEOS: the features of 4 of 4 videos do not cover the annotated duration; they seem to have a step "
-    "every 4.6 s, expected one every 1 s",
+    "every 4.6 s, expected is a step every 1 s",
 )
 
 

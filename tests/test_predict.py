@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -298,3 +299,44 @@ def test_a_place_for_no_output_is_refused_before_the_work(
         main(["predict", str(bundle), "--features", str(features), "--out", f"{tmp_path}/{out}"])
     assert caught.value.code == 2
     assert "folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["e.jsonl", "E.PARQUET", "e.json", "-e.jsonl", "my dir/é 'x' $HOME.jsonl", "e.JSONL", "events", "a\nb.jsonl"],
+)
+def test_the_command_that_is_printed_works(
+    bundle: Path, features: Path, tmp_path: Path, name: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name.endswith("PARQUET"):
+        pytest.importorskip("pyarrow.parquet")
+    monkeypatch.chdir(tmp_path)
+    events = [{"segment": [2.0, 8.0], "label": LABELS[0], "label_id": 0}]
+    database = {f"v{i}": {"duration": 12.0 + i, "subset": "test", "annotations": events} for i in range(6)}
+    Path("a.json").write_text(json.dumps({"database": database}))
+    if name == "events":
+        Path(name).touch()  # a file stays one
+    assert main(["predict", str(bundle), "--features", str(features), f"--out={name}"]) == 0
+    printed = capsys.readouterr().out.partition("next: ccnet ")[2]
+    words = shlex.split(printed.replace(" F ", " a.json ").replace(" S", " test"))
+    assert words[0] == "evaluate"
+    assert main(words) == 0
+    assert "mAP" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("e.csv", "'ccnet convert' makes .csv"),
+        ("e.VTT", "makes .vtt"),
+        ("e.jsonl.gz", "not compressed; give --out - and pipe it through gzip"),
+        ("e.parquet.zst", "through zstd"),
+    ],
+)
+def test_a_name_of_another_format_is_refused(
+    bundle: Path, features: Path, tmp_path: Path, name: str, message: str, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        predict(bundle, features, tmp_path / name)
+    assert message in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["bundle", "features"]

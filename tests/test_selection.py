@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ def test_a_gpu_is_named_by_cuda_and_a_speed_of_no_gpu_counts_nowhere(monkeypatch
     def absent(error: Exception) -> cuda.Device:
         raise error
 
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(machine, "gpus", lambda: [{"name": "the whole card"}])
     monkeypatch.setattr(cuda, "probe", lambda: known("card MIG 1g.10gb"))
     assert machine_class(gpu=True) == "card MIG 1g.10gb"
@@ -56,6 +58,40 @@ def test_a_gpu_is_named_by_cuda_and_a_speed_of_no_gpu_counts_nowhere(monkeypatch
     monkeypatch.setattr(cuda, "probe", lambda: absent(BackendUnavailable("no driver")))
     for speed in ({"machine": None}, {"machine": "no GPU"}, {}):
         assert not measured_here(speed, gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("visible", "name"),
+    [
+        (None, "Card A"),
+        ("0", "Card A"),
+        ("1", "Card B"),
+        ("1,0", "Card B"),
+        ("GPU-bb", "Card B"),
+        ("GPU-", None),
+        ("", None),
+        ("2", None),
+        ("-1", None),
+        ("MIG-cc", None),
+    ],
+)
+def test_without_the_cuda_bindings_the_visible_gpu_is_named(
+    visible: str | None, name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent() -> cuda.Device:
+        raise MissingDependency("cuda-python", "gpu", "CUDA")
+
+    tool = tmp_path / "nvidia-smi"
+    rows = "case $1 in *uuid*) echo 'GPU-aa, Card A'; echo 'GPU-bb, Card B';; *) echo Card A; echo Card B;; esac"
+    tool.write_text(f"#!/bin/sh\n{rows}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(cuda, "probe", absent)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert machine_class(gpu=True) == name
 
 
 def here(backend: str, milliseconds: float) -> dict[str, Any]:

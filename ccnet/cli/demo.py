@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 from ccnet.cli.chain import Chain
-from ccnet.cli.options import output_folder
+from ccnet.cli.options import (
+    output_folder,
+    quoted_path,
+)
 from ccnet.config import PRESETS, Config
 
 GOAL = 0.60
@@ -88,7 +90,7 @@ class _Demo(Chain):
             f"(expected {GOAL:.2f} or more): {'reached' if reached else 'NOT REACHED'}"
         )
         print(f"picture: {self.picture}\nbundle:  {self.bundle}")
-        print(f"next:    ccnet inspect {shlex.quote(str(self.bundle))}")
+        print(f"next:    ccnet inspect {quoted_path(self.bundle)}")
         return 0 if reached else 1
 
     def _synthesize(self) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ccnet.cli.options import add_json_argument, positive, print_result, replaced_folder
+from ccnet.cli.options import (
+    add_json_argument,
+    positive,
+    print_result,
+    quoted_path,
+    replaced_folder,
+)
 
 if TYPE_CHECKING:
     from export.bundle import ExportResult
@@ -154,7 +159,7 @@ def _text(out: str, result: ExportResult) -> str:
         failing = _failing(result, engine.name)
         lines.append(f"  {engine.name}: {engine.status}{speed}{': ' if failing else ''}{', '.join(failing)}")
     lines += [f"  {name}: not run here: {reason.splitlines()[0]}" for name, reason in result.skipped.items()]
-    out = shlex.quote(out)
+    out = quoted_path(out)
     lines += ["next:", f"  ccnet inspect {out}", f"  ccnet predict {out} --features DIR --out events.jsonl"]
     lines += [f"  ccnet evaluate {out} --annotations F --features DIR --subset test", f"  ccnet bench {out}"]
     if any(engine.name in result.skipped and engine.status == "unverified" for engine in result.engines):

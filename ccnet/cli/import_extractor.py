@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 from pathlib import Path
 from typing import Any
 
-from ccnet.cli.options import add_json_argument, print_result, replaced_folder
+from ccnet.cli.options import (
+    add_json_argument,
+    print_result,
+    quoted_path,
+    replaced_folder,
+)
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +61,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     for name, reason in skipped.items():
         log.info("  %s: not run here: %s", name, reason.splitlines()[0])
     lines = [arguments.out, *(f"  {name}: {status}" for name, status in engines.items())]
-    lines.append(f"next:\n  ccnet extract VIDEO... --extractor {shlex.quote(str(arguments.out))} --out FEATURES")
+    lines.append(f"next:\n  ccnet extract VIDEO... --extractor {quoted_path(arguments.out)} --out FEATURES")
     print_result(arguments, {"out": arguments.out, "engines": engines, "skipped": skipped}, "\n".join(lines))
     return 0

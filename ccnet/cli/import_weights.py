@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ccnet.cli.options import add_json_argument, print_result, replaced_folder
+from ccnet.cli.options import (
+    add_json_argument,
+    print_result,
+    quoted_path,
+    replaced_folder,
+)
 from ccnet.config import PRESETS, ModelConfig, parse_overrides, preset, with_overrides
 from runtime.errors import CheckpointError, ConfigError
 
@@ -59,7 +63,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             "classes": len(labels),
         },
         f"{arguments.out}: {release}'s release, {len(parameters)} tensors, {count / 1e6:.1f} M parameters, "
-        f"{len(labels)} classes\nnext: ccnet export {shlex.quote(str(arguments.out))} --out BUNDLE",
+        f"{len(labels)} classes\nnext: ccnet export {quoted_path(arguments.out)} --out BUNDLE",
     )
     return 0
 

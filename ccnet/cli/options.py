@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -90,6 +91,12 @@ def _refusing(text: str) -> Iterator[None]:
         where = quote(getattr(error, "filename", None) or text)
         message = getattr(error, "strerror", None) or error
         raise argparse.ArgumentTypeError(f"{message} ({where})" if where else str(message)) from None
+
+
+def quoted_path(path: str | Path) -> str:
+    """Return a path as a shell takes it, in a command that is printed to be run; never as an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:

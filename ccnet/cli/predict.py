@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +26,7 @@ from ccnet.cli.options import (
     output_file,
     positive,
     print_result,
+    quoted_path,
 )
 from runtime.bundle import Bundle, read_bundle
 from runtime.corpus.plan import DONE, FAILED, PLAN, SHARDS, Format, Settings, make_plan, remove_run, settle_plan
@@ -39,12 +39,18 @@ from runtime.coverage import report_gaps
 from runtime.detections import Detections, check_parquet, write_events, write_parquet
 from runtime.errors import CCNetError, ConfigError, Interrupted, VideoFailed
 from runtime.files import is_stream
+from runtime.formats.registry import FORMATS
 from runtime.machine import usable_cores
 from runtime.progress import Progress
+from runtime.schema import quote
 from runtime.signals import StopRequest
 from runtime.spec import ModelSpec
 
 log = logging.getLogger(__name__)
+
+_COMPRESSED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+_CONVERTED = {format.suffix for format in FORMATS.values()} - {".jsonl", ".json", ".parquet"}
+"""Endings of files that other formats have. A `.json` of JSON lines is read as such."""
 
 
 def register(subparsers: Any) -> None:
@@ -95,7 +101,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     spec = bundle.spec
     if arguments.annotations is None and arguments.subset is not None:
         raise ConfigError("--subset needs --annotations, which says what the subsets are")
-    form: Format = arguments.format or ("parquet" if arguments.out.endswith(".parquet") else "jsonl")
+    form: Format = arguments.format or ("parquet" if arguments.out.lower().endswith(".parquet") else "jsonl")
     if form == "parquet":
         check_parquet()
     found, bad = _extracted(arguments, spec)
@@ -170,7 +176,22 @@ def _output(text: str) -> str:
     if _is_folder(path):
         output_file(os.path.join(path, PLAN))
         return path
+    if path != "-" and not is_stream(path):
+        _check_ending(path)
     return output_file(path)
+
+
+def _check_ending(path: str) -> None:
+    """Refuse a name that says of the file what it will not be, so that nothing could read it."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending in _COMPRESSED:
+        raise argparse.ArgumentTypeError(
+            f"{quote(path)}: what is written is not compressed; give --out - and pipe it through {_COMPRESSED[ending]}"
+        )
+    if ending in _CONVERTED:
+        raise argparse.ArgumentTypeError(
+            f"{quote(path)}: JSON lines (.jsonl) and Parquet (.parquet) are written; 'ccnet convert' makes {ending}"
+        )
 
 
 def _is_folder(out: str) -> bool:
@@ -366,14 +387,14 @@ def _text(out: str, summary: Summary, corpus: Run) -> str:
         lines.append(f"{len(summary.gave_up)} of {plan.shards} shards were given up; the same command tries them again")
     if not _is_folder(out):
         if not summary.gave_up:
-            lines.append(f"next: ccnet evaluate {shlex.quote(str(out))} --annotations F --subset S")
+            lines.append(f"next: ccnet evaluate {quoted_path(out)} --annotations F --subset S")
     elif not corpus.complete:
         lines.append("other parts of the run are not done yet")
     else:
         if summary.failed or summary.gave_up:
             lines.append(f"bad videos: {join_location(out, FAILED)}")
         if plan.settings.format == "jsonl" and not is_url(out):
-            lines.append(f"next: cat {shlex.quote(os.path.join(out, SHARDS))}/*.jsonl > events.jsonl")
+            lines.append(f"next: cat {quoted_path(os.path.join(out, SHARDS))}/*.jsonl > events.jsonl")
     return "\n".join(lines)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 from typing import Any
 
-from ccnet.cli.options import add_json_argument, print_result
+from ccnet.cli.options import (
+    add_json_argument,
+    print_result,
+    quoted_path,
+)
 from runtime.folders import check_output_folder
 
 log = logging.getLogger(__name__)
@@ -48,7 +51,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         log.info("%s: built with %s %s, unverified", engine.name, built.library, built.library_version)
     text = (
         f"{arguments.bundle}: rebuilt {', '.join(rebuilt)}\n"
-        f"next: ccnet verify {shlex.quote(arguments.bundle)} --reference ref.npz"
+        f"next: ccnet verify {quoted_path(arguments.bundle)} --reference ref.npz"
         if rebuilt
         else f"{arguments.bundle}: no engine was built for another GPU or library version; name one to rebuild it"
     )

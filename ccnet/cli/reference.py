@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from typing import Any
 
 from ccnet.cli.export import add_video_arguments, eager_arguments
-from ccnet.cli.options import add_json_argument, output_file, print_result
+from ccnet.cli.options import (
+    add_json_argument,
+    output_file,
+    print_result,
+    quoted_path,
+)
 
 
 def register(subparsers: Any) -> None:
@@ -37,6 +41,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         arguments,
         {"out": arguments.out, "inputs": len(reference.videos), "bytes": size},
         f"{arguments.out}: {len(reference.videos)} inputs with their outputs, {size / 1e6:.1f} MB\n"
-        f"next: ccnet verify BUNDLE --reference {shlex.quote(arguments.out)}",
+        f"next: ccnet verify BUNDLE --reference {quoted_path(arguments.out)}",
     )
     return 0

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from typing import Any
 
-from ccnet.cli.options import add_config_arguments, add_json_argument, output_folder, print_result, read_config
+from ccnet.cli.options import (
+    add_config_arguments,
+    add_json_argument,
+    output_folder,
+    print_result,
+    quoted_path,
+    read_config,
+)
 
 TAKES_OVERRIDES = True
 
@@ -49,6 +55,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         arguments,
         {"best": str(result.best), "best_epoch": result.best_epoch, "best_map": result.best_map},
         f"best validation mAP {result.best_map:.4f} (epoch {result.best_epoch}): {result.best}\n"
-        f"next: ccnet export {shlex.quote(str(result.best))} --out BUNDLE",
+        f"next: ccnet export {quoted_path(result.best)} --out BUNDLE",
     )
     return 0

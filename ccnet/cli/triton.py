@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 from pathlib import Path
 from typing import Any
 
-from ccnet.cli.options import add_json_argument, output_folder, positive, print_result
+from ccnet.cli.options import (
+    add_json_argument,
+    output_folder,
+    positive,
+    print_result,
+    quoted_path,
+)
 from runtime.bundle import read_bundle
 from runtime.errors import ConfigError
 from runtime.triton.check import BACKENDS, Container, check_repository, parse_version
@@ -94,6 +99,6 @@ def _write(arguments: argparse.Namespace, record: dict[str, Any]) -> list[str]:
     record |= {"models": [model.name for model in models], "file": engine.model_file, "status": engine.status}
     return [
         f"{arguments.out}: {', '.join(model.name for model in models)}, from {engine.model_file} ({engine.status})",
-        f"next: ccnet triton --out {shlex.quote(str(arguments.out))} --check --onnxruntime V --tensorrt V, "
+        f"next: ccnet triton --out {quoted_path(arguments.out)} --check --onnxruntime V --tensorrt V, "
         "with the container's versions",
     ]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 from typing import TYPE_CHECKING, Any
 
 from ccnet.cli.export import add_video_arguments, eager_arguments
-from ccnet.cli.options import add_json_argument, output_folder, print_result, print_text
+from ccnet.cli.options import (
+    add_json_argument,
+    output_folder,
+    print_result,
+    print_text,
+    quoted_path,
+)
 from runtime.errors import ConfigError
 from runtime.folders import check_output_folder
 
@@ -64,7 +69,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     named = bool(arguments.backend or arguments.precision)
     verified = verify(bundle.folder, engines, reference, all_must_run=named)
     text = (
-        f"{bundle.folder}: verified: {', '.join(verified)}\nnext: ccnet bench {shlex.quote(str(bundle.folder))}"
+        f"{bundle.folder}: verified: {', '.join(verified)}\nnext: ccnet bench {quoted_path(bundle.folder)}"
         if verified
         else f"{bundle.folder}: nothing left that can be verified on this machine"
     )
@@ -108,9 +113,9 @@ def _polygraphy(arguments: argparse.Namespace, bundle: Bundle) -> int:
     graph = next(a for a in bundle.manifest.model_files if a.format == "onnx")
     print(f"{folder}: inputs.json and expected.json written; next:")
     print(
-        f"  polygraphy run {shlex.quote(str(bundle.path(graph)))} --onnxrt "
-        f"--load-inputs {shlex.quote(str(folder / 'inputs.json'))} "
-        f"--save-outputs {shlex.quote(str(folder / 'results.json'))}"
+        f"  polygraphy run {quoted_path(bundle.path(graph))} --onnxrt "
+        f"--load-inputs {quoted_path(folder / 'inputs.json')} "
+        f"--save-outputs {quoted_path(folder / 'results.json')}"
     )
     print("  (--trt instead of --onnxrt asks TensorRT; --load-outputs expected.json compares there)")
     print(f"  then this command again judges {folder / 'results.json'}")

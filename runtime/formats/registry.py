@@ -19,11 +19,11 @@ from runtime.corpus.plan import PLAN
 from runtime.corpus.run import open_run
 from runtime.detections import Detections, read_events
 from runtime.errors import ConfigError, PredictionError
-from runtime.files import atomic_file, is_stream
+from runtime.files import atomic_file, is_stream, open_input
 from runtime.formats import activitynet, audacity, elan, labelstudio, own, subtitles, tables
 from runtime.formats.events import SCORE_DIGITS, Video, check_videos, to_records
 from runtime.formats.text import at, read_text
-from runtime.records import BadRecord, read_bytes, read_json
+from runtime.records import LARGEST_FILE, BadRecord, parse_json, read_bytes, read_json
 from runtime.schema import show
 
 Fact = Literal["scores", "durations", "label ids", "subsets", "videos without events"]
@@ -210,18 +210,33 @@ def _format_of_json(path: Path) -> Format:
     except FileNotFoundError:
         raise PredictionError(f"{path}: no such file") from None
     except BadRecord as error:
+        if _begins_with_events(path):
+            return FORMATS["events"]
         raise PredictionError(f"{path}: {error}") from None
     if isinstance(content, list):
         return FORMATS["labelstudio"]
     for key, name in (("results", "activitynet"), ("database", "annotations")):
         if isinstance(content, dict) and key in content:
             return FORMATS[name]
-    if isinstance(content, dict) and {"video_id", "events"} <= content.keys():
+    if _is_video(content):
         return FORMATS["events"]  # of one video, so that its one line is JSON
     raise PredictionError(
         f'{path}: of no known format; expected ActivityNet results ("results"), annotations ("database") or a list of '
         "Label Studio tasks"
     )
+
+
+def _begins_with_events(path: Path) -> bool:
+    """Return whether a file's first line is a video, as in JSON lines that are called `.json`."""
+    try:
+        with open_input(path) as stream:
+            return _is_video(parse_json(stream.readline(LARGEST_FILE), any_number=True))
+    except (OSError, BadRecord):
+        return False
+
+
+def _is_video(content: object) -> bool:
+    return isinstance(content, dict) and {"video_id", "events"} <= content.keys()
 
 
 def _format_of_folder(folder: Path) -> Format:
