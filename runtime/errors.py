@@ -116,6 +116,10 @@ class ExportError(CCNetError):
     """The network could not be exported or an engine could not be built."""
 
 
+class ReferenceFileError(CCNetError):
+    """A file of reference outputs is missing, damaged, or of another network; it says nothing about an engine."""
+
+
 class ParityError(CCNetError):
     """An engine does not compute what the eager model computes, within the tolerances of its precision."""
 

@@ -224,7 +224,7 @@ def test_what_is_no_file(kind: str, data: Path, tmp_path: Path, capsys: pytest.C
     shutil.copytree(data / "bundle", tmp_path / "broken")
     (tmp_path / "broken" / "model.onnx").unlink()
     (tmp_path / "broken" / "model.onnx").symlink_to(bad)
-    source = ["--features", str(data / "features"), "--out", out, "--quiet"]
+    source, new = ["--features", str(data / "features"), "--out", out, "--quiet"], ["--out", str(tmp_path / "new")]
     for command in (
         ["evaluate", events, "--annotations", str(bad)],
         ["evaluate", str(bad), "--annotations", annotations],
@@ -234,11 +234,83 @@ def test_what_is_no_file(kind: str, data: Path, tmp_path: Path, capsys: pytest.C
         ["predict", str(bad), *source],
         ["predict", str(tmp_path / "broken"), *source],
         ["predict", str(data / "bundle"), "--features", str(bad), "--out", out],
+        ["show", str(bad), "--annotations", annotations, "--out", out],
+        ["compare", f"a={bad}", events, "--annotations", annotations],
+        ["convert", events, "--out", out, "--durations", str(bad)],
+        ["verify", str(data / "bundle"), "--reference", str(bad), "--backend", "onnxruntime"],
+        ["rebuild", str(bad)],
+        ["triton", str(bad), *new],
+        ["serve", str(data / "bundle"), "--port", "0", "--token-file", str(bad)],
+        [
+            "train",
+            "--preset",
+            "demo",
+            "--annotations",
+            str(bad),
+            "--features",
+            str(bad),
+            "--out",
+            str(tmp_path / "new"),
+        ],
+        ["import-weights", str(bad), "--preset", "demo", "--out", str(tmp_path / "new")],
+        ["export", str(bad), "--out", str(tmp_path / "new")],
     ):
         assert main(command) == 2
         said = capsys.readouterr().err
-        assert "error: " in said
+        assert "error: " in said, command
         assert not Path(out).exists()
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "file", "under a file", "nothing", "mount point"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["export", "absent"],
+        ["triton", "bundle"],
+        ["train", "--preset", "demo", "--annotations", "a.json", "--features", "features"],
+        ["synthesize", "--annotations", "a.json"],
+        ["import-weights", "absent", "--preset", "demo"],
+        ["extract", "absent.mp4", "--extractor", "absent"],
+        ["demo"],
+        ["convert", "events.jsonl", "--to", "webvtt"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_folder_that_can_be_none_is_refused_before_the_work(
+    command: list[str],
+    kind: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, message = tmp_path / "out", "got a file, expected the name of a folder"
+    if kind == "device":
+        out.symlink_to(os.devnull)
+    elif kind == "pipe":
+        os.mkfifo(out)
+    elif kind == "file":
+        out.write_text(OLD)
+    elif kind == "under a file":
+        (tmp_path / "file").write_text(OLD)
+        out, message = tmp_path / "file" / "out", "not a folder"
+    elif kind == "mount point":
+        if command[0] not in ("export", "import-weights"):
+            pytest.skip("filled from within")
+        out, message = Path("/proc"), "a mount point can't be replaced"
+    monkeypatch.chdir(data)
+    name = "" if kind == "nothing" else str(out)
+    if command[0] == "convert":
+        if kind in ("device", "pipe"):
+            pytest.skip("a stream takes one video")
+        assert main([*command, "--out", name]) == 2
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, f"--out={name}"])
+    assert ("got nothing" if kind == "nothing" else message) in capsys.readouterr().err
+    if kind == "file":
+        assert out.read_text() == OLD
 
 
 def test_a_feature_file_that_is_none(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from export.parity.reference import Outputs, Reference, load_reference, record, 
 from export.parity.tolerances import TOLERANCES, graph_precision, tolerance
 from runtime.backends.base import Float32, Int32
 from runtime.detections import Detections
-from runtime.errors import ConfigError, ParityError
+from runtime.errors import ConfigError, ParityError, ReferenceFileError
 from runtime.files import write_json
 from runtime.spec import ModelSpec
 
@@ -293,12 +293,12 @@ def test_a_reference_file_gives_back_inputs_and_outputs(tmp_path: Path, videos: 
         np.testing.assert_array_equal(ours.segments, theirs.segments)
     assert compare(OracleBackend(), read.outputs, read.videos).passed
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ParityError, match="whole"):
+    with pytest.raises(ReferenceFileError, match="whole"):
         load_reference(path)
-    with pytest.raises(ParityError, match="no such"):
+    with pytest.raises(ReferenceFileError, match="no such"):
         load_reference(tmp_path / "gone.npz")
     np.savez(path, header=np.array({"a": 1}, dtype=object))
-    with pytest.raises(ParityError, match="whole"):
+    with pytest.raises(ReferenceFileError, match="whole"):
         load_reference(path)
 
 
@@ -386,5 +386,5 @@ def test_a_damaged_reference_file_is_named(tmp_path: Path, videos: list[ParityVi
     middle = len(whole) // 2
     altered = whole[:middle] + bytes(255 - byte for byte in whole[middle : middle + 400]) + whole[middle + 400 :]
     path.write_bytes({"empty": b"", "cut": whole[:middle], "altered": altered}[damage])
-    with pytest.raises(ParityError, match=r"ref\.npz: not a whole reference file"):
+    with pytest.raises(ReferenceFileError, match=r"ref\.npz: not a whole reference file"):
         load_reference(path)

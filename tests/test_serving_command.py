@@ -189,7 +189,7 @@ def test_a_token_from_the_environment_and_no_access_log(bundle: Path) -> None:
         (["--tls-cert", "a.pem", "--tls-key", "b.pem"], "can't be used"),
         (["--port", "70000"], "port: got 70000"),
         (["--token-file", "/no/such/file"], "No such file"),
-        (["--token-file", os.devnull], "token: got 0 characters"),
+        (["--token-file", os.devnull], "got a device, expected a file"),
         (["--extractions", "2"], "--extractions goes with --extractor"),
         (["--missing-audio", "silence"], "--missing-audio goes with --extractor"),
         (["--extractor", os.path.dirname(__file__)], "is not an extractor"),

@@ -344,6 +344,7 @@ def test_a_signal_to_all_processes(data: Data, tmp_path: Path, number: signal.Si
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors
+    assert "\r" not in errors  # no bar into a log
     assert f"stopped by {number.name}" in errors
     assert read_checkpoint(out / "last").metrics["step"] > 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def _split(text: str) -> tuple[str, Path]:
     """Return name and path of `NAME=PATH` or `PATH`; a file whose name has a = is that file."""
     name, equals, path = text.partition("=")
     if Path(text).exists() or not equals or not name:
-        return Path(text).stem if Path(text).suffix else Path(text).resolve().name, Path(text)
+        return Path(text).stem if Path(text).suffix else Path(os.path.realpath(text)).name, Path(text)
     return name, Path(path)
 
 

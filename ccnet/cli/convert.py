@@ -66,9 +66,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     else:
         check_output_folder(arguments.out)
     videos = read_videos(arguments.source, format_of(arguments.source, arguments.source_format))
-    if arguments.annotations:
+    if arguments.annotations is not None:
         videos = _with_annotations(videos, arguments.annotations)
-    if arguments.durations:
+    if arguments.durations is not None:
         known = read_durations(arguments.durations)
         videos = [replace(video, duration=known.get(video.video_id, video.duration)) for video in videos]
     if arguments.subset:

@@ -16,6 +16,7 @@ from ccnet.cli.extract import add_extractor_arguments, read_options
 from ccnet.cli.options import add_engine_arguments, open_localizer, positive, seconds
 from runtime.backends.base import BaseBackend
 from runtime.errors import ConfigError
+from runtime.files import open_input
 from runtime.localizer import Localizer
 from runtime.serving.options import MIB, ExtractorOptions, Limits, ServerOptions
 
@@ -156,7 +157,7 @@ def _token(path: str | None) -> str | None:
     """Return the token of a file, or of the environment. Raises ConfigError where the file has no text."""
     if path is None:
         return os.environ.get(TOKEN_VARIABLE)
-    with open(path, "rb") as stream:
+    with open_input(path) as stream:
         content = stream.read(4096)
     try:
         return content.decode("ascii").strip()

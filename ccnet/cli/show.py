@@ -101,7 +101,7 @@ class _Source:
 
     def __init__(self, path: str, arguments: argparse.Namespace, number: int) -> None:
         self.path, self.arguments = path, arguments
-        self.name = arguments.names[number] if arguments.names else Path(path).resolve().stem
+        self.name = arguments.names[number] if arguments.names else Path(os.path.realpath(path)).stem
         self.bundle: Bundle | None = None
         self.failed: dict[str, CCNetError] = {}
         if not Path(path).is_dir() or holds_events(Path(path)):
@@ -189,7 +189,7 @@ def _media(folder: str, shown: Sequence[str], out: str) -> dict[str, str]:
     names = {
         Path(entry.name).stem: entry.name for entry in os.scandir(folder) if Path(entry.name).suffix.lower() in _MEDIA
     }
-    base = os.path.relpath(Path(folder).resolve(), Path(out).resolve().parent)
+    base = os.path.relpath(os.path.realpath(folder), os.path.dirname(os.path.realpath(out)))
     found = {video_id: quote(f"{base}/{names[video_id]}") for video_id in shown if video_id in names}
     if missing := len(shown) - len(found):
         log.warning("%s: has no file of %d of the %d videos", folder, missing, len(shown))

@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _reference(arguments: argparse.Namespace, bundle: Bundle) -> Reference:
-    if arguments.reference:
+    if arguments.reference is not None:
         options = ("features", "annotations", "videos", "device")
         if given := [f"--{option}" for option in options if getattr(arguments, option) is not None]:
             raise ConfigError(f"{', '.join(given)}: a reference file already holds its videos and the eager outputs")

@@ -19,6 +19,7 @@ from torch import Tensor
 from ccnet.config import ModelConfig
 from ccnet.network.model import CCNet
 from runtime.errors import CheckpointError
+from runtime.files import open_regular
 from runtime.schema import quote
 
 PREFIX = "module."
@@ -62,15 +63,18 @@ def read_released(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises CheckpointError when the file is missing, damaged, of another structure, or holds other objects.
     """
     try:
+        with open_regular(path) as stream:
+            packed = zipfile.is_zipfile(stream)
         # Mapped, so that the optimizer's state is never read.
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except pickle.UnpicklingError as error:
-        reason = quote(str(error).splitlines()[0])
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read ({error.strerror or quote(error)})") from None
+    except pickle.UnpicklingError as error:  # whose text advises to load it unsafely
         raise CheckpointError(
-            f"{path}: refused, the file is not a checkpoint or holds objects other than tensors and plain containers "
-            f"({reason}); save its state dict alone with torch.save"
+            f"{path}: refused, the file is not a checkpoint or holds objects other than tensors and plain containers; "
+            "save its state dict alone with torch.save"
         ) from error
     except Exception as error:  # a damaged file makes torch.load fail in any way, with an AssertionError too
         reason = f"{type(error).__name__}: {quote(error)}"

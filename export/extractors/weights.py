@@ -4,6 +4,7 @@ taken only when every name and shape fits.
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -54,8 +55,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001  whatever a damaged or hostile file makes the reader raise
+        # PyTorch's own text advises to load it unsafely.
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({quote(error, 160)})"
         raise CheckpointError(
-            f"{path}: not a file of plain tensors as torch.save writes them ({quote(error, 160)}); download it again"
+            f"{path}: not a file of plain tensors as torch.save writes them{reason}; download it again"
         ) from None
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path}: holds {show(type(content).__name__)}, expected a dictionary of tensors")

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from export.parity.inputs import NUM_VIDEOS, ParityVideo, parity_inputs
 from runtime.backends.base import Backend, Float32
 from runtime.batches import pack
-from runtime.errors import ConfigError, ParityError
+from runtime.errors import ConfigError, ReferenceFileError
 from runtime.features import VideoFeatures
 from runtime.files import atomic_file
 from runtime.records import BadRecord, parse_json
@@ -123,25 +123,25 @@ def save_reference(path: str | Path, reference: Reference) -> None:
 
 
 def load_reference(path: str | Path) -> Reference:
-    """Read what `save_reference` wrote. Raises ParityError for anything else.
+    """Read what `save_reference` wrote. Raises ReferenceFileError for anything else.
 
     Every array must have the dtype and the shape that follow from the header, which are known before it is read.
     """
     path = Path(path)
     again = f"ccnet reference CHECKPOINT --out {path}"
     if not path.is_file():
-        raise ParityError(f"{path}: no such reference file; '{again}' writes one")
+        raise ReferenceFileError(f"{path}: no such reference file; '{again}' writes one")
     try:
         with zipfile.ZipFile(path) as archive:
             return _load(archive)
     except (ConfigError, BadRecord) as error:
-        raise ParityError(f"{path}: not a whole reference file ({error}); record it again: {again}") from None
+        raise ReferenceFileError(f"{path}: not a whole reference file ({error}); record it again: {again}") from None
     except (
         *(KeyError, ValueError, SyntaxError, TypeError, NotImplementedError, RuntimeError, tokenize.TokenError),
         *(OSError, EOFError, struct.error, zipfile.BadZipFile, zlib.error, MemoryError),
     ) as error:
         reason = quote(error) or type(error).__name__
-        raise ParityError(f"{path}: not a whole reference file ({reason}); record it again: {again}") from error
+        raise ReferenceFileError(f"{path}: not a whole reference file ({reason}); record it again: {again}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -354,6 +354,8 @@ def read_predictions(path: str | Path, labels: Sequence[str], name: str | None =
     format = format_of(path, name)
     if format.name == "events":
         parts = [read_events(file, labels) for file in _files_of(Path(path), format)]
+        if not any(parts):  # a video without events has a line, too
+            raise PredictionError(f"{path}: holds no video; expected a line for each that was looked at")
         return {video_id: found for part in parts for video_id, found in part.items()}
     if "scores" not in format.carries:
         raise PredictionError(f"{path}: holds {format.title}, which has no scores; expected predicted events")
