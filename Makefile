@@ -5,9 +5,10 @@
 comma := ,
 PYTHON ?= python3
 VENV ?= .venv
-SOAK ?= 100000
-KILLS ?= 100
+SOAK ?= 25000
 CALLS ?= 1000
+LONG ?= 1
+KILLS ?= 100
 BIN := $(VENV)/bin
 # A process per core, one thread each; a file's tests share what they prepare, so they stay together. Files keep the order
 # of tests/conftest.py, the slow ones first.
@@ -33,10 +34,10 @@ test: setup ## every test that this machine can run
 quick: setup ## the tests without the slow ones
 	$(PYTEST) -m "not slow"
 
-soak: setup ## SOAK mutations of each kind of file, kills at CALLS calls of each command and KILLS of a corpus run, long runs
-	CCNET_FUZZ=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist load tests/test_fuzz.py --durations=0
+soak: setup ## SOAK mutations of each kind of file, kills at CALLS calls of each command, LONG (share of) long runs, KILLS of a corpus run
+	CCNET_FUZZ=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist load tests/test_fuzz.py tests/test_fuzz_runs.py --durations=0
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py --kills $(CALLS)
-	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --share $(LONG)
 	CCNET_KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_corpus_kills.py tests/test_corpus_ray.py
 
 check: style types imports site containers ## all that can be checked without running the code

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.files import is_sidecar
 from runtime.records import BadRecord, as_number, as_segment, is_number, read_bytes, read_json
 from runtime.schema import show
 
@@ -107,7 +108,7 @@ def _thumos(folder: Path, labels: Sequence[str] | None) -> dict[str, Any]:
     durations = _durations(folder / "durations.csv")
     found: dict[str, dict[str, Any]] = {}
     names: set[str] = set()
-    for path in sorted(folder / name for name in os.listdir(folder) if name.endswith(".txt")):
+    for path in sorted(folder / name for name in os.listdir(folder) if _is_list(name)):
         label, _, subset = path.stem.rpartition("_")
         subset = subset_name(subset)
         if not label or subset not in ("train", "validation", "test"):
@@ -135,6 +136,10 @@ def _thumos(folder: Path, labels: Sequence[str] | None) -> dict[str, Any]:
         for event in record["annotations"]:
             event["label_id"] = ids[event["label"]]
     return found
+
+
+def _is_list(name: str) -> bool:
+    return name.endswith(".txt") and not is_sidecar(name)
 
 
 def _line(line: str, where: str) -> tuple[str, list[float]]:

@@ -27,7 +27,8 @@ from runtime.spec import ModelSpec
 SCHEMA = 2
 MANIFEST = "bundle.json"
 PARITY = "parity.json"
-_LARGEST_MANIFEST = 1 << 24
+_LARGEST_MANIFEST, _LONGEST_NAME = 1 << 24, 255
+"""Bytes, of the file and of a name in it."""
 
 Format = Literal["onnx", "tensorrt", "tensorrt-rtx"]
 Status = Literal["verified", "unverified", "failed"]
@@ -255,6 +256,8 @@ def _check_names(folder: Path, manifest: Contents) -> None:
     for name in [record.name for record in manifest.files] + [f for a in manifest.model_files for f in a.files]:
         if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
             raise BundleError(f"{where}: file name {show(name)} leaves the bundle folder")
+        if len(name.encode()) > _LONGEST_NAME:
+            raise BundleError(f"{where}: file name {show(name)} has {len(name)} characters, no file has such a name")
     for engine in manifest.engines:
         speed = engine.speed.get("ms_per_video", 1.0)
         if not is_number(speed) or speed <= 0:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from runtime.coverage import files_note, length_note
 from runtime.errors import FeatureError
-from runtime.files import open_regular
+from runtime.files import is_sidecar, open_regular
 from runtime.kernels.library import OUT_OF_MEMORY, address, kernels
 from runtime.records import BadRecord, check_video_id
 from runtime.schema import quote, show
@@ -31,6 +31,8 @@ Int32 = npt.NDArray[np.int32]
 
 _LARGEST_HEADER = 1 << 17
 """Bytes that a `.npy` header is looked for in; numpy reads none above 10,000."""
+
+_POINTER = b"version https://git-lfs"
 
 NOT_REGULAR, TOO_LONG = -1, -2
 """Why `read_into` gave a video no row."""
@@ -234,7 +236,10 @@ def videos_of_files(names: Iterable[str], layout: FeatureLayout, *, where: str) 
     """Return the ids of the videos that file names belong to, sorted; raises FeatureError when there is none."""
     endings = tuple(f"{suffix}.npy" for suffix in (*layout.visual, *layout.audio))
     ids = {
-        name.removesuffix(ending) for name in names for ending in endings if name.endswith(ending) and name != ending
+        name.removesuffix(ending)
+        for name in names
+        for ending in endings
+        if name.endswith(ending) and name != ending and not is_sidecar(name)
     }
     if not ids:
         expected = ", ".join(f"<video id>{ending}" for ending in endings)
@@ -309,6 +314,9 @@ def _read_header(stream: IO[bytes], name: str, *, empty: bool) -> tuple[tuple[in
         *(ValueError, SyntaxError, TypeError, KeyError, IndexError, AttributeError),
         *(tokenize.TokenError, OverflowError, RecursionError, MemoryError),
     ) as error:  # the header is Python text, and may name any dtype
+        stream.seek(0)
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise FeatureError(f"{name}: a Git LFS pointer, not the file; 'git lfs pull' fetches it") from None
         what = "an empty file" if empty else "not a .npy file, or one cut inside its header"
         raise FeatureError(f"{name}: {what} ({quote(error)}); write it with numpy.save") from error
     raise FeatureError(f"{name}: .npy format version {version}; expected 1.0 or 2.0, as numpy.save writes float arrays")

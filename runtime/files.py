@@ -154,6 +154,11 @@ def open_input(path: str | os.PathLike[str]) -> IO[bytes]:
     return os.fdopen(handle, "rb")
 
 
+def is_sidecar(name: str) -> bool:
+    """Return whether a file is what macOS writes beside another on foreign disks: `._a.npy` is no data of `._a`."""
+    return name.startswith("._")
+
+
 def file_identity(path: str | os.PathLike[str]) -> tuple[int, ...]:
     """Return what differs once a file was written to or replaced: nobody but root can set the time of change."""
     facts = os.stat(path)

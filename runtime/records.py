@@ -67,6 +67,8 @@ def parse_json(text: str | bytes, *, any_number: bool = False) -> Any:
     except UnicodeEncodeError as error:
         raise BadRecord(f"text is not Unicode: half of a surrogate pair, {show(error.object[error.start])}") from None
     except (ValueError, RecursionError) as error:  # of JSON, of UTF-8
+        if isinstance(text, str) and text.startswith("version https://git-lfs"):
+            raise BadRecord("a Git LFS pointer, not the file; 'git lfs pull' fetches it") from None
         raise BadRecord(f"not valid JSON ({error})") from None
     _check_depth(value)
     return value

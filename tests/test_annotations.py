@@ -167,10 +167,15 @@ def test_what_spreadsheets_and_other_programs_write(style: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("begin", "message"),
-    [(b"\x1f\x8b", "it is compressed by gzip"), (b"\xff\xfe", "it is in UTF-16"), (b"[\xe9", "byte 1")],
+    [
+        (b"\x1f\x8b\xff", "it is compressed by gzip"),
+        (b"\xff\xfe", "it is in UTF-16"),
+        (b"[\xe9", "byte 1"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+    ],
 )
 def test_what_is_not_utf_8_is_told(begin: bytes, message: str, tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_bytes(begin + b"\xff")
+    (tmp_path / "a.json").write_bytes(begin)
     with pytest.raises(AnnotationError, match=message):
         read_annotations(tmp_path / "a.json")
 

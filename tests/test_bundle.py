@@ -124,6 +124,7 @@ def test_a_manifest_of_another_version(bundle: Bundle) -> None:
         (lambda m: m["files"][0].update(size="12"), r"size: got '12', expected int"),
         (lambda m: m["files"][0].update(name="../other/model.onnx"), "leaves the bundle folder"),
         (lambda m: m["model_files"][0].update(files=["/etc/passwd"]), "leaves the bundle folder"),
+        (lambda m: m["files"][0].update(name="é" * 128), "'é+... has 128 characters, no file has such a name"),
         (lambda m: m["model_files"][0].update(files=[]), "lists no files"),
     ],
 )

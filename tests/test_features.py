@@ -185,6 +185,19 @@ def test_find_videos_lists_ids_with_any_file(tmp_path: Path) -> None:
     assert find_videos(tmp_path, LAYOUT) == ["-a_rgb", "b", "c"]
 
 
+def test_what_macos_leaves_beside_files_is_no_video(tmp_path: Path) -> None:
+    for name in ("b_rgb.npy", "._b_rgb.npy", ".DS_Store", "..c_rgb.npy", ".d_rgb.npy"):
+        (tmp_path / name).touch()
+    assert find_videos(tmp_path, LAYOUT) == ["..c", ".d", "b"]
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
+    for suffix in (*LAYOUT.visual, *LAYOUT.audio):
+        (tmp_path / f"v{suffix}.npy").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(FeatureError, match="a Git LFS pointer, not the file"):
+        read_video(tmp_path, "v", LAYOUT, 3, 2)
+
+
 def test_find_videos_says_what_it_expected(tmp_path: Path) -> None:
     with pytest.raises(FeatureError, match=r"expected <video id>_rgb\.npy"):
         find_videos(tmp_path, LAYOUT)

@@ -28,7 +28,7 @@ from runtime.bundle import Bundle, read_bundle
 from runtime.coverage import video_list
 from runtime.detections import Detections
 from runtime.errors import CCNetError, ConfigError
-from runtime.files import atomic_file
+from runtime.files import atomic_file, is_sidecar
 from runtime.formats.registry import holds_events, read_predictions
 
 if TYPE_CHECKING:
@@ -187,7 +187,9 @@ def _media(folder: str, shown: Sequence[str], out: str) -> dict[str, str]:
     if not Path(folder).is_dir():
         raise ConfigError(f"--media: {folder} is not a folder")
     names = {
-        Path(entry.name).stem: entry.name for entry in os.scandir(folder) if Path(entry.name).suffix.lower() in _MEDIA
+        Path(entry.name).stem: entry.name
+        for entry in os.scandir(folder)
+        if Path(entry.name).suffix.lower() in _MEDIA and not is_sidecar(entry.name)
     }
     base = os.path.relpath(os.path.realpath(folder), os.path.dirname(os.path.realpath(out)))
     found = {video_id: quote(f"{base}/{names[video_id]}") for video_id in shown if video_id in names}

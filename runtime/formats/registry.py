@@ -19,7 +19,7 @@ from runtime.corpus.plan import PLAN
 from runtime.corpus.run import open_run
 from runtime.detections import Detections, read_events
 from runtime.errors import ConfigError, PredictionError
-from runtime.files import atomic_file, is_stream, open_input
+from runtime.files import atomic_file, is_sidecar, is_stream, open_input
 from runtime.formats import activitynet, audacity, elan, labelstudio, own, subtitles, tables
 from runtime.formats.events import SCORE_DIGITS, Video, check_videos, to_records
 from runtime.formats.text import at, read_text
@@ -249,7 +249,7 @@ def _format_of_folder(folder: Path) -> Format:
 
 
 def _formats_in(folder: Path) -> list[str]:
-    suffixes = {Path(name).suffix.lower() for name in os.listdir(folder)}
+    suffixes = {Path(name).suffix.lower() for name in os.listdir(folder) if not is_sidecar(name)}
     return [format.name for format in FORMATS.values() if format.one_video and format.suffix in suffixes]
 
 
@@ -273,13 +273,17 @@ def read_videos(path: str | Path, format: Format) -> list[Video]:
         return check_videos(videos)
 
 
+def _is_of(name: str, format: Format) -> bool:
+    return name.lower().endswith(format.suffix) and not is_sidecar(name)
+
+
 def _files_of(path: Path, format: Format) -> list[Path]:
     """Return the files that a path stands for: itself, those of a folder, or the shards of a run."""
     if (run := open_run(path)) is not None:
         return list(map(Path, run.shard_files()))
     if not (path.is_dir() and format.one_video):
         return [path]
-    files = sorted(path / name for name in os.listdir(path) if name.lower().endswith(format.suffix))
+    files = sorted(path / name for name in os.listdir(path) if _is_of(name, format))
     if not files:
         raise PredictionError(f"{path}: has no *{format.suffix} file")
     return files
@@ -354,8 +358,6 @@ def read_predictions(path: str | Path, labels: Sequence[str], name: str | None =
     format = format_of(path, name)
     if format.name == "events":
         parts = [read_events(file, labels) for file in _files_of(Path(path), format)]
-        if not any(parts):  # a video without events has a line, too
-            raise PredictionError(f"{path}: holds no video; expected a line for each that was looked at")
         return {video_id: found for part in parts for video_id, found in part.items()}
     if "scores" not in format.carries:
         raise PredictionError(f"{path}: holds {format.title}, which has no scores; expected predicted events")

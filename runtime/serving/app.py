@@ -316,7 +316,7 @@ def _check_id(text: str) -> str:
 
 def _number(text: str) -> float | str:
     try:
-        return float(text)
+        return float(text) if text.isascii() and "_" not in text else text
     except ValueError:
         return text
 

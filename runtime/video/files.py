@@ -20,7 +20,7 @@ import numpy as np
 from runtime.detections import Detections
 from runtime.errors import CCNetError, ConfigError, Interrupted, VideoError
 from runtime.features import read_video
-from runtime.files import atomic_file, sha256_file, write_json
+from runtime.files import atomic_file, is_sidecar, sha256_file, write_json
 from runtime.localizer import Localizer
 from runtime.machine import library_versions
 from runtime.records import BadRecord, check_duration, check_video_id, get_values, read_json
@@ -274,7 +274,11 @@ def _files_of(folder: str) -> list[str]:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
     except OSError as error:
         raise VideoError(f"{folder}: can't be read ({error.strerror})") from None
-    return [os.path.join(folder, name) for name in names if os.path.splitext(name)[1].lower() in ENDINGS]
+    return [
+        os.path.join(folder, name)
+        for name in names
+        if os.path.splitext(name)[1].lower() in ENDINGS and not is_sidecar(name)
+    ]
 
 
 def _listed(name: str) -> list[str]:
