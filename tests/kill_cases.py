@@ -307,7 +307,7 @@ def _rebuild(folder: Path) -> None:
             build={},
         )
 
-    export.rebuild.build_engine = build_engine  # type: ignore[assignment]
+    export.rebuild.build_engine = build_engine  # type: ignore[attr-defined, assignment]
     _command("rebuild", "bundle", "tensorrt-rtx-fp32")(folder)
 
 
@@ -319,7 +319,7 @@ def _prepare_demo(folder: Path) -> None:
 def _demo(folder: Path) -> None:
     """Run the demonstration with a network that takes seconds, and its graph exported beforehand."""
     small = dataclasses.replace(CONFIG.train, batch_size=8)
-    presets = ccnet.config.PRESETS
+    presets: Any = ccnet.config.PRESETS
     demo = presets["demo"]
     model = dataclasses.replace(demo.model, dim=8, heads=2, head_dim=8, tdm_dim=4, self_layers=0)
     presets["demo"] = dataclasses.replace(demo, model=model, train=small)

@@ -6,6 +6,7 @@ import io
 import json
 import zipfile
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,7 @@ def test_model_repositories(attack: Attack, tmp_path: Path) -> None:
         attack(
             lambda path: check_repository(repository, Container(onnxruntime=(1, 20), tensorrt=(10, 9))),
             path,
-            lambda rng, good=good: mutated_text(good, rng),
+            partial(mutated_text, good),
             share=0.3,
             name=f"model_repository[{path.parent.name}]",
         )

@@ -348,7 +348,7 @@ def test_a_reference_of_the_earlier_schema_is_refused_with_what_to_do(
             tmp_path / "ref.npz", Reference(SPEC, "ab" * 32, videos[:1], record(OracleBackend(), videos[:1]))
         )
     with pytest.raises(
-        ParityError,
+        ReferenceFileError,
         match=r"schema: got 1, expected 3, which this version reads.*record it again: ccnet reference CHECKPOINT --out",
     ):
         load_reference(tmp_path / "ref.npz")
