@@ -242,8 +242,9 @@ def test_a_folder_that_cannot_be_written_to_ends_the_command(
 ) -> None:
     path = write_video(tmp_path / "a.mp4", count=33, sound=1.4)
     (tmp_path / "file").write_text("")
-    assert extract(path, "--extractor", extractor.folder, "--out", tmp_path / "file") == 2
-    assert "file" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        extract(path, "--extractor", extractor.folder, "--out", tmp_path / "file")
+    assert "got a file, expected the name of a folder" in capsys.readouterr().err
     if Path("/dev/full").exists():  # a full disk: what was there is not done, and nothing half is left
         out = tmp_path / "full"
         out.mkdir()
