@@ -302,6 +302,7 @@ def _rebuild(folder: Path) -> None:
             library_version="2.0",
             gpu_name=None,
             compute_capabilities=(),
+            profile=options.profile,
             opset=17,
             onnx_sha256=sha256_file(onnx_path),
             build={},
