@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
+import io
 import os
+import resource
+import struct
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from fractions import Fraction
@@ -16,7 +23,9 @@ pytest.importorskip("av")
 pytest.importorskip("PIL")
 
 import av
+from av.stream import Disposition
 from feature_cases import cases, frames, settings, wave
+from PIL import Image
 from video_files import golden_mp4, write_video
 
 from runtime.errors import VideoError
@@ -265,7 +274,7 @@ def test_times_that_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def stamped(change: Any) -> Any:
         def decoded(*arguments: Any) -> Iterator[Any]:
             for index, frame in enumerate(decoded_frames(*arguments)):
-                frame.pts = change(index, frame.pts)
+                frame.pts, frame.dts = change(index, frame.pts), None  # those of decoding would help
                 yield frame
 
         return decoded
@@ -294,8 +303,178 @@ def test_a_hostile_file_is_bounded(tmp_path: Path) -> None:
         frame.pts = 0
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    with pytest.raises(VideoError, match="16384 x 8192"):
+    with pytest.raises(
+        VideoError, match="ffv1 video could be decoded; pictures of more than 37748736 pixels are not read"
+    ):
         picture(tmp_path / "wide.mkv")
+
+
+def attach(container: Any, codec: str, pixels: str, size: tuple[int, int], packets: list[bytes]) -> None:
+    """Write packets into a new stream as they are, whatever the container says of it."""
+    stream = container.add_stream(codec, rate=25)
+    stream.width, stream.height, stream.pix_fmt = *size, pixels
+    for index, content in enumerate(packets):
+        packet = av.Packet(content)
+        packet.stream, packet.pts, packet.dts, packet.time_base = stream, index, index, Fraction(1, 25)
+        packet.is_keyframe = True
+        container.mux(packet)
+
+
+def encoded(kind: str, size: tuple[int, int]) -> bytes:
+    """Return a black picture as a file of its kind."""
+    stream = io.BytesIO()
+    Image.new("RGB", size).save(stream, kind)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("size", [(8192, 1), (1, 8192), (2000, 200)])
+def test_a_picture_like_a_line_is_refused_before_it_is_resized(size: tuple[int, int], tmp_path: Path) -> None:
+    """Resized to a side of 256, 8192 x 1 would be two million columns."""
+    path = tmp_path / "line.nut"
+    with av.open(str(path), "w") as container:
+        attach(container, "png", "rgb24", size, [encoded("PNG", size)] * 3)
+    with pytest.raises(VideoError, match="times as long as the other"):
+        picture(path, side=256)
+    # the container tells another size
+    with av.open(str(path), "w") as container:
+        attach(container, "png", "rgb24", (64, 64), [encoded("PNG", size)] * 3)
+    with pytest.raises(VideoError, match="times as long as the other"):
+        picture(path, side=256)
+
+
+def test_a_picture_that_unpacks_to_gigabytes_is_given_no_memory(tmp_path: Path) -> None:
+    bomb = bytearray(encoded("JPEG", (64, 64)))
+    sides = bomb.index(b"\xff\xc0") + 5
+    bomb[sides : sides + 4] = (16_000).to_bytes(2, "big") * 2
+    for name, codec, pixels, content in (
+        ("bomb.mkv", "mjpeg", "yuvj420p", bytes(bomb)),
+        ("bomb.nut", "png", "rgb24", encoded("PNG", (9000, 9000))),
+    ):
+        with av.open(str(tmp_path / name), "w") as container:
+            attach(container, codec, pixels, (64, 64), [content] * 3)
+        before = peak_memory()
+        with pytest.raises(VideoError, match=r"no frame of its .* could be decoded|pictures of 9000 x 9000"):
+            picture(tmp_path / name)
+        assert peak_memory() - before < 64e6
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has had in memory."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def atom(name: bytes, content: bytes) -> bytes:
+    return (8 + len(content)).to_bytes(4, "big") + name + content
+
+
+def test_what_a_container_claims_costs_nothing(tmp_path: Path) -> None:
+    """Atoms in atoms, tables of two thousand million entries, packets of nothing."""
+    deep = b""
+    for index in range(20_000):
+        deep = atom(b"trak" if index % 2 else b"moov", deep)
+    (tmp_path / "deep.mp4").write_bytes(atom(b"ftyp", b"isom\0\0\0\0isom") + deep)
+    whole = write_video(tmp_path / "whole.mp4", size=(32, 32)).read_bytes()
+    for table, place in ((b"stsz", 8), (b"stts", 4), (b"stsc", 4), (b"ctts", 4)):
+        content = bytearray(whole)
+        at = content.index(table) + 4 + place
+        content[at : at + 4] = (0x7FFFFFFF).to_bytes(4, "big")
+        (tmp_path / f"{table.decode()}.mp4").write_bytes(bytes(content))
+    with av.open(str(tmp_path / "tiny.mkv"), "w") as container:
+        attach(container, "mpeg4", "yuv420p", (32, 32), [b"\0"] * 5000)
+    before, begin = peak_memory(), time.process_time()
+    for name in ("deep.mp4", "stsz.mp4", "stts.mp4", "stsc.mp4", "ctts.mp4", "tiny.mkv"):
+        with pytest.raises(VideoError):
+            picture(tmp_path / name)
+    assert peak_memory() - before < 64e6
+    assert time.process_time() - begin < 20  # two seconds here
+
+
+def wav(path: Path, rate: int) -> Path:
+    """Write 4000 samples that are said to be `rate` a second."""
+    content = b"\1\0" * 4000
+    form = struct.pack("<IHHIIHH", 16, 1, 1, rate, rate * 2 % 2**32, 2, 16)
+    data = b"WAVEfmt " + form + b"data" + struct.pack("<I", len(content)) + content
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(data)) + data)
+    return path
+
+
+@pytest.mark.parametrize("rate", [1, 999, 768_001, 2**31 - 1])
+def test_a_rate_of_sound_that_no_file_has_is_refused(rate: int, tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match=f"states {rate} samples a second, expected 1000 to 768000"):
+        heard(wav(tmp_path / "a.wav", rate))
+    assert len(heard(wav(tmp_path / "a.wav", 1000))[0]) == 64_000
+
+
+def test_sound_that_changes_on_the_way_keeps_its_time(tmp_path: Path) -> None:
+    """Transport streams may be joined like files of text."""
+    parts = [
+        {"rate": 44_100, "layout": "stereo"},
+        {"rate": 48_000, "layout": "mono"},
+        {"rate": 44_100, "layout": "5.1"},
+    ]
+    content = b""
+    for index, part in enumerate(parts):
+        path = write_video(tmp_path / f"{index}.ts", size=(32, 32), count=50, sound=2.0, **part)
+        content += path.read_bytes()
+    (tmp_path / "joined.ts").write_bytes(content)
+    found, report = heard(tmp_path / "joined.ts")
+    assert any("the rate or the channels of the sound change" in text for text in report.warnings)
+    assert np.isfinite(found).all()
+    assert len(found) >= 32_000
+
+
+def test_the_stream_that_a_player_would_show_is_read(tmp_path: Path) -> None:
+    """Of a cover, a small and two large pictures, and two tracks of sound: the default ones, else the largest."""
+    path = tmp_path / "many.mkv"
+    sizes = {"cover": (16, 16), "small": (32, 32), "large": (64, 48), "larger": (80, 48)}
+
+    def write(chosen: str | None) -> Path:
+        with av.open(str(path), "w") as container:
+            pictures = []
+            for name, (width, height) in sizes.items():
+                stream: Any = container.add_stream("mjpeg" if name == "cover" else "ffv1", rate=25)
+                stream.width, stream.height = width, height
+                stream.pix_fmt = "yuvj420p" if name == "cover" else "yuv420p"
+                stream.disposition = {"cover": Disposition.attached_pic, chosen: Disposition.default}.get(
+                    name, Disposition(0)
+                )
+                pictures.append((stream, 1 if name == "cover" else 3))
+            for stream, count in pictures:
+                for index in range(count):
+                    frame = av.VideoFrame(stream.width, stream.height, "yuv420p")
+                    frame.pts = index
+                    container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
+                container.mux(stream.encode(None))
+        return path
+
+    for chosen, expected in (("small", "small"), (None, "larger")):
+        _, report = picture(write(chosen))
+        assert (report.facts["width"], report.facts["height"]) == sizes[expected]
+
+
+def test_a_url_is_read_when_that_is_asked_for(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a b.mp4", count=10, sound=0.4)
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            found, _ = picture(f"{url}/a%20b.mp4", remote=True)
+            assert all(np.array_equal(*pair) for pair in zip(found, picture(path)[0], strict=True))
+            assert np.array_equal(heard(f"{url}/a%20b.mp4", remote=True)[0], heard(path)[0])
+            with pytest.raises(VideoError, match="404"):
+                picture(f"{url}/absent.mp4", remote=True)
+            with pytest.raises(VideoError, match="--remote"):
+                picture(f"{url}/a%20b.mp4")
+        finally:
+            server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder and says nothing."""
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def test_reading_can_be_given_up_at_any_frame(tmp_path: Path) -> None:

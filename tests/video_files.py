@@ -24,7 +24,7 @@ def write_video(
     *,
     count: int = 40,
     size: tuple[int, int] = (96, 128),
-    fps: int = 25,
+    fps: int | Fraction = 25,
     pts: Sequence[int] | None = None,
     pixels: str = "yuv420p",
     codec: str = "libx264",
@@ -48,7 +48,7 @@ def write_video(
             video = container.add_stream(codec, rate=fps)
             video.height, video.width = size
             video.pix_fmt = pixels
-            video.codec_context.time_base = Fraction(1, 1000 * fps)
+            video.codec_context.time_base = 1 / Fraction(1000 * fps)
             video.codec_context.thread_count = 1
             if rotation:
                 video.set_display_rotation(rotation)
@@ -62,7 +62,7 @@ def write_video(
             for index in range(count):
                 frame = av.VideoFrame.from_ndarray(small[index % len(small)], format="rgb24")
                 frame.pts = 1000 * index if pts is None else pts[index]
-                frame.time_base = Fraction(1, 1000 * fps)
+                frame.time_base = 1 / Fraction(1000 * fps)
                 container.mux(video.encode(frame))
             container.mux(video.encode(None))
         if audio is not None and sound:

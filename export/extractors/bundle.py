@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ccnet import __version__
 from export.bundle_writer import FolderDraft, new_folder, refuse_foreign
-from export.extractors.graphs import EncodeGraph, FlowFeaturesGraph, FlowGraph, RgbGraph, SoundGraph
+from export.extractors.graphs import EncodeGraph, FlowFeaturesGraph, FlowGraph, RgbGraph, SoundGraph, without_norms
 from export.extractors.i3d import I3D
 from export.extractors.raft import RAFT
 from export.extractors.vggish import Vggish
@@ -31,6 +31,7 @@ from runtime.backends.registry import REGISTRY
 from runtime.bundle import Engine, ModelFile
 from runtime.errors import BackendUnavailable, ParityError
 from runtime.machine import library_versions
+from runtime.video.container import LARGEST_ASPECT
 from runtime.video.engines import load_graph
 from runtime.video.extractor import (
     GRAPHS,
@@ -42,7 +43,6 @@ from runtime.video.extractor import (
     GraphName,
     read_extractor,
 )
-from runtime.video.features import LARGEST_ASPECT
 from runtime.video.logmel import BANDS, EXAMPLE
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def _add_graph(
     inputs = tuple(_example(shape, spec) for shape in tensors.inputs.values())
     log.info("writing %s", name)
     info = export_graph(
-        module,
+        without_norms(module),
         tensors,
         inputs,
         draft.folder / name,

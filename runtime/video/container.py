@@ -27,6 +27,12 @@ FORMATS = (
 """Demuxers of FFmpeg that a file may be read with. Playlists (hls, concat, dash) are not among them."""
 LARGEST_PICTURE = 8192 * 4608
 """Pixels of a frame; a few bytes of a damaged or hostile file ask for as much memory as they like."""
+CODEC_LIMITS = {"max_pixels": str(LARGEST_PICTURE)}
+"""Options of a decoder: a picture that is larger than its container says is not even given memory."""
+LARGEST_ASPECT = 8
+"""Longer side / shorter side of a picture; the flow network's memory grows with the fourth power of the sides."""
+_DEFAULT, _COVER = 0x1, 0x400
+"""FFmpeg's AV_DISPOSITION_DEFAULT and AV_DISPOSITION_ATTACHED_PIC."""
 _URL = re.compile(r"(https?|ftps?|rtmps?|rtsp|rtp|tcp|udp|tls|s3|gs|hls|sftp|smb|\w+\+\w+):/", re.IGNORECASE)
 
 
@@ -95,7 +101,9 @@ def open_container(path: str | os.PathLike[str], options: ReadOptions) -> Iterat
         name = os.path.abspath(name)  # a colon in a relative path would be taken for a protocol
     try:
         container = av.open(
-            name, options={"protocol_whitelist": protocols, "format_whitelist": FORMATS}, timeout=(30.0, 30.0)
+            name,
+            options={"protocol_whitelist": protocols, "format_whitelist": FORMATS, **CODEC_LIMITS},
+            timeout=(30.0, 30.0),
         )
     except (av.error.FFmpegError, ValueError, OSError) as error:
         raise VideoError(f"{path}: not a video file that FFmpeg can read ({_reason(error)})") from None
@@ -103,9 +111,13 @@ def open_container(path: str | os.PathLike[str], options: ReadOptions) -> Iterat
         yield container
 
 
-def start_seconds(container: Any) -> Fraction:
-    """Return the time stamp of the container's start, in seconds: time 0 of what is read from it."""
-    return Fraction(container.start_time or 0, 1_000_000)
+def start_seconds(container: Any, stream: Any) -> Fraction:
+    """Return the time stamp of the container's start, in seconds: time 0 of what is read from it.
+
+    A container gives it in microseconds; a stream's own unit, to which it is rounded, tells it exactly.
+    """
+    unit = Fraction(stream.time_base)
+    return (Fraction(container.start_time or 0, 1_000_000) / unit + Fraction(1, 2)).__floor__() * unit
 
 
 def stated_seconds(stream: Any, container: Any) -> Fraction | None:
@@ -116,21 +128,32 @@ def stated_seconds(stream: Any, container: Any) -> Fraction | None:
 
 
 def picture_stream(container: Any, path: object) -> Any:
-    """Return the video stream to read, never cover art. Raises VideoError when there is none, or no decoder for it."""
-    for stream in container.streams.video:
-        if not int(stream.disposition) & 0x400:  # AV_DISPOSITION_ATTACHED_PIC
-            if stream.codec_context is None:
-                raise VideoError(f"{path}: its picture is of a codec that this FFmpeg does not know; convert it")
-            return stream
+    """Return the video stream to read: never cover art, else the default one, else the one of the largest picture.
+
+    Raises VideoError when there is none, or no decoder for it.
+    """
+    pictures = [stream for stream in container.streams.video if not int(stream.disposition) & _COVER]
+    streams = [
+        (bool(int(stream.disposition) & _DEFAULT), stream.codec_context.width * stream.codec_context.height, stream)
+        for stream in pictures
+        if stream.codec_context is not None
+    ]
+    if streams:
+        return max(streams, key=lambda each: each[:2])[2]
+    if pictures:
+        raise VideoError(f"{path}: its picture is of a codec that this FFmpeg does not know; convert it")
     kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no streams"
     raise VideoError(f"{path}: has no picture (it holds {kinds}); expected a video stream")
 
 
 def sound_stream(container: Any) -> Any | None:
-    """Return the sound stream to read, or None."""
-    streams = container.streams.audio
-    usable = [stream for stream in streams if stream.codec_context is not None and stream.codec_context.sample_rate]
-    return usable[0] if usable else None
+    """Return the sound stream to read: the default one, else the one of the most channels. None where there is none."""
+    streams = [
+        (bool(int(stream.disposition) & _DEFAULT), stream.codec_context.channels, stream)
+        for stream in container.streams.audio
+        if stream.codec_context is not None and stream.codec_context.sample_rate
+    ]
+    return max(streams, key=lambda each: each[:2])[2] if streams else None
 
 
 def decoded_frames(container: Any, stream: Any, report: ReadReport) -> Iterator[Any]:
@@ -157,6 +180,19 @@ def decoded_frames(container: Any, stream: Any, report: ReadReport) -> Iterator[
             if getattr(frame, "is_corrupt", False):
                 report.facts["corrupt_frames"] = report.facts.get("corrupt_frames", 0) + 1
             yield frame
+
+
+def check_size(width: int, height: int, path: object) -> None:
+    """Raise VideoError for a picture too large to hold, or so long that, resized, it would need gigabytes."""
+    if width * height > LARGEST_PICTURE:
+        raise VideoError(
+            f"{path}: pictures of {width} x {height}, more than {LARGEST_PICTURE} pixels; scale the video down first"
+        )
+    if max(height, width) > LARGEST_ASPECT * min(height, width):
+        raise VideoError(
+            f"{path}: pictures of {width} x {height}, one side more than {LARGEST_ASPECT} times as long as the other; "
+            "crop the video first"
+        )
 
 
 def check_length(seconds: Fraction | float, path: object, options: ReadOptions) -> None:

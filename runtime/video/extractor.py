@@ -112,8 +112,9 @@ class Extractor(ModelFolder[ExtractorManifest]):
         return Extractor(self.folder, dataclasses.replace(self.manifest, engines=self.engines(graph)))
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides about the features: weights and sizes."""
-        return {"weights": self.manifest.weights, "spec": dataclasses.asdict(self.spec)}
+        """Return what decides about the features, weights and sizes, as the manifest's JSON has it."""
+        manifest = self.manifest.to_json()
+        return {key: manifest[key] for key in ("weights", "spec")}
 
 
 def read_extractor(folder: str | Path) -> Extractor:

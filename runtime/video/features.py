@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import VideoError
+from runtime.video.ahead import Ahead
 from runtime.video.container import ReadOptions, ReadReport
 from runtime.video.engines import Engines, open_engines
 from runtime.video.extractor import Extractor, ExtractorSpec, read_extractor
@@ -30,11 +31,11 @@ from runtime.video.sound import RATE, read_sound
 
 Float32 = npt.NDArray[np.float32]
 
-LARGEST_ASPECT = 8
-"""Longer side / shorter side; the flow network's memory grows with the fourth power of the sides."""
 _GPU_PAIRS, _CPU_PAIRS = 8, 1
 """Pairs of an engine call; a CPU is busy with one, and each needs 18 MB of correlation."""
 _EXAMPLES = 8
+_DECODED_STEPS = 2
+"""Steps whose frames are decoded while the networks are busy with those before."""
 
 
 @dataclass(frozen=True)
@@ -181,15 +182,15 @@ class FeatureExtractor:
     ) -> tuple[Float32, Float32, int]:
         """Return rgb [n, 1024], flow [n, 1024] and the number of frames."""
         fps = Fraction(self.spec.time_base.fps)
-        pictures = read_frames(path, self.spec.side, fps, self.options, report)
+        frames = read_frames(path, self.spec.side, fps, self.options, report)
+        pictures = Ahead(frames, _DECODED_STEPS * self.spec.stride)
         schedule = Schedule(self.engines, self.spec, timer)
         try:
             for picture in timer.timed("decode", pictures):
-                check_aspect(picture, path)
                 schedule.push(picture)
                 each(schedule.count)
         finally:
-            pictures.close()  # its threads end now, not when it is collected
+            pictures.close()
         rgb, flow = (
             np.stack(rows) if rows else np.zeros((0, width), np.float32)
             for rows, width in ((schedule.rgb, self.spec.rgb_dim), (schedule.flow, self.spec.flow_dim))
@@ -241,10 +242,12 @@ class Schedule:
         self._levels: deque[Float32] = deque(maxlen=self.spec.window)
         self._waiting: list[UInt8] = []
         self._newest: tuple[UInt8, Encoding] | None = None
+        self._pair: tuple[Encoding, Encoding] | None = None
+        self._still: Float32 | None = None
         self._pairs = _GPU_PAIRS if self.engines.on_gpu else _CPU_PAIRS
 
     def push(self, picture: UInt8) -> None:
-        """Take the next frame, resized uint8 [h, w, 3]."""
+        """Take the next frame, resized uint8 [h, w, 3]; the same array again where a frame is shown again."""
         self._waiting.append(picture)
         self.count += 1
         ready = self.count - self.spec.window - 1
@@ -256,20 +259,14 @@ class Schedule:
 
     def _add(self, pictures: list[UInt8]) -> None:
         """Encode new frames and compute the flow of the pairs that they end."""
-        self._crops.extend(centre_crop(picture, self.spec.crop) for picture in pictures)
         pairs: list[tuple[Encoding, Encoding]] = []
         for picture, encoding in zip(pictures, self._encode(pictures), strict=True):
+            again = self._newest is not None and self._newest[0] is picture
+            self._crops.append(self._crops[-1] if again else centre_crop(picture, self.spec.crop))
             if self._newest is not None:
                 pairs.append((self._newest[1], encoding))
             self._newest = picture, encoding
-        if pairs:
-            with self.timer("flow"):
-                (levels,) = self.engines.runners["flow"].run(
-                    np.concatenate([first.features for first, _ in pairs]),
-                    np.concatenate([second.features for _, second in pairs]),
-                    np.concatenate([first.context for first, _ in pairs]),
-                )
-            self._levels.extend(levels)
+        self._add_flow(pairs)
 
     def _encode(self, pictures: list[UInt8]) -> list[Encoding]:
         """Return the encoding of each frame; a frame that is shown again is encoded once."""
@@ -282,23 +279,41 @@ class Schedule:
                 known[id(picture)] = Encoding(features[i : i + 1], context[i : i + 1])
         return [known[id(picture)] for picture in pictures]
 
+    def _add_flow(self, pairs: list[tuple[Encoding, Encoding]]) -> None:
+        """Compute the flow of pairs of frames; a pair like the one before it, of a still picture, has the same."""
+        new: list[tuple[Encoding, Encoding]] = []
+        places = []
+        for pair in pairs:
+            if self._pair is None or any(one is not other for one, other in zip(pair, self._pair, strict=True)):
+                new.append(pair)
+            places.append(len(new) - 1)  # -1: that of the pair before all of these
+            self._pair = pair
+        found: list[Float32] = []
+        if new:
+            with self.timer("flow"):
+                (levels,) = self.engines.runners["flow"].run(
+                    np.concatenate([first.features for first, _ in new]),
+                    np.concatenate([second.features for _, second in new]),
+                    np.concatenate([first.context for first, _ in new]),
+                )
+            found = list(levels)
+        for place in places:
+            self._levels.append(self._levels[-1] if place < 0 else found[place])
+
     def _step(self) -> None:
-        window = self.spec.window
+        """Compute the features of a window; one of the same still picture as the window before has the same."""
+        crops = list(self._crops)[: self.spec.window]
+        still = all(crop is crops[0] for crop in crops) and all(one is self._levels[0] for one in self._levels)
+        if still and crops[0] is self._still:
+            self.rgb.append(self.rgb[-1])
+            self.flow.append(self.flow[-1])
+            return
+        self._still = crops[0] if still else None
         with self.timer("i3d"):
-            rgb = self.engines.runners["i3d_rgb"].run(np.stack(list(self._crops)[:window])[None])[0]
+            rgb = self.engines.runners["i3d_rgb"].run(np.stack(crops)[None])[0]
             flow = self.engines.runners["i3d_flow"].run(np.stack(self._levels)[None])[0]
         self.rgb.append(rgb[0].copy())
         self.flow.append(flow[0].copy())
-
-
-def check_aspect(picture: UInt8, path: object) -> None:
-    """Raise VideoError for a picture so long that the flow network would need gigabytes for it."""
-    height, width = picture.shape[:2]
-    if max(height, width) > LARGEST_ASPECT * min(height, width):
-        raise VideoError(
-            f"{path}: its pictures are more than {LARGEST_ASPECT} times as long as they are wide ({width} x {height} "
-            "when resized); crop the video first"
-        )
 
 
 def _lasting(

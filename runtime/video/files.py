@@ -6,7 +6,6 @@ video whose file or extractor has changed since is done again.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +28,7 @@ from runtime.signals import StopRequest
 from runtime.spec import ModelSpec
 from runtime.video.container import (
     ReadOptions,
+    check_size,
     is_remote,
     open_container,
     picture_stream,
@@ -167,7 +167,7 @@ def write_features(video: VideoPath, features: Features, out: Path, extractor: F
         "files": {name: sha256_file(out / name) for name in names},
         **features.facts,
         "warnings": list(features.warnings),
-        "extractor": _plain(extractor.extractor.identity()),
+        "extractor": extractor.extractor.identity(),
         "engines": extractor.describe(),
         "options": _choices(extractor.options),
         "versions": library_versions(),
@@ -188,7 +188,7 @@ def is_done(video: VideoPath, out: str | Path, extractor: Extractor, options: Re
             record["files"].keys() == {*names}
             and record["schema"] == RECORD_SCHEMA
             and {key: record["video"][key] for key in ("size", "modified")} == _fingerprint(video.path)
-            and record["extractor"] == _plain(extractor.identity())
+            and record["extractor"] == extractor.identity()
             and record["options"] == _choices(options)
         )
         return same and all((out / name).is_file() for name in names)
@@ -259,6 +259,7 @@ def estimate(videos: Iterable[VideoPath], extractor: FeatureExtractor) -> Estima
             with open_container(video.path, extractor.options) as container:
                 stream = picture_stream(container, video.path)
                 total += float(stated_seconds(stream, container) or 0)
+                check_size(stream.codec_context.width, stream.codec_context.height, video.path)
                 size = size or (stream.codec_context.height, stream.codec_context.width)
         except CCNetError:  # said when it is its turn
             continue
@@ -309,8 +310,3 @@ def _fingerprint(path: str) -> dict[str, Any]:
 def _choices(options: ReadOptions) -> dict[str, Any]:
     """Return the options that decide about features."""
     return {"missing_audio": options.missing_audio, "timestamps": options.timestamps}
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON gives it back."""
-    return json.loads(json.dumps(value))

@@ -6,6 +6,7 @@ Shapes: h, w sides of a resized frame, the shorter one `side`   H, W of a padded
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -20,10 +21,12 @@ import numpy.typing as npt
 from runtime.errors import VideoError
 from runtime.packages import import_package
 from runtime.video.container import (
+    CODEC_LIMITS,
     LARGEST_PICTURE,
     ReadOptions,
     ReadReport,
     check_length,
+    check_size,
     decoded_frames,
     open_container,
     picture_stream,
@@ -87,9 +90,10 @@ def read_frames(
     """
     with open_container(path, options) as container:
         stream = picture_stream(container, path)
-        _check_size(stream.codec_context.width, stream.codec_context.height, path)
+        check_size(stream.codec_context.width, stream.codec_context.height, path)
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = options.decoding_threads
+        stream.codec_context.options = CODEC_LIMITS
         source = _Source(path, container, stream, options, report)
         converter = Converter(side, report)
         shown = source.shown(fps)
@@ -101,7 +105,10 @@ def read_frames(
                 count = one.end
         source.finish()
         if count == 0:
-            raise VideoError(f"{path}: no frame of its {stream.codec_context.name} video could be decoded")
+            hint = (
+                "" if stream.codec_context.width else f"; pictures of more than {LARGEST_PICTURE} pixels are not read"
+            )
+            raise VideoError(f"{path}: no frame of its {stream.codec_context.name} video could be decoded{hint}")
         report.facts |= {"frames": count, "source_frames": source.decoded, "damaged_packets": report.damaged_packets}
         if report.damaged_packets:
             report.warn(f"{report.damaged_packets} damaged packets of the picture were left out")
@@ -177,6 +184,32 @@ def centre_crop(frame: UInt8, side: int) -> Float32:
     return np.ascontiguousarray(frame[top : top + side, left : left + side].transpose(2, 0, 1), np.float32)
 
 
+class TimeStamps:
+    """The time stamps of decoded frames: those of presentation unless those of decoding are in better order.
+
+    The rule is that of FFmpeg and so of the public program. AVI files have no others than those of decoding.
+    """
+
+    def __init__(self) -> None:
+        self._presented = self._decoded = -math.inf
+        self._bad_presented = self._bad_decoded = 0
+
+    def of(self, frame: Any) -> int | None:
+        """Return the time stamp of the next frame, in its time base; None where it has neither."""
+        pts, dts = frame.pts, frame.dts
+        if dts is not None:
+            self._bad_decoded += dts <= self._decoded
+            self._decoded = dts
+        elif pts is not None:
+            self._decoded = pts
+        if pts is not None:
+            self._bad_presented += pts <= self._presented
+            self._presented = pts
+        elif dts is not None:
+            self._presented = dts
+        return pts if pts is not None and (dts is None or self._bad_presented <= self._bad_decoded) else dts
+
+
 class _Source:
     """Times and frames of one video stream, checked."""
 
@@ -184,9 +217,10 @@ class _Source:
         self._path, self._container, self._stream = path, container, stream
         self._options, self._report = options, report
         self._rate = Fraction(stream.average_rate or stream.guessed_rate or 0)
-        self._start = start_seconds(container)
+        self._start = start_seconds(container, stream)
         self._first: Fraction | None = None
         self._last = self._frame_seconds = Fraction(0)
+        self._stamps = TimeStamps()
         self.decoded = self._backwards = 0
         codec = stream.codec_context
         report.facts |= {"codec": codec.name, "rate": float(self._rate), "format": container.format.name}
@@ -205,7 +239,7 @@ class _Source:
     def _timed(self) -> Iterator[tuple[Fraction, Any]]:
         self._newest: Any = None
         for frame in decoded_frames(self._container, self._stream, self._report):
-            _check_size(frame.width, frame.height, self._path)
+            check_size(frame.width, frame.height, self._path)
             time = self._time(frame)
             self.decoded += 1
             if self._first is None:
@@ -224,12 +258,13 @@ class _Source:
             if not self._rate:
                 raise VideoError(f"{self._path}: states no frame rate, so its frames can't be counted into times")
             return self.decoded / self._rate
-        if frame.pts is None:
+        stamp = self._stamps.of(frame)
+        if stamp is None:
             raise VideoError(
                 f"{self._path}: frame {self.decoded} has no time stamp; '--timestamps count' takes frame number / "
                 f"average rate ({float(self._rate):g} a second) instead"
             )
-        return Fraction(frame.pts) * Fraction(frame.time_base) - self._start
+        return stamp * Fraction(frame.time_base) - self._start
 
     def _seconds_of(self, frame: Any) -> Fraction:
         """Return how long a frame says that it is shown; else one frame of the average rate."""
@@ -238,12 +273,12 @@ class _Source:
         return 1 / self._rate if self._rate else Fraction(0)
 
     def _end(self) -> Fraction:
-        """Return when the last frame ends: as the file states, unless it is cut off."""
+        """Return when the last frame ends: as the file states, unless it is cut off, or ends later than that."""
         own = self._last + self._frame_seconds
         stated = None
         if self._options.timestamps == "file" and self._stream.duration and self._first is not None:
             stated = self._first + Fraction(self._stream.duration) * Fraction(self._stream.time_base)
-        if stated is None or stated > own + _MISSING_TAIL:
+        if stated is None or not self._last < stated <= own + _MISSING_TAIL:
             return own
         return stated
 
@@ -294,10 +329,3 @@ def _in_order(shown: Iterator[Shown], convert: Converter, threads: int) -> Itera
         finally:
             for future, _ in waiting:
                 future.cancel()
-
-
-def _check_size(width: int, height: int, path: object) -> None:
-    if width * height > LARGEST_PICTURE:
-        raise VideoError(
-            f"{path}: pictures of {width} x {height}, more than {LARGEST_PICTURE} pixels; scale the video down first"
-        )

@@ -27,14 +27,17 @@ from runtime.video.container import (
 Float64 = npt.NDArray[np.float64]
 
 RATE = 16000
+LOWEST_RATE, HIGHEST_RATE = 1000, 768_000
+"""Samples a second of the sound of a file; the filter that resamples it grows with the rate."""
 _RESAMPLER = {
     "filter_type": "kaiser",
     "kaiser_beta": "14.769656",
     "filter_size": "128",
-    "cutoff": "0.9475937",
     "internal_sample_fmt": "dblp",
 }
 """libswresample's closest to resampy's `kaiser_best`, with which the public features were made."""
+_CUTOFF = 0.9475937
+"""Share of the lower of the two rates' frequencies that passes."""
 _BLOCK = 1 << 14
 _SLACK = Fraction(15, 1000)
 """Seconds that sound may lie off its time stamps, which some containers round, before silence is put in or samples go.
@@ -52,6 +55,8 @@ def read_sound(path: str, options: ReadOptions, report: ReadReport) -> Iterator[
         if stream is None:
             raise VideoError(f"{path}: has no sound; '--missing-audio silence' takes it as silent")
         rate = stream.codec_context.sample_rate
+        if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+            raise VideoError(f"{path}: states {rate} samples a second, expected {LOWEST_RATE} to {HIGHEST_RATE}")
         yield from resampled(_mono(path, container, stream, options, report), rate)
         if report.damaged_packets:
             report.facts["damaged_packets"] = report.damaged_packets
@@ -93,7 +98,8 @@ class _Graph:
         source = graph.add_abuffer(
             format="dbl", sample_rate=rate, layout="mono", time_base=Fraction(1, rate), name="in"
         )
-        settings = ":".join(f"{name}={value}" for name, value in _RESAMPLER.items())
+        cutoff = _CUTOFF * min(1.0, rate / RATE)  # libswresample means a share of the output's, also where that is more
+        settings = ":".join(f"{name}={value}" for name, value in {**_RESAMPLER, "cutoff": cutoff}.items())
         resample = graph.add("aresample", f"{RATE}:{settings}")
         wanted = graph.add("aformat", f"sample_fmts=dbl:sample_rates={RATE}:channel_layouts=mono")
         sink = graph.add("abuffersink")
@@ -130,10 +136,9 @@ def _mono(path: str, container: Any, stream: Any, options: ReadOptions, report: 
 
     Samples are rounded to 16 bits first, as the public features were made from wav files.
     """
-    av = import_package("av", "reading sound")
-    rate, start = stream.codec_context.sample_rate, start_seconds(container)
+    rate, start = stream.codec_context.sample_rate, start_seconds(container, stream)
     stream.thread_type = "AUTO"
-    converter: Any = None
+    convert = _Converter(rate, report)
     written, decoded, silence = 0, 0, 0
     end = None
     first: Fraction | None = None
@@ -149,12 +154,9 @@ def _mono(path: str, container: Any, stream: Any, options: ReadOptions, report: 
             first = time
             if stream.duration:
                 end = round((time + Fraction(stream.duration) * stream.time_base) * rate)
-            layout = frame.layout.name
             report.facts |= {"codec": stream.codec_context.name, "rate": rate, "channels": frame.layout.nb_channels}
-            converter = av.AudioResampler(format="s16", layout=layout, rate=rate)
-        for whole in converter.resample(frame):
-            samples = whole.to_ndarray().reshape(-1, whole.layout.nb_channels)
-            mono = samples.mean(1, dtype=np.float64) / 32768
+        for mono in convert(frame):
+            length = len(mono)
             at = round(time * rate)
             gap = at - written
             if gap > _SLACK * rate or (decoded == 0 and gap > 0):
@@ -163,11 +165,11 @@ def _mono(path: str, container: Any, stream: Any, options: ReadOptions, report: 
                 written += gap
             elif gap < -_SLACK * rate or (decoded == 0 and gap < 0):
                 mono = mono[-gap:]  # before the start, or heard already
-            decoded += len(samples)
+            decoded += length
             if end is not None and written + len(mono) > end:
                 mono = mono[: max(0, end - written)]
             written += len(mono)
-            time += Fraction(len(samples), rate)
+            time += Fraction(length, rate)
             if len(mono):
                 yield mono
     if decoded == 0:
@@ -182,6 +184,26 @@ def _mono(path: str, container: Any, stream: Any, options: ReadOptions, report: 
             f"the file states {end / rate:.2f} s of sound, {written / rate:.2f} s could be decoded: it is cut off or "
             "damaged"
         )
+
+
+class _Converter:
+    """Turns decoded sound into mono of one rate, whatever the stream changes to on the way."""
+
+    def __init__(self, rate: int, report: ReadReport) -> None:
+        self._av, self._rate, self._report = import_package("av", "reading sound"), rate, report
+        self._setting: tuple[Any, ...] | None = None
+
+    def __call__(self, frame: Any) -> Iterator[Float64]:
+        """Yield the samples [n] of a frame, -1 to 1."""
+        setting = frame.sample_rate, frame.layout.name, frame.format.name
+        if setting != self._setting:
+            if self._setting is not None:
+                self._report.warn("the rate or the channels of the sound change; later ones were converted")
+            self._setting = setting
+            self._resampler = self._av.AudioResampler(format="s16", layout=frame.layout.name, rate=self._rate)
+        for whole in self._resampler.resample(frame):
+            samples = whole.to_ndarray().reshape(-1, whole.layout.nb_channels)
+            yield samples.mean(1, dtype=np.float64) / 32768
 
 
 def _zeros(count: int) -> Iterator[Float64]:
