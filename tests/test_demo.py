@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -17,7 +18,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("av")
 pytest.importorskip("PIL")
 
-from ccnet.cli import demo
+from ccnet.cli import demo, demo_video
 from ccnet.cli.chain import WITHOUT_TORCH
 from ccnet.cli.main import main
 from ccnet.config import PRESETS, Config
@@ -25,8 +26,11 @@ from ccnet.synthetic.videos import Appearance, Scene, draw_scenes, scene_annotat
 from runtime.annotations import read_annotations
 from runtime.bundle import read_bundle
 from runtime.detections import read_events
+from runtime.features import find_videos
 from runtime.files import write_json
+from runtime.spec import FeatureLayout
 from runtime.video.container import ReadOptions, ReadReport
+from runtime.video.extractor import Extractor
 from runtime.video.frames import read_frames
 from runtime.video.sound import read_sound
 
@@ -56,6 +60,38 @@ def test_a_network_that_misses_the_goal_fails_the_demo_after_all_its_steps(
     events = read_events(tmp_path / "demo" / "events.jsonl", spec.labels)
     assert set(events) == {video.video_id for video in annotations.subset("test")}
     assert (tmp_path / "demo" / "timeline.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_from_video_files_to_events(
+    small: Config,
+    extractor: Extractor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The chain of `ccnet demo --video` from mp4 files with sound on, with an extractor that is there already."""
+    videos = {"train": 4, "validation": 1, "test": 2}
+    monkeypatch.setattr(demo_video, "VIDEOS", videos)
+    monkeypatch.setattr(
+        demo_video, "SETTINGS", {**demo_video.SETTINGS, "train.epochs": 1, "train.warmup_epochs": 0, "model.levels": 2}
+    )
+    out = tmp_path / "demo"
+    shutil.copytree(extractor.folder, out / "extractor")
+    (out / "annotations.json").write_text("{}")  # without it, the folder would be somebody else's
+    assert main(["demo", "--video", "--out", str(out)]) == 1
+    printed = capfd.readouterr()
+    assert "NOT REACHED" in printed.out
+    assert printed.err.count("PyTorch can't be imported here") == 3  # extract, predict, evaluate
+    scenes = draw_scenes(videos)
+    assert {path.stem for path in out.glob("videos/*/*.mp4")} == set(scenes)
+    learned = [name for name in scenes if not name.startswith("test")]
+    assert find_videos(out / "features", FeatureLayout()) == sorted(learned)
+    for name in learned:  # a step is there for every whole window
+        steps = (round(scenes[name].duration * 25) - 25) // 8 + 1
+        assert len(np.load(out / "features" / f"{name}_flow.npy")) == steps
+    events = read_events(out / "events.jsonl", read_bundle(out / "bundle").spec.labels)
+    assert set(events) == set(scenes) - set(learned)
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

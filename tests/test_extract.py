@@ -298,14 +298,15 @@ def features_of(folder: Path) -> dict[str, bytes]:
 def test_killed_at_any_moment_the_same_command_goes_on(extractor: Extractor, tmp_path: Path) -> None:
     videos, whole, out = tmp_path / "videos", tmp_path / "whole", tmp_path / "out"
     videos.mkdir()
-    for name in "abc":
+    for name in "ab":
         write_video(videos / f"{name}.mp4", count=33, sound=1.4, seed=ord(name))
-    words = ["extract", str(videos), "--extractor", str(extractor.folder), "--threads", "1", "--quiet", "--out"]
+    words = ["extract", str(videos), "--extractor", str(extractor.folder), "--backend", "onnxruntime", "--threads", "1"]
+    words += ["--quiet", "--out"]
     assert main([*words, str(whole)]) == 0
     seconds = sum(json.loads(path.read_text())["seconds"]["total"] for path in whole.glob("*.json"))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     kills = 0
-    for moment in np.random.default_rng(0).uniform(0, 0.6 * seconds, 3):
+    for moment in (0.1 * seconds, 0.5 * seconds):
         process = subprocess.Popen(
             [sys.executable, "-m", "ccnet", *[word for word in words if word != "--quiet"], str(out)],
             env=environment,
@@ -322,7 +323,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(extractor: Extractor, tmp
     assert kills >= 1
     assert main([*words, str(out)]) == 0
     assert features_of(out) == features_of(whole)
-    assert len(list(out.iterdir())) == 12  # no temporary files
+    assert len(list(out.iterdir())) == 8  # no temporary files
 
 
 def test_events_of_video_files_in_one_command_and_in_python(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_items_come_in_order_and_are_made_before_they_are_taken() -> None:
     made: list[int] = []
     full, closed = threading.Event(), threading.Event()
 
-    def items() -> Iterator[int]:
+    def items() -> Generator[int, None, None]:
         try:
             for number in range(20):
                 made.append(number)
@@ -40,11 +40,12 @@ def test_items_come_in_order_and_are_made_before_they_are_taken() -> None:
 
 
 def test_an_error_comes_after_the_items_before_it() -> None:
-    def items() -> Iterator[int]:
+    def items() -> Generator[int, None, None]:
         yield 1
         raise ValueError("of the second")
 
-    ahead, taken = Ahead(items(), 8), []
+    ahead = Ahead(items(), 8)
+    taken: list[int] = []
     with pytest.raises(ValueError, match="of the second"):
         taken.extend(ahead)
     ahead.close()
@@ -56,7 +57,7 @@ def test_an_error_comes_after_the_items_before_it() -> None:
 def test_the_rest_may_be_left(taken: int) -> None:
     closed_in: list[str] = []
 
-    def items() -> Iterator[int]:
+    def items() -> Generator[int, None, None]:
         try:
             yield from range(1000)
         finally:

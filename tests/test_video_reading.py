@@ -407,7 +407,7 @@ def test_a_rate_of_sound_that_no_file_has_is_refused(rate: int, tmp_path: Path) 
 
 def test_sound_that_changes_on_the_way_keeps_its_time(tmp_path: Path) -> None:
     """Transport streams may be joined like files of text."""
-    parts = [
+    parts: list[dict[str, Any]] = [
         {"rate": 44_100, "layout": "stereo"},
         {"rate": 48_000, "layout": "mono"},
         {"rate": 44_100, "layout": "5.1"},

@@ -32,8 +32,11 @@ NTSC = Fraction(30_000, 1001)
 
 def exact_start(path: Path) -> Fraction:
     """Return the first time stamp of any stream, in seconds."""
+    container: Any
     with av.open(str(path)) as container:
-        starts = [s.start_time * s.time_base for s in container.streams if s.start_time is not None and s.time_base]
+        starts: list[Fraction] = [
+            s.start_time * s.time_base for s in container.streams if s.start_time is not None and s.time_base
+        ]
     return min(starts)
 
 

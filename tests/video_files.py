@@ -11,6 +11,13 @@ import av
 import numpy as np
 from feature_cases import cases, frames, wave
 
+from runtime.backends.graphs import GraphRunner
+from runtime.bundle import Engine
+from runtime.video.container import ReadOptions
+from runtime.video.engines import Engines
+from runtime.video.extractor import GRAPHS, Extractor, ExtractorManifest, ExtractorSpec, GraphName
+from runtime.video.features import FeatureExtractor
+
 
 def golden_mp4(folder: Path) -> Path:
     """Write the golden file: 33 frames of 128 x 96 at 25 a second with stereo AAC."""
@@ -80,3 +87,35 @@ def write_video(
                 container.mux(audio.encode(frame))
             container.mux(audio.encode(None))
     return path
+
+
+def simple_extractor(options: ReadOptions | None = None) -> FeatureExtractor:
+    """Return an extractor whose networks are averages of what they see, for tests of all that is around them."""
+    spec = ExtractorSpec(side=128, crop=64, iterations=1, encoding_dim=4, rgb_dim=6, flow_dim=4, audio_dim=5)
+    manifest = ExtractorManifest(
+        schema=1, spec=spec, weights={}, versions={}, created="", files=(), model_files=(), engines=()
+    )
+
+    def averages(array: np.ndarray, count: int) -> np.ndarray:
+        """Return [B, count] averages of equal parts of each row."""
+        return np.stack([part.mean(1) for part in np.array_split(array.reshape(len(array), -1), count, 1)], 1)
+
+    def encode(inputs: Any) -> dict[str, np.ndarray]:
+        cells = inputs["frames"][:, :, ::8, ::8]
+        four = np.concatenate([cells, cells[:, :1]], 1)
+        return {"features": four, "context": -four}
+
+    def flow(inputs: Any) -> dict[str, np.ndarray]:
+        change = averages(inputs["following"] - inputs["features"], 2)
+        return {"levels": np.broadcast_to(128 + change[:, :, None, None], (len(change), 2, spec.crop, spec.crop))}
+
+    runs: dict[GraphName, Any] = {
+        "encode": encode,
+        "flow": flow,
+        "i3d_rgb": lambda inputs: {"seen": averages(inputs["stacks"], 6)},
+        "i3d_flow": lambda inputs: {"seen": averages(inputs["stacks"], 4)},
+        "vggish": lambda inputs: {"sound": averages(inputs["examples"], 5)},
+    }
+    engine = Engine(name="flow-test", backend="onnxruntime", precision="fp32", model_file="", status="unverified")
+    runners = {graph: GraphRunner("test", "fp32", spec.tensors(graph), run, {}) for graph, run in runs.items()}
+    return FeatureExtractor(Extractor(Path(), manifest), Engines(runners, dict.fromkeys(GRAPHS, engine)), options)

@@ -10,6 +10,7 @@ Shapes: see `runtime.video.extractor`, which names them.
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +133,7 @@ def without_norms(module: nn.Module) -> nn.Module:
         for layer, norm in _NORMS:
             after = getattr(part, norm, None)
             if isinstance(after, (nn.BatchNorm2d, nn.BatchNorm3d)):
-                setattr(part, layer, fuse_conv_bn_eval(part.get_submodule(layer), after))
+                setattr(part, layer, fuse_conv_bn_eval(cast(nn.Conv2d | nn.Conv3d, part.get_submodule(layer)), after))
                 setattr(part, norm, nn.Identity())
     return module
 

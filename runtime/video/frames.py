@@ -196,7 +196,8 @@ class TimeStamps:
 
     def of(self, frame: Any) -> int | None:
         """Return the time stamp of the next frame, in its time base; None where it has neither."""
-        pts, dts = frame.pts, frame.dts
+        pts: int | None = frame.pts
+        dts: int | None = frame.dts
         if dts is not None:
             self._bad_decoded += dts <= self._decoded
             self._decoded = dts
