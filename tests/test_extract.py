@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -10,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -261,11 +263,33 @@ def test_mistakes_are_told_before_any_work(
     assert not any(out.iterdir())
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_folder(tmp_path: Path) -> None:
-    (tmp_path / "closed").mkdir(mode=0)
-    with pytest.raises(VideoError, match="closed: can't be read"):
-        find_video_files([tmp_path / "closed"])
+@contextlib.contextmanager
+def no_administrator() -> Iterator[None]:
+    """Give up an administrator's right to read everything."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_an_unreadable_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        closed = Path(name) / "closed"
+        closed.mkdir(mode=0)
+        file = write_video(Path(name) / "a.mp4", count=2)
+        file.chmod(0)
+        assert (
+            extract(f"{name}/absent.txt", "--extractor", "absent", "--out", f"{name}/out") == 2
+        )  # imports what it needs
+        with no_administrator():
+            assert extract(closed, "--extractor", "absent", "--out", f"{name}/out") == 2
+            with pytest.raises(VideoError, match="a.mp4: can't be read .Permission denied"):
+                list(read_frames(str(file), 64, Fraction(25), ReadOptions(), ReadReport()))
+    assert "closed: can't be read (Permission denied)" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_to_ends_the_command(
