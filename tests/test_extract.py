@@ -255,6 +255,12 @@ def test_mistakes_are_told_before_any_work(
     (tmp_path / "long.txt").write_text("x" * 5000)
     with pytest.raises(VideoError, match="got a path of 5000 characters, 'xxx"):
         find_video_files([tmp_path / "long.txt"])
+    (tmp_path / "one" / "b[1].mp4").write_bytes(b"x")
+    for pattern, found in (("one/*.mp4", ["a", "b[1]"]), ("*/a.*v", ["a"]), ("one/b[[]1].mp4", ["b[1]"])):
+        assert [video.video_id for video in find_video_files([tmp_path / pattern])] == found
+    assert [video.video_id for video in find_video_files([tmp_path / "one/b[1].mp4"])] == ["b[1]"]
+    with pytest.raises(VideoError, match="no video files"):
+        find_video_files([tmp_path / "*.mkv"])
     out = tmp_path / "out"
     assert extract(tmp_path / "one", "--extractor", tmp_path / "one", "--out", out) == 2
     assert "is not an extractor" in capsys.readouterr().err

@@ -32,7 +32,9 @@ def register(subparsers: Any) -> None:
         description="Writes <id>_rgb.npy, <id>_flow.npy and <id>_vggish.npy of every video, and <id>.json, which says "
         "how they were made. Videos that are done are kept, so the same command goes on where it was interrupted.",
     )
-    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="files, folders, or .txt lists of paths")
+    parser.add_argument(
+        "videos", nargs="+", metavar="VIDEO", help="files, folders, patterns in quotes, or .txt lists of paths"
+    )
     add_extractor_arguments(parser, required=True)
     parser.add_argument("--out", required=True, type=output_folder, metavar="DIR", help="folder of the feature files")
     parser.add_argument("--check", metavar="DIR", help="compare with published features of the same videos in DIR")

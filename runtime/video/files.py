@@ -6,6 +6,7 @@ video whose file or extractor has changed since is done again.
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -75,7 +76,7 @@ class Outcome:
 
 
 def find_video_files(names: Sequence[str | Path]) -> list[VideoPath]:
-    """Return the videos that are named: files, folders (not their subfolders), `.txt` lists of paths, URLs.
+    """Return the videos that are named: files, folders (not their subfolders), patterns, `.txt` lists of paths, URLs.
 
     Raises VideoError where there is none, a folder or list can't be read, or two would get the same features' name.
     """
@@ -85,6 +86,8 @@ def find_video_files(names: Sequence[str | Path]) -> list[VideoPath]:
             paths += _files_of(name)
         elif name.lower().endswith(".txt"):
             paths += _listed(name)
+        elif not is_remote(name) and glob.has_magic(name) and not os.path.lexists(name):
+            paths += sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
         else:
             paths.append(name)
     videos: dict[str, VideoPath] = {}
