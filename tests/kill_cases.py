@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import video_kills
 from builders import (
     DAVEL_OPTIONS,
     SPEC,
@@ -385,6 +386,20 @@ CASES = (
         ("run/shards/*", "run/*.json*"),
         everywhere=True,
         most=60,
+    ),
+    Case(
+        "extract",
+        video_kills.prepare_extraction,
+        video_kills.extract,
+        video_kills.check_features,
+        ("features/*.npy",),
+    ),
+    Case(
+        "predict --videos",
+        video_kills.prepare_prediction,
+        video_kills.predict,
+        video_kills.check_prediction,
+        ("events.jsonl", "events.jsonl.features/*.npy"),
     ),
     Case(
         "evaluate --json",
