@@ -318,7 +318,12 @@ def test_the_command_that_is_printed_works(
         Path(name).touch()  # a file stays one
     assert main(["predict", str(bundle), "--features", str(features), f"--out={name}"]) == 0
     printed = capsys.readouterr().out.partition("next: ccnet ")[2]
-    words = shlex.split(printed.replace(" F ", " a.json ").replace(" S", " test"))
+    assert printed.endswith(" --annotations F\n")
+    assert main(shlex.split(printed.replace(" F\n", " a.json"))) == 0
+    assert "mAP" in capsys.readouterr().out
+    known = ["--annotations", "a.json", "--subset", "test"]
+    assert main(["predict", str(bundle), "--features", str(features), f"--out={name}", *known]) == 0
+    words = shlex.split(capsys.readouterr().out.partition("next: ccnet ")[2])
     assert words[0] == "evaluate"
     assert main(words) == 0
     assert "mAP" in capsys.readouterr().out

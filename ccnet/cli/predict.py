@@ -316,7 +316,7 @@ def _resumable(arguments: argparse.Namespace, bundle: Bundle, form: Format, fold
         remove_run(store)
     elif corpus.complete:
         corpus.finish(folder)
-    print_result(arguments, _record(arguments.out, summary, corpus), _text(arguments.out, summary, corpus))
+    print_result(arguments, _record(arguments.out, summary, corpus), _text(arguments, summary, corpus))
     return 1 if summary.failed or summary.gave_up else 0
 
 
@@ -379,15 +379,15 @@ def _record(out: str, summary: Summary, corpus: Run) -> dict[str, Any]:
     }
 
 
-def _text(out: str, summary: Summary, corpus: Run) -> str:
-    part, plan = corpus.part, corpus.plan
+def _text(arguments: argparse.Namespace, summary: Summary, corpus: Run) -> str:
+    out, part, plan = arguments.out, corpus.part, corpus.plan
     whole = part.count == 1
     lines = [f"{out if whole else f'{out}, part {part.index}/{part.count}'}: {_counts(summary)}"]
     if summary.gave_up:
         lines.append(f"{len(summary.gave_up)} of {plan.shards} shards were given up; the same command tries them again")
     if not _is_folder(out):
         if not summary.gave_up:
-            lines.append(f"next: ccnet evaluate {quoted_path(out)} --annotations F --subset S")
+            lines.append(f"next: ccnet evaluate {quoted_path(out)} {_truth(arguments)}")
     elif not corpus.complete:
         lines.append("other parts of the run are not done yet")
     else:
@@ -396,6 +396,14 @@ def _text(out: str, summary: Summary, corpus: Run) -> str:
         if plan.settings.format == "jsonl" and not is_url(out):
             lines.append(f"next: cat {quoted_path(os.path.join(out, SHARDS))}/*.jsonl > events.jsonl")
     return "\n".join(lines)
+
+
+def _truth(arguments: argparse.Namespace) -> str:
+    """Return the options that say what the events are scored against, as far as this command knows."""
+    if arguments.annotations is None:
+        return "--annotations F"
+    subset = "" if arguments.subset is None else f" --subset {quoted_path(arguments.subset)}"
+    return f"--annotations {quoted_path(arguments.annotations)}{subset}"
 
 
 def _counts(summary: Summary) -> str:
