@@ -206,6 +206,8 @@ def read_records(path: str | Path, label_names: Sequence[str] | None = None) -> 
     try:
         with open_input(path) as stream:
             for number, line in enumerate(iter(lambda: stream.readline(LARGEST_FILE), b""), 1):
+                if not line.strip():
+                    continue
                 try:
                     video_id, duration, arrays = _read_video(line, table)
                     if video_id in videos:

@@ -112,7 +112,6 @@ def line(video: dict[str, Any] | None = None, **event: Any) -> str:
 
 BAD = {
     "half a line": (line()[:-9], "not valid JSON"),
-    "empty line": ("", "not valid JSON"),
     "a list": ("[]", "expected an object"),
     "no events": ('{"video_id": "b", "duration": 1}', "'events' is missing"),
     "events is an object": (line({"events": {}}), "events: got {}, expected a list"),
@@ -195,3 +194,17 @@ def test_a_parquet_file_without_events_has_its_columns(tmp_path: Path) -> None:
         table = parquet.read_table(file)
         assert table.num_rows == 0
         assert table.column_names == ["video_id", "duration", "start", "end", "label", "label_id", "score"]
+
+
+@pytest.mark.parametrize("edit", ["bom", "windows", "blank lines", "no last line end"])
+def test_what_editors_do_to_a_file_is_taken(edit: str, tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    content = "".join(f"{line({'video_id': name})}\n" for name in ("a", "b")).encode()
+    edited = {
+        "bom": b"\xef\xbb\xbf" + content,
+        "windows": content.replace(b"\n", b"\r\n"),
+        "blank lines": b"\n" + content.replace(b"\n", b"\n \n"),
+        "no last line end": content[:-1],
+    }[edit]
+    path.write_bytes(edited)
+    assert list(read_events(path)) == ["a", "b"]

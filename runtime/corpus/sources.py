@@ -169,6 +169,8 @@ def read_manifest(location: str) -> tuple[str, list[Entry]]:
     entries = []
     seen: set[str] = set()
     for number, line in enumerate(data.splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             entry = _parse_line(line)
             if entry.video_id in seen:
