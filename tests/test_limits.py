@@ -301,9 +301,9 @@ def test_a_folder_that_can_be_none_is_refused_before_the_work(
         out, message = Path("/proc"), "a mount point can't be replaced"
     monkeypatch.chdir(data)
     name = "" if kind == "nothing" else str(out)
-    if command[0] == "convert":
-        if kind in ("device", "pipe"):
-            pytest.skip("a stream takes one video")
+    if command[0] == "convert" and kind in ("device", "pipe"):
+        pytest.skip("a stream takes one video")
+    if command[0] in ("convert", "triton"):  # whose --out may be something else, too
         assert main([*command, "--out", name]) == 2
     else:
         with pytest.raises(SystemExit, match="2"):

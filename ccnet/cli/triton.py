@@ -12,13 +12,13 @@ from typing import Any
 
 from ccnet.cli.options import (
     add_json_argument,
-    output_folder,
     positive,
     print_result,
     quoted_path,
 )
 from runtime.bundle import read_bundle
 from runtime.errors import ConfigError
+from runtime.folders import check_output_folder
 from runtime.triton.check import BACKENDS, Container, check_repository, parse_version
 from runtime.triton.repository import RepositoryOptions, find_engine, write_repository
 
@@ -34,9 +34,7 @@ def register(subparsers: Any) -> None:
         "without BUNDLE, in a repository that is there.",
     )
     parser.add_argument("bundle", nargs="?", help="bundle folder; without it, --check looks at --out")
-    parser.add_argument(
-        "--out", required=True, type=output_folder, metavar="REPOSITORY", help="folder of the repository"
-    )
+    parser.add_argument("--out", required=True, metavar="REPOSITORY", help="folder of the repository")
     parser.add_argument("--format", choices=("onnx", "tensorrt"), default="onnx", help="of the network (default: onnx)")
     parser.add_argument("--precision", default="fp32", help="of the network's file (default: fp32)")
     parser.add_argument(
@@ -82,6 +80,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _write(arguments: argparse.Namespace, record: dict[str, Any]) -> list[str]:
+    check_output_folder(arguments.out)
     bundle = read_bundle(arguments.bundle)
     kinds: dict[str | None, Any] = {"gpu": "KIND_GPU", "cpu": "KIND_CPU", None: None}
     options = RepositoryOptions(
