@@ -132,9 +132,9 @@ def picture_stream(container: Any, path: object) -> Any:
 
     Raises VideoError when there is none, or no decoder for it.
     """
-    pictures = [stream for stream in container.streams.video if not int(stream.disposition) & _COVER]
+    pictures = [stream for stream in container.streams.video if not stream.disposition.value & _COVER]
     streams = [
-        (bool(int(stream.disposition) & _DEFAULT), stream.codec_context.width * stream.codec_context.height, stream)
+        (bool(stream.disposition.value & _DEFAULT), stream.codec_context.width * stream.codec_context.height, stream)
         for stream in pictures
         if stream.codec_context is not None
     ]
@@ -149,7 +149,7 @@ def picture_stream(container: Any, path: object) -> Any:
 def sound_stream(container: Any) -> Any | None:
     """Return the sound stream to read: the default one, else the one of the most channels. None where there is none."""
     streams = [
-        (bool(int(stream.disposition) & _DEFAULT), stream.codec_context.channels, stream)
+        (bool(stream.disposition.value & _DEFAULT), stream.codec_context.channels, stream)
         for stream in container.streams.audio
         if stream.codec_context is not None and stream.codec_context.sample_rate
     ]
