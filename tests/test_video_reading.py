@@ -26,10 +26,11 @@ import av
 from av.stream import Disposition
 from feature_cases import cases, frames, settings, wave
 from PIL import Image
-from video_files import golden_mp4, write_video
+from video_files import golden_mp4, simple_extractor, write_video
 
 from runtime.errors import VideoError
 from runtime.video.container import ReadOptions, ReadReport, decoded_frames
+from runtime.video.files import estimate, find_video_files
 from runtime.video.frames import centre_crop, padded, padding, read_frames, resize, shown_frames
 from runtime.video.logmel import EXAMPLE_HOP, examples, filterbank, log_mel, stream_examples
 from runtime.video.sound import read_sound, resampled
@@ -450,6 +451,25 @@ def test_the_stream_that_a_player_would_show_is_read(tmp_path: Path) -> None:
     for chosen, expected in (("small", "small"), (None, "larger")):
         _, report = picture(write(chosen))
         assert (report.facts["width"], report.facts["height"]) == sizes[expected]
+
+
+def test_how_long_videos_will_take_is_measured_on_the_first_good_one(tmp_path: Path) -> None:
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, count=50, sound=None)
+    with simple_extractor() as extractor:
+        run = extractor.engines.runners["i3d_rgb"].run
+
+        def slow(*inputs: Any) -> Any:
+            time.sleep(0.08)  # ten milliseconds a frame
+            return run(*inputs)
+
+        extractor.engines.runners["i3d_rgb"].run = slow  # type: ignore[method-assign]
+        found = estimate(find_video_files([tmp_path]), extractor)
+        none = estimate(find_video_files([tmp_path / "bad.mp4"]), extractor)
+    assert (found.videos, found.video_seconds) == (3, 4.0)
+    assert 1.0 < found.work_seconds < 60  # 100 frames
+    assert (none.videos, none.video_seconds, none.work_seconds) == (1, 0, 0)
 
 
 def test_a_url_is_read_when_that_is_asked_for(tmp_path: Path) -> None:

@@ -6,12 +6,16 @@ video whose file or extractor has changed since is done again.
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import itertools
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ from runtime.signals import StopRequest
 from runtime.spec import ModelSpec
 from runtime.video.container import (
     ReadOptions,
-    check_size,
+    ReadReport,
     is_remote,
     open_container,
     picture_stream,
@@ -37,7 +41,7 @@ from runtime.video.container import (
 )
 from runtime.video.extractor import Extractor, ExtractorSpec
 from runtime.video.features import FeatureExtractor, Features
-from runtime.video.frames import resized_size
+from runtime.video.frames import read_frames
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +53,8 @@ ENDINGS = frozenset(
 )
 """Of the files of a folder that are taken for videos; a file that is named is opened whatever it is called."""
 RECORD_SCHEMA = 1
+_MEASURED_FRAMES = 50
+"""Frames that are decoded to tell how long it takes."""
 _LONGEST_PATH = 4096
 """Bytes, of what a system opens."""
 
@@ -254,23 +260,32 @@ class Estimate:
 
 
 def estimate(videos: Iterable[VideoPath], extractor: FeatureExtractor) -> Estimate:
-    """Measure the engines on one picture of the first readable video, and read the lengths that the files state."""
-    count, total, size = 0, 0.0, None
+    """Measure decoding and the engines on the first readable video, and read the lengths that the files state."""
+    count, total, frame_seconds = 0, 0.0, 0.0
     for video in videos:
         count += 1
         try:
             with open_container(video.path, extractor.options) as container:
                 stream = picture_stream(container, video.path)
                 total += float(stated_seconds(stream, container) or 0)
-                check_size(stream.codec_context.width, stream.codec_context.height, video.path)
-                size = size or (stream.codec_context.height, stream.codec_context.width)
+            frame_seconds = frame_seconds or _frame_seconds(video.path, extractor)
         except CCNetError:  # said when it is its turn
             continue
-    if size is None or min(size) < 1:
-        return Estimate(count, total, 0.0)
-    work = extractor.seconds_of_work(*resized_size(*size, extractor.spec.side))
-    base = extractor.spec.time_base
-    return Estimate(count, total, total * base.fps * (work["pair"] + work["step"] / base.stride_frames))
+    return Estimate(count, total, total * extractor.spec.time_base.fps * frame_seconds)
+
+
+def _frame_seconds(path: str, extractor: FeatureExtractor) -> float:
+    """Return the seconds that a frame of a video takes: decoding beside the networks on a GPU, else after them."""
+    spec = extractor.spec
+    begin = time.perf_counter()
+    with contextlib.closing(
+        read_frames(path, spec.side, Fraction(spec.time_base.fps), extractor.options, ReadReport())
+    ) as frames:
+        pictures = list(itertools.islice(frames, _MEASURED_FRAMES))
+    decoding = (time.perf_counter() - begin) / len(pictures)
+    work = extractor.seconds_of_work(*pictures[0].shape[:2])
+    networks = work["pair"] + work["step"] / spec.time_base.stride_frames
+    return max(decoding, networks) if extractor.engines.on_gpu else decoding + networks
 
 
 def _files_of(folder: str) -> list[str]:
