@@ -30,7 +30,7 @@ pytest.importorskip("onnxscript")
 import torch
 from builders import LABELS, make_bundle
 from feature_cases import cases, weights
-from video_files import golden_mp4, write_video
+from video_files import golden_mp4, simple_extractor, write_video
 
 from ccnet.cli.main import main
 from export.extractors.bundle import Networks, compare_graph, example_inputs, graph_module
@@ -225,17 +225,18 @@ def test_features_are_written_as_unav_names_them(
     assert "_flow: cosine 1.0000" in printed
 
 
-def test_sound_that_ends_early_cuts_the_picture_unless_silence_is_asked_for(
-    extractor: Extractor, tmp_path: Path
-) -> None:
+def test_sound_that_ends_early_cuts_the_picture_unless_silence_is_asked_for(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", count=75, sound=1.5)
-    with FeatureExtractor.load(extractor.folder, "onnxruntime", threads=1) as load:
-        found = load(path)
+    with simple_extractor() as extract:
+        found = extract(path)
         assert found.facts["visual_steps"] == 7
         assert len(found.rgb) == len(found.sound) == 2
         assert "--missing-audio silence" in found.warnings[0]
-        load.options = ReadOptions(missing_audio="silence")
-        assert len(load(path).rgb) == 7
+    with simple_extractor(ReadOptions(missing_audio="silence")) as extract:
+        silent = extract(path)
+    assert len(silent.rgb) == len(silent.sound) == 7
+    assert np.allclose(silent.sound[:2], found.sound)
+    assert np.allclose(silent.sound[5:], np.log(0.01))  # averages of the log-mel of nothing
 
 
 def test_mistakes_are_told_before_any_work(
