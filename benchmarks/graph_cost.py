@@ -76,15 +76,16 @@ class GraphCost:
         return sorted(self.matmuls, key=lambda m: -m.operations)[:count]
 
 
-def graph_cost(path: str | Path, *, batch: int = 1) -> GraphCost:
-    """Count an ONNX file whose only symbolic axis is the batch. External weights are not read.
+def graph_cost(path: str | Path, *, batch: int = 1, extents: Mapping[str, int] | None = None) -> GraphCost:
+    """Count an ONNX file. External weights are not read.
 
-    Raises ExportError naming the node when a shape that is needed can't be inferred.
+    `extents`: of the symbolic axes by name, that of `8*rows` is `rows`; every other one is the batch. Raises
+    ExportError naming the node when a shape that is needed can't be inferred.
     """
     model = onnx.load(str(path), load_external_data=False)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
-    _fix_batch(model, batch)
+    _fix_axes(model, batch, extents or {})
     model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     graph = model.graph
     shapes, widths = _tensors(graph)
@@ -108,12 +109,13 @@ def graph_cost(path: str | Path, *, batch: int = 1) -> GraphCost:
     )
 
 
-def _fix_batch(model: Any, batch: int) -> None:
-    """Set every symbolic axis of the inputs to `batch`, and drop the shape annotations that this makes wrong."""
+def _fix_axes(model: Any, batch: int, extents: Mapping[str, int]) -> None:
+    """Set every symbolic axis of the inputs, and drop the shape annotations that this makes wrong."""
     for value in model.graph.input:
         for dim in value.type.tensor_type.shape.dim:
             if dim.WhichOneof("value") != "dim_value":
-                dim.dim_value = batch
+                factor, _, name = dim.dim_param.rpartition("*")
+                dim.dim_value = int(factor or 1) * extents[name] if name in extents else batch
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")
     del model.graph.value_info[:]

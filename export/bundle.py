@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ccnet import __version__
 from export.bundle_writer import Draft, new_bundle
+from export.engines import AUTO, EngineRequest, add_engine, plan_engines
 from export.parity.check import check_parity, with_speeds, with_verdict
 from export.parity.compare import ParityReport
 from export.parity.reference import Reference
 from export.parity.tolerances import graph_precision
-from export.tensorrt.build import build_engine
-from export.tensorrt.options import EngineOptions, EnginePrecision
 from runtime.backends.registry import PRECISIONS, REGISTRY
 from runtime.batches import pack
-from runtime.bundle import Bundle, Engine, Format, ModelFile
+from runtime.bundle import Bundle, Engine, ModelFile
 from runtime.errors import BackendUnavailable, CCNetError, ConfigError, EngineMismatch, ExportError, ParityError
 from runtime.machine import library_versions
 from runtime.spec import INPUT_NAMES
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from ccnet.network.model import CCNet
 
 Graph = Literal["fused", "reference"]
-AUTO = "auto"
 FP8_OPSET = 20
 """As `export.graph.fp8.LEAST_OPSET`, which needs onnx."""
 CALIBRATION_VIDEOS = 16
@@ -45,43 +43,27 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(EngineRequest):
     """What to export."""
 
-    formats: tuple[Format, ...] = ("onnx",)
-    precisions: tuple[str, ...] = ("fp32",)
-    """Of `PRECISIONS`, or `("auto",)`: every engine that this machine can run and that passes the parity check."""
     opset: int = 20
     max_batch: int = 32
     opt_batch: int = 1
     """Batch size that TensorRT engines are tuned for."""
     graph: Graph | None = None
     """The network in few operations made for engines, or as it is; None: fused, or reference where it is ablated."""
-    engine: EngineOptions = dataclasses.field(default_factory=EngineOptions)
-    """Of every TensorRT engine; its format, precision and profile are set for each."""
 
     def __post_init__(self) -> None:
-        for precision in self.precisions:
-            if precision not in (*PRECISIONS, AUTO):
-                raise ConfigError(f"precision: got {precision!r}, expected {AUTO} or some of {', '.join(PRECISIONS)}")
+        super().__post_init__()
         if "fp8" in self.precisions and self.opset < FP8_OPSET:
             raise ConfigError(f"opset: got {self.opset} with precision fp8, expected {FP8_OPSET} or newer")
-        if self.automatic and len(self.precisions) > 1:
-            raise ConfigError(f"precision: got {' '.join(self.precisions)}, expected {AUTO} alone")
         if "int8" in self.precisions and set(self.formats) != {"onnx"}:
             raise ConfigError(f"precision: got int8 with format {' '.join(self.formats)}; int8 is for the onnx format")
-        if self.engine.given and set(self.formats) == {"onnx"}:
-            given = ", ".join(self.engine.given)
-            raise ConfigError(f"{given}: for engines only; got format onnx, expected tensorrt or tensorrt-rtx with it")
         if not 1 <= self.opt_batch <= self.max_batch:
             raise ConfigError(f"opt-batch: got {self.opt_batch}, expected 1 to max-batch ({self.max_batch})")
         if self.graph == "reference" and set(self.precisions) - {"fp32", "tf32", AUTO}:
             given = " ".join(self.precisions)
             raise ConfigError(f"precision: got {given}, expected fp32, tf32 or auto: the reference graph has fp32 only")
-
-    @property
-    def automatic(self) -> bool:
-        return AUTO in self.precisions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +87,7 @@ def make_bundle(
     """
     if options.graph is None:
         options = dataclasses.replace(options, graph=_graph_for(checkpoint.config.model))
-    asked, others, skipped = _plan(options)
+    asked, others, skipped = plan_engines(options, typed=options.graph != "reference")
     with new_bundle(
         out,
         spec=checkpoint.spec,
@@ -122,7 +104,10 @@ def make_bundle(
                     _add_graph(draft, checkpoint, model, options, precision)
         for engine in asked:
             if REGISTRY[engine.backend].format != "onnx":
-                _add_engine(draft, engine, options, skipped)
+                source = f"onnx-{graph_precision(engine.precision)}"
+                graph = next(m for m in draft.manifest.model_files if m.name == source)
+                batches = (1, options.opt_batch, options.max_batch)
+                add_engine(draft, engine, graph, options, skipped, batches=batches)
         for engine in (*asked, *others):
             if any(model_file.name == engine.model_file for model_file in draft.manifest.model_files):
                 draft.set_engine(engine)
@@ -138,52 +123,6 @@ def _graph_for(config: ModelConfig) -> Graph:
         return "fused"
     log.warning("%s: writing the reference graph, which is slower than the fused network of the paper", reason)
     return "reference"
-
-
-def _plan(options: ExportOptions) -> tuple[list[Engine], list[Engine], dict[str, str]]:
-    """Return the engines to build and verify, the other ways to run the ONNX files, and what `auto` leaves out.
-
-    A precision asked for by name is verified on the registry's last ONNX backend that has it, the most portable one.
-    """
-    asked: dict[tuple[str, str], Engine] = {}
-    others: list[Engine] = []
-    skipped: dict[str, str] = {}
-    for backend, registration in REGISTRY.items():
-        if registration.format not in options.formats:
-            continue
-        onnx = registration.format == "onnx"
-        for precision, graph in registration.precisions.items():
-            name = f"{backend}-{precision}"
-            engine = Engine(
-                name=name,
-                backend=backend,
-                precision=precision,
-                model_file=f"onnx-{graph}" if onnx else name,
-                status="unverified",
-            )
-            if options.automatic and precision == "fp8":
-                continue  # for those who ask for it
-            if options.automatic:
-                reason = _unavailable(engine) if onnx else None
-                typed = options.graph == "reference" or onnx  # the reference graph is fp32; CPUs emulate half precision
-                if reason is None and (not typed or graph in ("fp32", "int8")):
-                    asked[name, precision] = engine
-                elif reason is not None:
-                    skipped[name] = reason
-            elif precision in options.precisions:
-                key = ("onnx" if onnx else name, precision)
-                others += [asked[key]] if key in asked else []
-                asked[key] = engine
-    return list(asked.values()), others, skipped
-
-
-def _unavailable(engine: Engine) -> str | None:
-    """Return why a backend can't run on this machine, or None."""
-    try:
-        REGISTRY[engine.backend].load().check_engine(engine.backend, None, engine.precision)
-    except BackendUnavailable as error:
-        return str(error)
-    return None
 
 
 def _graph_path(draft: Draft, precision: str) -> Path:
@@ -269,27 +208,6 @@ def _module(model: CCNet, options: ExportOptions, precision: str) -> nn.Module:
     from export.parity.tolerances import torch_dtype
 
     return fused_network(model, dtype=torch_dtype(graph_precision(precision)))
-
-
-def _add_engine(draft: Draft, engine: Engine, options: ExportOptions, skipped: dict[str, str]) -> None:
-    """Build a TensorRT engine into the draft."""
-    log.info("building %s", engine.name)
-    graph = next(m for m in draft.manifest.model_files if m.name == f"onnx-{graph_precision(engine.precision)}")
-    built = dataclasses.replace(
-        options.engine,
-        format=cast(Any, engine.backend),
-        precision=cast(EnginePrecision, engine.precision),
-        profile=(1, options.opt_batch, options.max_batch),
-    )
-    try:
-        info = build_engine(draft.folder / graph.files[0], draft.folder / f"{engine.name}.engine", built)
-    except ExportError as error:
-        if not options.automatic:
-            raise
-        log.info("  left out: %s", error)
-        skipped[engine.name] = str(error)
-        return
-    draft.add_model_file(info.model_file(name=engine.model_file))
 
 
 def _check(

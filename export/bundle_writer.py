@@ -9,10 +9,10 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 from runtime.bundle import (
     MANIFEST,
@@ -24,6 +24,7 @@ from runtime.bundle import (
     FileRecord,
     Manifest,
     ModelFile,
+    ModelFolder,
     read_bundle,
 )
 from runtime.errors import BundleError
@@ -61,10 +62,19 @@ class FolderDraft(Generic[AnyContents]):
                 raise BundleError(f"{self.folder.name}: file '{name}' of '{model_file.name}' belongs to '{owner}'")
             if not (self.folder / name).is_file():
                 raise BundleError(f"{self.folder / name}: missing, though '{model_file.name}' lists it")
-        kept = {name for other in others for name in other.files} | {PARITY}
-        files = tuple(record for record in self._manifest.files if record.name in kept)
-        files += tuple(_file_record(self.folder / name) for name in model_file.files)
-        self._manifest = dataclasses.replace(self._manifest, files=files, model_files=(*others, model_file))
+        replaced = {name for a in self._manifest.model_files if a.name == model_file.name for name in a.files}
+        self._manifest = dataclasses.replace(self._manifest, model_files=(*others, model_file))
+        self._record(model_file.files, replaced)
+
+    def add_file(self, name: str) -> None:
+        """Take up a file that is no model file and lies in `folder`; one of the same name is replaced."""
+        self._record((name,))
+
+    def _record(self, names: Sequence[str], replaced: Collection[str] = ()) -> None:
+        """Put files on record, in place of those that are replaced."""
+        kept = tuple(r for r in self._manifest.files if r.name not in replaced and r.name not in names)
+        added = tuple(_file_record(self.folder / name) for name in names)
+        self._manifest = dataclasses.replace(self._manifest, files=(*kept, *added))
 
     def set_engine(self, engine: Engine, report: dict[str, Any] | None = None) -> None:
         """Add or replace an engine and its report."""
@@ -78,8 +88,7 @@ class FolderDraft(Generic[AnyContents]):
     def write(self) -> None:
         """Write the reports and the manifest."""
         write_json(self.folder / PARITY, self._parity)
-        files = tuple(record for record in self._manifest.files if record.name != PARITY)
-        self._manifest = dataclasses.replace(self._manifest, files=(*files, _file_record(self.folder / PARITY)))
+        self._record((PARITY,))
         write_json(self.folder / self._manifest.FILE, self._manifest.to_json())
 
 
@@ -90,6 +99,9 @@ class Draft(FolderDraft[Manifest]):
         """Write the reports and the manifest, and read the bundle as the runtime does."""
         self.write()
         return read_bundle(self.folder)
+
+
+AnyDraft = TypeVar("AnyDraft", bound=FolderDraft[Any])
 
 
 @contextlib.contextmanager
@@ -142,13 +154,29 @@ def new_bundle(
 
 @contextlib.contextmanager
 def changed_bundle(path: str | Path) -> Iterator[Draft]:
-    """Open a draft that starts as the bundle `path` and takes its place when the block ends well.
+    """Open a draft that starts as the bundle `path`; see `changed_folder`."""
+    with _changed(Path(path), read_bundle, Draft) as draft:
+        yield draft
+
+
+@contextlib.contextmanager
+def changed_folder(
+    path: str | Path, read: Callable[[str | Path], ModelFolder[AnyContents]]
+) -> Iterator[FolderDraft[AnyContents]]:
+    """Open a draft that starts as the folder `path` and takes its place when the block ends well.
 
     Unchanged files are linked, not copied, where the file system can. A file must be replaced in the draft, never
-    written into: the bundle in use shares its content. Raises BundleError when `path` is no bundle.
+    written into: the folder in use shares its content. Raises BundleError when `read` finds that `path` is not whole.
     """
-    path = Path(path)
-    bundle = read_bundle(path)
+    with _changed(Path(path), read, FolderDraft) as draft:
+        yield draft
+
+
+@contextlib.contextmanager
+def _changed(
+    path: Path, read: Callable[[str | Path], ModelFolder[Any]], kind: Callable[..., AnyDraft]
+) -> Iterator[AnyDraft]:
+    manifest = read(path).manifest
     reports = path / PARITY
     parity = {"schema": PARITY_SCHEMA, "engines": {}}
     if reports.is_file():
@@ -158,9 +186,10 @@ def changed_bundle(path: str | Path) -> Iterator[Draft]:
             raise BundleError(f"{reports}: not a file of parity reports ({error}); copy the bundle again") from None
     with atomic_folder(path) as folder:
         shutil.copytree(path, folder, copy_function=_link_or_copy, dirs_exist_ok=True)
-        draft = Draft(folder, bundle.manifest, parity)
+        draft = kind(folder, manifest, parity)
         yield draft
-        draft.bundle()
+        draft.write()
+        read(folder)
         _finish(draft, path)
 
 

@@ -1,4 +1,4 @@
-"""Engines of a bundle built again for this machine, from the bundle's own ONNX files.
+"""Engines of a bundle or extractor built again for this machine, from its own ONNX files.
 
 Needs the engine library, but neither torch nor a checkpoint, and so can't verify what it built.
 """
@@ -9,19 +9,26 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from export.bundle_writer import changed_bundle
+from export.bundle_writer import changed_folder
 from export.tensorrt.build import build_engine
 from export.tensorrt.options import CURRENT, EngineOptions
 from runtime.backends.tensorrt.engine import check_engine
-from runtime.bundle import MANIFEST, Bundle, Engine, ModelFile, read_bundle
+from runtime.bundle import Contents, Engine, ModelFile, ModelFolder, read_bundle
 from runtime.errors import BackendUnavailable, BundleError, ConfigError, EngineMismatch, ExportError
 from runtime.schema import section_from_json
+from runtime.video.extractor import is_extractor, read_extractor
 
 log = logging.getLogger(__name__)
 
 
-def engines_to_rebuild(bundle: Bundle, names: Sequence[str] = ()) -> list[Engine]:
+def read_folder(folder: str | Path) -> ModelFolder[Any]:
+    """Read a bundle or an extractor. Raises BundleError for anything else."""
+    return read_extractor(folder) if is_extractor(folder) else read_bundle(folder)
+
+
+def engines_to_rebuild(bundle: ModelFolder[Any], names: Sequence[str] = ()) -> list[Engine]:
     """Return the named engines; without names, those that were built for another GPU or library version.
 
     Raises BundleError for a name that is not a TensorRT engine of the bundle, BackendUnavailable when whether its
@@ -60,13 +67,13 @@ def rebuild(folder: str | Path, engine: Engine) -> ModelFile:
     ONNX file is not in the bundle any more, or the options that the engine was built with can't be read; and what
     `build_engine` raises.
     """
-    bundle = read_bundle(folder)
+    bundle = read_folder(folder)
     old = bundle.model_file(engine.model_file)
     source = _source(bundle, old)
     options = _options(bundle, old)
     bundle.verify(source)
     log.info("building %s", engine.name)
-    with changed_bundle(folder) as draft:
+    with changed_folder(folder, read_folder) as draft:
         info = build_engine(draft.folder / source.files[0], draft.folder / old.files[0], options)
         built = info.model_file(name=old.name)
         draft.add_model_file(built)
@@ -76,19 +83,20 @@ def rebuild(folder: str | Path, engine: Engine) -> ModelFile:
     return built
 
 
-def _source(bundle: Bundle, engine_file: ModelFile) -> ModelFile:
+def _source(bundle: ModelFolder[Any], engine_file: ModelFile) -> ModelFile:
     """Return the ONNX file that an engine was built from, recognised by its hash."""
-    digests = {record.name: record.sha256 for record in bundle.manifest.files}
-    for model_file in bundle.manifest.model_files:
+    manifest: Contents = bundle.manifest
+    digests = {record.name: record.sha256 for record in manifest.files}
+    for model_file in manifest.model_files:
         if model_file.format == "onnx" and digests.get(model_file.files[0]) == engine_file.onnx_sha256:
             return model_file
     raise BundleError(f"{bundle.folder}: the ONNX file that '{engine_file.name}' was built from is not in the bundle")
 
 
-def _options(bundle: Bundle, engine_file: ModelFile) -> EngineOptions:
+def _options(bundle: ModelFolder[Any], engine_file: ModelFile) -> EngineOptions:
     """Read the options that an engine was built with; for RTX add this GPU, as other machines may share the bundle."""
     try:
-        where = f"{bundle.folder / MANIFEST}: options of '{engine_file.name}'"
+        where = f"{bundle.folder / bundle.manifest.FILE}: options of '{engine_file.name}'"
         options = section_from_json(EngineOptions, engine_file.options, where=where)
     except (ConfigError, ExportError) as error:
         raise BundleError(f"{error}; export the bundle again") from error

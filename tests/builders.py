@@ -298,10 +298,10 @@ def fill_draft(draft: Draft) -> None:
     draft.set_engine(engine("onnxruntime"), {"passed": True, "checks": []})
 
 
-def edit_manifest(folder: Path, **changes: Any) -> None:
-    """Replace fields of a bundle's manifest on disk."""
-    manifest = dataclasses.replace(read_bundle(folder).manifest, **changes)
-    write_json(folder / MANIFEST, manifest.to_json())
+def edit_manifest(folder: Path, *, read: Callable[[Path], Any] = read_bundle, **changes: Any) -> None:
+    """Replace fields of the manifest of a bundle, or of what `read` reads, on disk."""
+    manifest = dataclasses.replace(read(folder).manifest, **changes)
+    write_json(folder / manifest.FILE, manifest.to_json())
 
 
 # The attention network: one masked attention, one layer normalization and the two heads. Precision lives in the graph

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from builders import copying_exporter, edit_manifest
 
-import export.bundle
+import export.engines
 import export.graph.to_onnx
 import export.parity.check
 from ccnet.cli.main import main
@@ -390,7 +390,7 @@ def test_auto_goes_on_without_an_engine_that_can_not_be_built(
     def build_engine(onnx_path: Path, out_path: Path, options: EngineOptions) -> None:
         raise ExportError(f"no kernels for {options.precision}")
 
-    monkeypatch.setattr(export.bundle, "build_engine", build_engine)
+    monkeypatch.setattr(export.engines, "build_engine", build_engine)
     out = tmp_path / "bundle"
     command = ["export", str(checkpoint), "--out", str(out), "--videos", "3", "--format", "onnx", "tensorrt"]
     assert main([*command, "--precision", "auto"]) == 0

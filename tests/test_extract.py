@@ -33,10 +33,12 @@ from feature_cases import cases, weights
 from video_files import golden_mp4, simple_extractor, write_video
 
 from ccnet.cli.main import main
-from export.extractors.bundle import Networks, compare_graph, example_inputs, graph_module
+from export.extractors.bundle import Networks, eager_outputs, graph_module
+from export.extractors.check import compare_graph
 from export.extractors.graphs import centre_crop as middle
 from export.extractors.graphs import flow_levels
 from export.extractors.i3d import I3D
+from export.extractors.reference import example_inputs, read_reference
 from export.extractors.weights import load_i3d, load_raft, load_vggish
 from runtime.detections import read_events
 from runtime.errors import BundleError, VideoError
@@ -70,9 +72,10 @@ def test_every_graph_is_compared_with_its_network(extractor: Extractor, extracto
     other.rgb.load_state_dict(extractor_networks.rgb.state_dict())
     with torch.no_grad():
         other.rgb.conv3d_1a_7x7.conv3d.weight *= 1.001
-    inputs = example_inputs("i3d_rgb", spec, extractor_networks)
-    assert compare_graph(runner, "i3d_rgb", graph_module("i3d_rgb", extractor_networks, spec), inputs)["passed"]
-    assert not compare_graph(runner, "i3d_rgb", graph_module("i3d_rgb", other, spec), inputs)["passed"]
+    inputs, right = example_inputs("i3d_rgb", spec, {}), read_reference(extractor)["i3d_rgb"]
+    wrong = eager_outputs("i3d_rgb", graph_module("i3d_rgb", other, spec), spec, {})
+    assert compare_graph(runner, "i3d_rgb", inputs, right)["passed"]
+    assert not compare_graph(runner, "i3d_rgb", inputs, wrong)["passed"]
 
 
 def test_graphs_take_frames_of_any_size(extractor: Extractor, extractor_networks: Networks) -> None:

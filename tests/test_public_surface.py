@@ -24,6 +24,10 @@ ENGINE_OPTIONS = {
     "--workers",
 }
 PARITY_OPTIONS = {"--annotations", "--device", "--features", "--videos"}
+BUILD_OPTIONS = {
+    *("--compute-capability", "--hardware-compatible", "--optimization-level", "--tiling", "--timing-cache"),
+    *("--version-compatible", "--workspace-mib"),
+}
 READ_OPTIONS = {"--decode-threads", "--max-duration", "--missing-audio", "--remote", "--timestamps"}
 OPTIONS: dict[str, set[str]] = {
     "demo": {"--out", "--video"},
@@ -47,16 +51,17 @@ OPTIONS: dict[str, set[str]] = {
         *("--annotations", "--classes", "--config", "--features", "--json", "--out", "--preset", "--quiet", "--resume"),
     },
     "import-weights": {"--annotations", "--json", "--out", "--preset"},
-    "import-extractor": {"--json", "--i3d-flow", "--i3d-rgb", "--out", "--raft", "--vggish"},
+    "import-extractor": {
+        *("--flow-iterations", "--i3d-flow", "--i3d-rgb", "--json", "--out", "--raft", "--vggish"),
+        *("--format", "--precision", *BUILD_OPTIONS),
+    },
     "extract": {
         *("--backend", "--check", "--extractor", "--json", "--on-error", "--out", "--precision", "--quiet"),
         *("--threads", *READ_OPTIONS),
     },
     "export": {
-        *("--compute-capability", "--format", "--graph", "--hardware-compatible", "--json", "--max-batch"),
-        *("--opset", "--opt-batch", "--optimization-level", "--out", "--precision", "--timing-cache"),
-        *("--version-compatible", "--workspace-mib", "--copies", "--high-priority", "--tiling"),
-        *PARITY_OPTIONS,
+        *("--copies", "--format", "--graph", "--high-priority", "--json", "--max-batch", "--opset", "--opt-batch"),
+        *("--out", "--precision", *BUILD_OPTIONS, *PARITY_OPTIONS),
     },
     "rebuild": {"--json"},
     "verify": {"--backend", "--checkpoint", "--json", "--polygraphy", "--precision", "--reference", *PARITY_OPTIONS},

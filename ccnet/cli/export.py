@@ -38,15 +38,7 @@ def register(subparsers: Any) -> None:
         metavar="BUNDLE",
         help="bundle folder; an earlier bundle is replaced",
     )
-    parser.add_argument("--format", nargs="+", default=["onnx"], choices=["onnx", "tensorrt", "tensorrt-rtx"])
-    parser.add_argument(
-        "--precision",
-        nargs="+",
-        default=["fp32"],
-        metavar="P",
-        help="fp32, tf32, fp16, bf16, int8, fp8; or auto: all but fp8 that this machine can run, those that pass the "
-        "parity check are kept, fastest first",
-    )
+    add_format_arguments(parser, "fp32, tf32, fp16, bf16, int8, fp8; or auto: all but fp8")
     parser.add_argument("--opset", type=int, default=20, help="ONNX opset, 17 to 23 (17 for TensorRT 8.6)")
     parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="largest batch")
     parser.add_argument("--opt-batch", type=int, default=1, metavar="N", help="batch that engines are tuned for")
@@ -57,16 +49,7 @@ def register(subparsers: Any) -> None:
         "fused one (default: fused where it is possible)",
     )
     add_video_arguments(parser)
-    engine = parser.add_argument_group("engines")
-    engine.add_argument("--compute-capability", nargs="+", default=[], metavar="X.Y", help="RTX: GPUs to build for")
-    engine.add_argument("--workspace-mib", type=positive, metavar="N", help="limit of scratch memory while building")
-    engine.add_argument("--optimization-level", type=int, metavar="0..5", help="effort of the builder")
-    engine.add_argument(
-        "--tiling", default="none", choices=["none", "fast", "moderate", "full"], help="kernels that stay in the cache"
-    )
-    engine.add_argument(
-        "--timing-cache", type=Path, metavar="FILE", help="timings of earlier builds, kept beside the bundle"
-    )
+    engine = add_engine_arguments(parser)
     engine.add_argument(
         "--copies",
         default="stream",
@@ -77,9 +60,36 @@ def register(subparsers: Any) -> None:
     engine.add_argument(
         "--high-priority", action="store_true", help="run before other engines that share the GPU in one process"
     )
+    add_json_argument(parser)
+
+
+def add_format_arguments(parser: argparse.ArgumentParser, precisions: str) -> None:
+    """Declare formats and precisions; shared with `ccnet import-extractor`."""
+    parser.add_argument("--format", nargs="+", default=["onnx"], choices=["onnx", "tensorrt", "tensorrt-rtx"])
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        default=["fp32"],
+        metavar="P",
+        help=f"{precisions} that this machine can run, those that pass the parity check are kept",
+    )
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Declare how TensorRT engines are built; shared with `ccnet import-extractor`. Return the group."""
+    engine = parser.add_argument_group("engines")
+    engine.add_argument("--compute-capability", nargs="+", default=[], metavar="X.Y", help="RTX: GPUs to build for")
+    engine.add_argument("--workspace-mib", type=positive, metavar="N", help="limit of scratch memory while building")
+    engine.add_argument("--optimization-level", type=int, metavar="0..5", help="effort of the builder")
+    engine.add_argument(
+        "--tiling", default="none", choices=["none", "fast", "moderate", "full"], help="kernels that stay in the cache"
+    )
+    engine.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="timings of earlier builds, kept beside the bundle"
+    )
     engine.add_argument("--hardware-compatible", action="store_true", help="run on any Ampere or newer GPU")
     engine.add_argument("--version-compatible", action="store_true", help="run on newer TensorRT releases too")
-    add_json_argument(parser)
+    return engine
 
 
 def add_video_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +120,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         max_batch=arguments.max_batch,
         opt_batch=arguments.opt_batch,
         graph=arguments.graph,
-        engine=_engine_options(arguments),
+        engine=engine_options(arguments, copies=arguments.copies, high_priority=arguments.high_priority),
     )
     checkpoint = read_checkpoint(arguments.checkpoint)
     refuse_foreign(Path(arguments.out))
@@ -122,7 +132,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
+def engine_options(arguments: argparse.Namespace, **more: Any) -> EngineOptions:
+    """Return the options of `add_engine_arguments`, and further ones."""
     from export.tensorrt.options import EngineOptions
 
     mib = arguments.workspace_mib
@@ -131,11 +142,10 @@ def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
         workspace_bytes=None if mib is None else mib << 20,
         optimization_level=arguments.optimization_level,
         tiling=arguments.tiling,
-        copies=arguments.copies,
-        high_priority=arguments.high_priority,
         hardware_compatible=arguments.hardware_compatible,
         version_compatible=arguments.version_compatible,
         timing_cache=arguments.timing_cache,
+        **more,
     )
 
 

@@ -7,8 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from ccnet.cli.export import add_engine_arguments, add_format_arguments, engine_options
 from ccnet.cli.options import (
     add_json_argument,
+    positive,
     print_result,
     quoted_path,
     replaced_folder,
@@ -21,8 +23,8 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "import-extractor",
         help="make an extractor, which turns videos into features, from public weight files",
-        description="Reads the weight files of I3D (rgb and flow), RAFT and VGGish, writes their graphs as ONNX, "
-        "compares every graph on every CPU engine of this machine with the network in PyTorch, and leaves an extractor "
+        description="Reads the weight files of I3D (rgb and flow), RAFT and VGGish, writes their graphs as ONNX and as "
+        "engines, compares every engine that this machine can run with the network in PyTorch, and leaves an extractor "
         "only when all passed (exit status 3 otherwise). Weight files are not part of this program; docs/video.md says "
         "which ones are meant.",
     )
@@ -37,16 +39,28 @@ def register(subparsers: Any) -> None:
         metavar="E",
         help="extractor folder; an earlier extractor is replaced",
     )
+    add_format_arguments(parser, "fp32, tf32, fp16, bf16; or auto: all")
+    parser.add_argument(
+        "--flow-iterations",
+        type=positive,
+        metavar="N",
+        help="of RAFT, instead of 20: quicker, and other features than the published ones (docs/video.md)",
+    )
+    add_engine_arguments(parser)
     add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from export.bundle_writer import refuse_foreign
+    from export.engines import EngineRequest
     from export.extractors.bundle import Networks, make_extractor
     from export.extractors.weights import load_i3d, load_raft, load_vggish
     from runtime.files import sha256_file
     from runtime.video.extractor import MANIFEST
 
+    request = EngineRequest(
+        formats=tuple(arguments.format), precisions=tuple(arguments.precision), engine=engine_options(arguments)
+    )
     refuse_foreign(Path(arguments.out), MANIFEST)
     files = {name: getattr(arguments, name) for name in ("i3d_rgb", "i3d_flow", "raft", "vggish")}
     networks = Networks(
@@ -56,11 +70,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         vggish=load_vggish(files["vggish"]),
     )
     weights = {name: sha256_file(path) for name, path in files.items()}
-    extractor, skipped = make_extractor(networks, networks.spec(), weights, arguments.out)
+    sizes = {"iterations": arguments.flow_iterations} if arguments.flow_iterations else {}
+    extractor, skipped = make_extractor(networks, networks.spec(**sizes), weights, arguments.out, request)
     engines = {engine.name: engine.status for engine in extractor.manifest.engines}
     for name, reason in skipped.items():
         log.info("  %s: not run here: %s", name, reason.splitlines()[0])
     lines = [arguments.out, *(f"  {name}: {status}" for name, status in engines.items())]
+    if any(status == "unverified" and name in skipped for name, status in engines.items()):
+        lines.append(f"on the machine that can run the others: ccnet verify {quoted_path(arguments.out)}")
     lines.append(f"next:\n  ccnet extract VIDEO... --extractor {quoted_path(arguments.out)} --out FEATURES")
     print_result(arguments, {"out": arguments.out, "engines": engines, "skipped": skipped}, "\n".join(lines))
     return 0

@@ -12,17 +12,19 @@ from runtime.backends.registry import runs_on_gpu
 from runtime.bundle import Bundle, read_bundle
 from runtime.errors import BundleError
 from runtime.machine import measured_here
+from runtime.video.extractor import Extractor, is_extractor, read_extractor
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("inspect", help="show what a bundle holds and check its files")
-    parser.add_argument("bundle", help="bundle folder")
+    parser = subparsers.add_parser("inspect", help="show what a bundle or extractor holds and check its files")
+    parser.add_argument("bundle", help="bundle or extractor folder")
     parser.add_argument("--json", action="store_true", help="print the manifest, and what is wrong with files, as JSON")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Return 0. Raises BundleError, after everything was printed, when a file is missing or altered."""
-    bundle = read_bundle(arguments.bundle)
+    bundle: Bundle | Extractor
+    bundle = read_extractor(arguments.bundle) if is_extractor(arguments.bundle) else read_bundle(arguments.bundle)
     problems = _problems(bundle)
     if arguments.json:
         print_text(json.dumps({"manifest": bundle.manifest.to_json(), "problems": problems}, indent=2))
@@ -33,7 +35,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _problems(bundle: Bundle) -> dict[str, str]:
+def _problems(bundle: Bundle | Extractor) -> dict[str, str]:
     """Return what is wrong with each bad file, by name."""
     problems = {}
     for record in bundle.manifest.files:
@@ -49,17 +51,37 @@ def _problems(bundle: Bundle) -> dict[str, str]:
     return problems
 
 
-def _text(bundle: Bundle, problems: dict[str, str]) -> list[str]:
-    manifest, spec, base = bundle.manifest, bundle.spec, bundle.spec.time_base
-    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+def _head(bundle: Bundle | Extractor) -> list[str]:
+    """Say what the folder is of, one fact a line."""
+    versions = f"by          {', '.join(f'{name} {version}' for name, version in bundle.manifest.versions.items())}"
+    made = f"made {bundle.manifest.created}"
+    if isinstance(bundle, Extractor):
+        sizes = bundle.spec
+        names = (*sizes.layout.visual, *sizes.layout.audio)
+        widths = zip(names, (sizes.rgb_dim, sizes.flow_dim, sizes.audio_dim), strict=True)
+        return [
+            f"extractor   {bundle.folder}, {made}",
+            versions,
+            *(f"weights     {name} {digest[:16]}" for name, digest in bundle.manifest.weights.items()),
+            f"features    {', '.join(f'{name} {width}' for name, width in widths)}",
+            f"frames      shorter side {sizes.side}, crop {sizes.crop}, flow of {sizes.iterations} iterations",
+        ]
+    spec, base = bundle.spec, bundle.spec.time_base
     visual, audio = " + ".join(spec.layout.visual), " + ".join(spec.layout.audio)
     return [
-        f"bundle      {bundle.folder}, made {manifest.created}",
-        f"by          {versions}",
-        f"checkpoint  {manifest.checkpoint_sha256[:16]}",
+        f"bundle      {bundle.folder}, {made}",
+        versions,
+        f"checkpoint  {bundle.manifest.checkpoint_sha256[:16]}",
         f"network     T = {spec.length} steps, {spec.levels} levels, {spec.num_classes} classes",
         f"features    visual {spec.visual_dim} ({visual}), audio {spec.audio_dim} ({audio})",
         f"time        one step every {base.step_seconds:g} s; T covers {base.covered_seconds(spec.length):.1f} s",
+    ]
+
+
+def _text(bundle: Bundle | Extractor, problems: dict[str, str]) -> list[str]:
+    manifest = bundle.manifest
+    return [
+        *_head(bundle),
         "",
         *_table(
             ("file", "bytes", "sha256", "state"),

@@ -20,10 +20,10 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "rebuild",
         help="build TensorRT engines of a bundle again for this GPU and library",
-        description="Builds engines again from the bundle's own ONNX files, without torch or the checkpoint. They are "
-        "unverified until 'ccnet verify' has run.",
+        description="Builds engines of a bundle or extractor again from its own ONNX files, without torch or the "
+        "checkpoint. They are unverified until 'ccnet verify' has run.",
     )
-    parser.add_argument("bundle", help="bundle folder; it changes only once an engine is built")
+    parser.add_argument("bundle", help="bundle or extractor folder; it changes only once an engine is built")
     parser.add_argument(
         "engines",
         nargs="*",
@@ -34,10 +34,10 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from export.rebuild import engines_to_rebuild, rebuild
-    from runtime.bundle import read_bundle
+    from export.rebuild import engines_to_rebuild, read_folder, rebuild
+    from runtime.video.extractor import is_extractor
 
-    engines = engines_to_rebuild(read_bundle(arguments.bundle), arguments.engines)
+    engines = engines_to_rebuild(read_folder(arguments.bundle), arguments.engines)
     if engines:
         check_output_folder(arguments.bundle, replaced=True)
     rebuilt: dict[str, Any] = {}
@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         log.info("%s: built with %s %s, unverified", engine.name, built.library, built.library_version)
     text = (
         f"{arguments.bundle}: rebuilt {', '.join(rebuilt)}\n"
-        f"next: ccnet verify {quoted_path(arguments.bundle)} --reference ref.npz"
+        f"next: ccnet verify {quoted_path(arguments.bundle)}"
+        + ("" if is_extractor(arguments.bundle) else " --reference ref.npz")
         if rebuilt
         else f"{arguments.bundle}: no engine was built for another GPU or library version; name one to rebuild it"
     )

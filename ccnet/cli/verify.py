@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ccnet.cli.export import add_video_arguments, eager_arguments
@@ -19,7 +20,7 @@ from runtime.folders import check_output_folder
 
 if TYPE_CHECKING:
     from export.parity.reference import Reference
-    from runtime.bundle import Bundle
+    from runtime.bundle import Bundle, Engine
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +30,11 @@ def register(subparsers: Any) -> None:
         "verify",
         help="run the comparison with the eager network that a bundle still lacks",
         description="Verifies the engines that were built but never run (or those that --backend and --precision name) "
-        "and writes the verdicts into the bundle. With --reference no torch is needed. Exit status 3 when one fails.",
+        "and writes the verdicts into the bundle. With --reference no torch is needed. An extractor brings what its "
+        "engines are compared with, and takes neither option. Exit status 3 when one fails.",
     )
-    parser.add_argument("bundle", help="bundle folder")
-    source = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("bundle", help="bundle or extractor folder")
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--reference", metavar="FILE", help="what 'ccnet reference' recorded")
     source.add_argument("--checkpoint", metavar="C", help="checkpoint folder; needs torch")
     parser.add_argument("--backend", help="verify this backend, whether the bundle lists it or not")
@@ -51,29 +53,53 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from export.parity.check import check_fits, engines_to_verify, verify
     from runtime.bundle import read_bundle
+    from runtime.video.extractor import is_extractor
 
+    if is_extractor(arguments.bundle):
+        return _extractor(arguments)
     bundle = read_bundle(arguments.bundle)
     if arguments.polygraphy:
         if arguments.json:
             raise ConfigError("--json: what --polygraphy does is not a result to be parsed")
         return _polygraphy(arguments, bundle)
+    if not (arguments.reference or arguments.checkpoint):
+        raise ConfigError("--reference, --checkpoint: a bundle needs one of them; 'ccnet reference' makes one")
     engines = engines_to_verify(bundle, arguments.backend, arguments.precision)
-    result: dict[str, Any] = {"bundle": str(bundle.folder), "verified": []}
     if not engines:
-        text = f"{bundle.folder}: every engine is verified already; name one with --backend to verify it again here"
-        print_result(arguments, result, text)
-        return 0
+        return _report(arguments, engines, [], "ccnet bench")
     check_output_folder(bundle.folder, replaced=True)
     reference = _reference(arguments, bundle)
     check_fits(bundle, reference.spec, reference.checkpoint_sha256)
     named = bool(arguments.backend or arguments.precision)
     verified = verify(bundle.folder, engines, reference, all_must_run=named)
-    text = (
-        f"{bundle.folder}: verified: {', '.join(verified)}\nnext: ccnet bench {quoted_path(bundle.folder)}"
-        if verified
-        else f"{bundle.folder}: nothing left that can be verified on this machine"
-    )
-    print_result(arguments, {**result, "verified": list(verified)}, text)
+    return _report(arguments, engines, verified, "ccnet bench")
+
+
+def _extractor(arguments: argparse.Namespace) -> int:
+    """Verify an extractor against the outputs that it holds."""
+    from export.extractors.check import engines_to_verify, verify_extractor
+    from runtime.video.extractor import read_extractor
+
+    options = ("reference", "checkpoint", "polygraphy", "features", "annotations", "videos", "device")
+    if given := [f"--{option}" for option in options if getattr(arguments, option) is not None]:
+        raise ConfigError(f"{', '.join(given)}: an extractor brings what its engines are compared with")
+    engines = engines_to_verify(read_extractor(arguments.bundle), arguments.backend, arguments.precision)
+    named = bool(arguments.backend or arguments.precision)
+    if engines:
+        check_output_folder(arguments.bundle, replaced=True)
+    verified = verify_extractor(arguments.bundle, engines, all_must_run=named) if engines else []
+    return _report(arguments, engines, verified, "ccnet extract VIDEO... --out FEATURES --extractor")
+
+
+def _report(arguments: argparse.Namespace, engines: Sequence[Engine], verified: Sequence[str], command: str) -> int:
+    folder = str(arguments.bundle)
+    if verified:
+        text = f"{folder}: verified: {', '.join(verified)}\nnext: {command} {quoted_path(folder)}"
+    elif engines:
+        text = f"{folder}: nothing left that can be verified on this machine"
+    else:
+        text = f"{folder}: every engine is verified already; name one with --backend to verify it again here"
+    print_result(arguments, {"bundle": folder, "verified": list(verified)}, text)
     return 0
 
 

@@ -1,11 +1,10 @@
-"""Weights -> extractor: the five graphs, each compared with its network in PyTorch on every engine that runs here.
+"""Weights -> extractor: the five graphs as ONNX and engines, each compared with its network where it runs.
 
 Read downward: `make_extractor`, then its steps in order.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -14,26 +13,27 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ccnet import __version__
 from export.bundle_writer import FolderDraft, new_folder, refuse_foreign
+from export.engines import AUTO, EngineRequest, add_engine, plan_engines
+from export.extractors.check import check_engine, failing, with_verdict
 from export.extractors.graphs import EncodeGraph, FlowFeaturesGraph, FlowGraph, RgbGraph, SoundGraph, without_norms
 from export.extractors.i3d import I3D
 from export.extractors.raft import RAFT
+from export.extractors.reference import REFERENCE, Float32, Outputs, example_inputs, write_reference
 from export.extractors.vggish import Vggish
 from export.graph.to_onnx import export_graph
-from export.parity.tolerances import ExtractorTolerance, extractor_tolerance
-from runtime.backends.graphs import GraphRunner
-from runtime.backends.registry import REGISTRY
-from runtime.bundle import Engine, ModelFile
-from runtime.errors import BackendUnavailable, ParityError
+from export.parity.tolerances import EXTRACTOR_PRECISIONS, graph_precision, torch_dtype
+from runtime.backends.registry import PRECISIONS, REGISTRY
+from runtime.bundle import ModelFile
+from runtime.errors import BackendUnavailable, CCNetError, ConfigError, EngineMismatch, ParityError
 from runtime.machine import library_versions
 from runtime.video.container import LARGEST_ASPECT
-from runtime.video.engines import load_graph
 from runtime.video.extractor import (
+    BATCHES,
     GRAPHS,
     MANIFEST,
     SCHEMA,
@@ -41,14 +41,17 @@ from runtime.video.extractor import (
     ExtractorManifest,
     ExtractorSpec,
     GraphName,
+    graph_of,
     read_extractor,
 )
-from runtime.video.logmel import BANDS, EXAMPLE
 
 log = logging.getLogger(__name__)
 
 OPSET = 20
 LARGEST_BATCH = 64
+USUAL_ASPECT, ENGINE_ASPECT = 16 / 9, 2.5
+"""Longer side / shorter side that TensorRT engines are tuned for, and that they take at most: their memory is planned
+for the largest frame, in which both sides are the longer one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,23 +74,26 @@ class Networks:
         )
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A graph on one engine against its network in PyTorch."""
-
-    engine: Engine
-    report: dict[str, Any]
-
-
 def make_extractor(
-    networks: Networks, spec: ExtractorSpec, weights: Mapping[str, str], out: str | Path
+    networks: Networks,
+    spec: ExtractorSpec,
+    weights: Mapping[str, str],
+    out: str | Path,
+    request: EngineRequest | None = None,
 ) -> tuple[Extractor, dict[str, str]]:
-    """Write the extractor `out`: every graph as ONNX, compared on each CPU engine that this machine has.
+    """Write the extractor `out`: every graph in every format and precision that is asked for, verified where it runs.
 
-    `weights`: SHA-256 of the weight file of each network. Returns the extractor, and why engines were not run here.
-    Raises ParityError, leaving no extractor, when an engine fails; ExportError when a graph can't be made;
-    BundleError when `out` is something else.
+    `weights`: SHA-256 of the weight file of each network. `request`: without one, ONNX in fp32. Returns the extractor,
+    and why engines were not run here. Raises ParityError, leaving no extractor, when an engine fails (with `auto`: when
+    every one of a graph does) or none of an ONNX file can run; ExportError when a graph or engine can't be made;
+    ConfigError for a precision that extractors have no graphs of; BundleError when `out` is something else.
     """
+    request = request or EngineRequest()
+    for precision in request.precisions:
+        if precision not in (*EXTRACTOR_PRECISIONS, AUTO):
+            raise ConfigError(
+                f"precision: got {precision!r}, extractors have {', '.join(EXTRACTOR_PRECISIONS)}, or {AUTO}"
+            )
     refuse_foreign(Path(out), MANIFEST)
     manifest = ExtractorManifest(
         schema=SCHEMA,
@@ -100,75 +106,86 @@ def make_extractor(
         engines=(),
     )
     skipped: dict[str, str] = {}
+    reference: Outputs = {}
     with new_folder(out, manifest) as draft:
         for graph in GRAPHS:
-            module = graph_module(graph, networks, spec)
-            _add_graph(draft, graph, module, spec, weights)
-            for engine in _engines(graph):
-                draft.set_engine(engine)
-            draft.write()
-            folder = read_extractor(draft.folder)
-            examples = example_inputs(graph, spec, networks)
-            for engine in _engines(graph):
-                outcome = _compare(folder, graph, engine, module, examples)
-                if isinstance(outcome, str):
-                    skipped[engine.name] = outcome
-                    continue
-                draft.set_engine(outcome.engine, outcome.report)
-        if not all(any(e.status == "verified" for e in read_engines(draft, graph)) for graph in GRAPHS):
-            listed = "\n".join(f"  {name}: {reason.splitlines()[0]}" for name, reason in skipped.items())
-            raise ParityError(f"{out}: a graph could not be compared on any engine of this machine:\n{listed}")
+            add_graph(draft, graph, networks, request, skipped)
+            reference[graph] = eager_outputs(graph, graph_module(graph, networks, spec), spec, reference)
+        write_reference(draft.folder / REFERENCE, reference)
+        draft.add_file(REFERENCE)
+        draft.write()
+        _check(draft, reference, request, skipped)
     return read_extractor(out), skipped
 
 
-def graph_module(graph: GraphName, networks: Networks, spec: ExtractorSpec) -> nn.Module:
-    """Return the module of a graph, in eval mode."""
+def eager_outputs(graph: GraphName, module: nn.Module, spec: ExtractorSpec, so_far: Outputs) -> dict[str, Float32]:
+    """Run the network of a graph on its example inputs; `so_far`: outputs of the graphs before."""
+    inputs = example_inputs(graph, spec, so_far.get("encode", {}))
+    with torch.no_grad():
+        outputs = module(*map(torch.from_numpy, inputs))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {name: tensor.numpy() for name, tensor in zip(spec.tensors(graph).outputs, outputs, strict=True)}
+
+
+def graph_module(graph: GraphName, networks: Networks, spec: ExtractorSpec, precision: str = "fp32") -> nn.Module:
+    """Return the module of a graph in a precision of `graph_precision`, in eval mode."""
+    dtype = torch_dtype(graph_precision(precision))
     module: nn.Module
     if graph == "encode":
-        module = EncodeGraph(networks.raft)
+        module = EncodeGraph(networks.raft, dtype=dtype)
     elif graph == "flow":
-        module = FlowGraph(networks.raft, crop=spec.crop, iterations=spec.iterations)
+        module = FlowGraph(networks.raft, crop=spec.crop, iterations=spec.iterations, dtype=dtype)
     elif graph == "i3d_rgb":
-        module = RgbGraph(networks.rgb)
+        module = RgbGraph(networks.rgb, dtype=dtype)
     elif graph == "i3d_flow":
-        module = FlowFeaturesGraph(networks.flow)
+        module = FlowFeaturesGraph(networks.flow, dtype=dtype)
     else:
-        module = SoundGraph(networks.vggish)
+        module = SoundGraph(networks.vggish, dtype=dtype)
     return module.eval()
 
 
-def example_inputs(graph: GraphName, spec: ExtractorSpec, networks: Networks) -> tuple[Tensor, ...]:
-    """Draw inputs like those of a video: drifting smooth pictures, their encodings, rounded flow, log-mel of noise."""
-    draw = torch.Generator().manual_seed(0)
-    if graph in ("encode", "flow"):
-        rows, columns = spec.side // 8, spec.side // 8 + 4
-        coarse = torch.rand(1, 3, rows, columns + 1, generator=draw) * 255
-        still = nn.functional.interpolate(coarse, scale_factor=8, mode="bicubic").clamp(0, 255)
-        pictures = torch.cat([still[..., shift : shift + 8 * columns] for shift in (0, 2, 5)])
-        if graph == "encode":
-            return (pictures[:2],)
-        with torch.no_grad():
-            features, context = networks.raft.encode(pictures)
-        return features[:2], features[1:], context[:2]
-    if graph == "vggish":
-        loudness = torch.linspace(-3, 1, 2)[:, None, None]
-        return (torch.randn(2, EXAMPLE, BANDS, generator=draw) + loudness,)
-    channels = 3 if graph == "i3d_rgb" else 2
-    coarse = torch.rand(2 * spec.window, channels, spec.crop // 8, spec.crop // 8, generator=draw) * 256
-    stacks = nn.functional.interpolate(coarse, size=(spec.crop, spec.crop), mode="bilinear").round()
-    return (stacks.reshape(2, spec.window, channels, spec.crop, spec.crop),)
-
-
-def _add_graph(
+def add_graph(
     draft: FolderDraft[ExtractorManifest],
     graph: GraphName,
-    module: nn.Module,
-    spec: ExtractorSpec,
-    weights: Mapping[str, str],
+    networks: Networks,
+    request: EngineRequest,
+    skipped: dict[str, str],
 ) -> None:
-    tensors, name = spec.tensors(graph), f"{graph}.onnx"
+    """Write a graph's ONNX file of each precision, build its engines, and list the ways to run them."""
+    spec = draft.manifest.spec
+    asked, others, absent = plan_engines(request, allowed=EXTRACTOR_PRECISIONS)
+    skipped.update({f"{graph}-{name}": reason for name, reason in absent.items()})
+    sources = {REGISTRY[engine.backend].precisions[cast(Any, engine.precision)] for engine in asked}
+    for precision in PRECISIONS:
+        if precision in sources:
+            _add_onnx(draft, graph, graph_module(graph, networks, spec, precision), precision)
+    named = [
+        dataclasses.replace(engine, name=f"{graph}-{engine.name}", model_file=f"{graph}-{engine.model_file}")
+        for engine in (*asked, *others)
+    ]
+    for engine in named:
+        if REGISTRY[engine.backend].format != "onnx":
+            source = f"{graph}-onnx-{graph_precision(engine.precision)}"
+            onnx = next(m for m in draft.manifest.model_files if m.name == source)
+            most = BATCHES[graph]
+            add_engine(draft, engine, onnx, request, skipped, batches=(1, most, most), extents=_extents(graph, spec))
+        if engine.name not in skipped:
+            draft.set_engine(engine)
+
+
+def _extents(graph: GraphName, spec: ExtractorSpec) -> dict[str, tuple[int, ...]]:
+    """Return the sides of a frame, in cells, that TensorRT engines of a graph take; the shorter one is `side`."""
+    cells = (spec.cells(1), spec.cells(USUAL_ASPECT), spec.cells(ENGINE_ASPECT))
+    upright = (spec.cells(1), spec.cells(1), spec.cells(ENGINE_ASPECT))
+    return {"rows": upright, "columns": cells} if graph in ("encode", "flow") else {}
+
+
+def _add_onnx(draft: FolderDraft[ExtractorManifest], graph: GraphName, module: nn.Module, precision: str) -> None:
+    spec = draft.manifest.spec
+    tensors = spec.tensors(graph)
+    name = f"{graph}.onnx" if precision == "fp32" else f"{graph}-{precision}.onnx"
     free = {axis for shape in tensors.inputs.values() for axis in _names(shape)}
-    cells = spec.side // 8, spec.side // 8 * LARGEST_ASPECT
+    cells = spec.cells(1), spec.cells(LARGEST_ASPECT)
     sizes = {"batch": (1, LARGEST_BATCH), "rows": cells, "columns": cells}
     inputs = tuple(_example(shape, spec) for shape in tensors.inputs.values())
     log.info("writing %s", name)
@@ -179,15 +196,15 @@ def _add_graph(
         draft.folder / name,
         sizes={axis: sizes[axis] for axis in ("batch", "rows", "columns") if axis in free},
         opset=OPSET,
-        metadata={**weights, "ccnet_version": __version__, "graph": graph},
+        metadata={**draft.manifest.weights, "ccnet_version": __version__, "graph": graph, "precision": precision},
     )
     log.info("  %d nodes, %.0f MB of weights, %.0f s", info.nodes, info.weight_bytes / 1e6, info.seconds)
     draft.add_model_file(
         ModelFile(
-            name=f"{graph}-onnx-fp32",
+            name=f"{graph}-onnx-{precision}",
             format="onnx",
             files=info.files,
-            precision="fp32",
+            precision=precision,
             max_batch=LARGEST_BATCH,
             opset=OPSET,
             build={"nodes": info.nodes, "weight_bytes": info.weight_bytes, "seconds": round(info.seconds, 1)},
@@ -206,63 +223,27 @@ def _example(shape: tuple[int | str, ...], spec: ExtractorSpec) -> Tensor:
     return torch.rand([extent if isinstance(extent, int) else sizes[extent] for extent in shape])
 
 
-def _engines(graph: GraphName) -> list[Engine]:
-    """Return the ways to run a graph's ONNX file in full precision."""
-    return [
-        Engine(
-            name=f"{graph}-{backend}-fp32",
-            backend=backend,
-            precision="fp32",
-            model_file=f"{graph}-onnx-fp32",
-            status="unverified",
-        )
-        for backend, registration in REGISTRY.items()
-        if registration.format == "onnx"
-    ]
-
-
-def read_engines(draft: FolderDraft[ExtractorManifest], graph: GraphName) -> list[Engine]:
-    """Return the engines of a graph that a draft has."""
-    return [engine for engine in draft.manifest.engines if engine.name.startswith(f"{graph}-")]
-
-
-def _compare(
-    extractor: Extractor, graph: GraphName, engine: Engine, module: nn.Module, inputs: tuple[Tensor, ...]
-) -> Comparison | str:
-    """Return the comparison, or why the engine can't run on this machine. Raises ParityError when it fails."""
-    try:
-        runner = load_graph(extractor, engine)
-    except BackendUnavailable as error:
-        return str(error)
-    with contextlib.closing(runner):
-        report = compare_graph(runner, graph, module, inputs)
-    log.info("  %s: %s", engine.name, ", ".join(f"{c['name']} {c['value']:.2g}" for c in report["checks"]))
-    if not report["passed"]:
-        failing = [
-            f"{c['name']} {c['value']:.3g}, allowed {c['limit']:.3g}" for c in report["checks"] if not c["passed"]
-        ]
-        raise ParityError(f"{engine.name} does not compute what the network computes: {'; '.join(failing)}")
-    accuracy = {check["name"]: check["value"] for check in report["checks"]}
-    return Comparison(dataclasses.replace(engine, status="verified", accuracy=accuracy), report)
-
-
-def compare_graph(
-    runner: GraphRunner, graph: GraphName, module: nn.Module, inputs: tuple[Tensor, ...]
-) -> dict[str, Any]:
-    """Return the report of a graph on an engine: each output's differences, relative to its largest value.
-
-    For `flow`, whose output is rounded, the largest difference is in levels, and the mean is the share of them.
-    """
-    with torch.no_grad():
-        outputs = module(*inputs)
-    expected = outputs if isinstance(outputs, tuple) else (outputs,)
-    found = runner.run(*(tensor.numpy() for tensor in inputs))
-    limits: ExtractorTolerance = extractor_tolerance(runner.precision, rounded=graph == "flow")
-    checks = []
-    for name, got, want in zip(runner.tensors.outputs, found, expected, strict=True):
-        scale = 1.0 if graph == "flow" else float(want.abs().max()) or 1.0
-        gap = np.abs(got - cast(Tensor, want).numpy()) / scale
-        for kind, value, limit in (("max", gap.max(), limits.largest), ("mean", gap.mean(), limits.mean)):
-            good = bool(np.isfinite(value) and value <= limit)
-            checks.append({"name": f"{kind}_{name}", "value": float(value), "limit": limit, "passed": good})
-    return {"candidate": runner.describe(), "checks": checks, "passed": all(check["passed"] for check in checks)}
+def _check(
+    draft: FolderDraft[ExtractorManifest], reference: Outputs, request: EngineRequest, skipped: dict[str, str]
+) -> None:
+    """Run the parity check on every engine that runs here, and put the verdicts into the draft."""
+    extractor = read_extractor(draft.folder)
+    for engine in extractor.manifest.engines:
+        log.info("comparing %s with its network", engine.name)
+        try:
+            report = check_engine(extractor, engine, reference)
+        except CCNetError as error:
+            if not request.automatic and not isinstance(error, BackendUnavailable | EngineMismatch):
+                raise
+            log.info("  not run here: %s", error)
+            skipped[engine.name] = str(error)
+            continue
+        if not report["passed"] and not request.automatic:
+            raise ParityError(failing(engine, report))
+        draft.set_engine(with_verdict(engine, report), report)
+    if "onnx" in request.formats:
+        for graph in GRAPHS:
+            of_graph = [engine for engine in draft.manifest.engines if graph_of(engine.name) == graph]
+            if not any(engine.status == "verified" for engine in of_graph):
+                listed = "\n".join(f"  {name}: {reason.splitlines()[0]}" for name, reason in skipped.items())
+                raise ParityError(f"{graph}: no engine of this machine could be compared and passed:\n{listed}")

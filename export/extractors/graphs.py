@@ -4,13 +4,17 @@
 `RAFT.flow` in fewer operations, exact but for rounding: gates that see the same input are one convolution, and the
 context, which no iteration changes, is convolved once.
 
+In half precision inputs and outputs stay float32, and so do the norms over a picture, the matmul of the correlation,
+coordinates and flow, and the averages at the end of I3D. The correlation itself is rounded: read and blended in
+float32 it takes three more kernels an iteration.
+
 Shapes: see `runtime.video.extractor`, which names them.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +25,8 @@ from export.extractors.i3d import I3D
 from export.extractors.raft import RAFT, cell_grid, correlate, look_up, upsample
 from export.extractors.vggish import Vggish
 
+Network = TypeVar("Network", bound=nn.Module)
+
 LARGEST_FLOW = 20.0
 """Pixels; what the flow is clamped to before it is rounded to 256 levels."""
 _NORMS = (("conv3d", "batch3d"), ("conv1", "norm1"), ("conv2", "norm2"), ("0", "1"))
@@ -30,9 +36,9 @@ _NORMS = (("conv3d", "batch3d"), ("conv1", "norm1"), ("conv2", "norm2"), ("0", "
 class EncodeGraph(nn.Module):
     """Everything that the flow needs of a frame."""
 
-    def __init__(self, raft: RAFT) -> None:
+    def __init__(self, raft: RAFT, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.raft = raft
+        self.raft = in_type(raft, dtype)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Map padded frames [B, 3, H, W], 0 to 255, to features and context [B, D, h, w]."""
@@ -42,9 +48,10 @@ class EncodeGraph(nn.Module):
 class FlowGraph(nn.Module):
     """The flow of a pair of encoded frames, cropped and rounded as the flow stream takes it."""
 
-    def __init__(self, raft: RAFT, *, crop: int, iterations: int) -> None:
+    def __init__(self, raft: RAFT, *, crop: int, iterations: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.crop, self.iterations, self.hidden = crop, iterations, raft.hidden
+        self.crop, self.iterations, self.hidden, self.dtype = crop, iterations, raft.hidden, dtype
+        raft = in_type(raft, dtype)
         self.encoder = raft.update_block.encoder
         self.flow_head = raft.update_block.flow_head
         self.mask = raft.update_block.mask
@@ -54,20 +61,26 @@ class FlowGraph(nn.Module):
     def forward(self, features: Tensor, following: Tensor, context: Tensor) -> Tensor:
         """Map encodings [B, D, h, w] of a frame and the one after it to flow levels [B, 2, S, S], 0 to 256."""
         pyramid = correlate(features, following)
-        hidden, context = torch.split(context, self.hidden, 1)
+        pyramid = pyramid._replace(values=pyramid.values.to(self.dtype))
+        hidden, context = torch.split(context.to(self.dtype), self.hidden, 1)
         gates = [(g, g.of_context(context)) for g in (self.row_gates, self.column_gates)]
         grid = cell_grid(features)
         flow = torch.zeros_like(features[:, :2])
         for _ in range(self.iterations):
-            motion = self.encoder(look_up(pyramid, grid + flow), flow)
+            motion = self.encoder(look_up(pyramid, grid + flow), flow.to(self.dtype))
             for gate, constant in gates:
                 hidden = gate(hidden, motion, constant)
-            flow = flow + self.flow_head(hidden)
-        return flow_levels(centre_crop(upsample(flow, self.mask(hidden)), self.crop))
+            flow = flow + self.flow_head(hidden).float()
+        return flow_levels(centre_crop(upsample(flow, self.mask(hidden).float()), self.crop))
 
 
 class MergedGates(nn.Module):
-    """One of the two gated recurrent units of `raft.SeparableGRU`, in two convolutions."""
+    """One of the two gated recurrent units of `raft.SeparableGRU`, in two convolutions.
+
+    What follows the second one is computed in three axes: compilers of engines fuse a convolution with what has its own
+    shape, and then have to copy the update gate out of what the first one gave. Apart from the convolution it is one
+    kernel with the next concatenation.
+    """
 
     def __init__(self, raft: RAFT, index: int) -> None:
         super().__init__()
@@ -78,35 +91,42 @@ class MergedGates(nn.Module):
         weights = [layer.weight.detach() for layer in convolutions]
         biases = [layer.bias.detach() for layer in convolutions if layer.bias is not None]
         recurrent = [torch.cat([w[:, :hidden], w[:, 2 * hidden :]], 1) for w in weights]
-        self.register_buffer("update_reset", torch.cat(recurrent[:2]))
-        self.register_buffer("proposal", recurrent[2].clone())
-        self.register_buffer("context", torch.cat([w[:, hidden : 2 * hidden] for w in weights]))
-        self.register_buffer("bias", torch.cat(biases))
+        of_context = [w[:, hidden : 2 * hidden] for w in weights]
+        for name, parts in (("recurrent", recurrent), ("context", of_context), ("bias", biases)):
+            self.register_buffer(f"gates_{name}", torch.cat(parts[:2]))
+            self.register_buffer(f"proposal_{name}", parts[2].clone())
 
-    def of_context(self, context: Tensor) -> Tensor:
-        """Return what the context adds to all three gates, [B, 3 D, h, w]."""
-        return F.conv2d(context, self.get_buffer("context"), self.get_buffer("bias"), padding=self.padding)
+    def of_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the context adds to update and reset gate [B, 2 D, h, w], and to the proposal [B, D, h, w]."""
+        gates, proposal = (
+            F.conv2d(context, self.get_buffer(f"{n}_context"), self.get_buffer(f"{n}_bias"), padding=self.padding)
+            for n in ("gates", "proposal")
+        )
+        return gates, proposal
 
-    def forward(self, hidden: Tensor, motion: Tensor, constant: Tensor) -> Tensor:
-        size = hidden.shape[1]
+    def forward(self, hidden: Tensor, motion: Tensor, constant: tuple[Tensor, Tensor]) -> Tensor:
+        gates = self._convolve("gates", hidden, motion) + constant[0]
+        update, reset = torch.split(torch.sigmoid(gates), hidden.shape[1], 1)
+        proposal = self._convolve("proposal", reset * hidden, motion) + constant[1]
+        update, before = update.flatten(2), hidden.flatten(2)
+        return (before + update * (torch.tanh(proposal.flatten(2)) - before)).reshape(hidden.shape)
+
+    def _convolve(self, name: str, hidden: Tensor, motion: Tensor) -> Tensor:
         both = torch.cat([hidden, motion], 1)
-        gates = F.conv2d(both, self.get_buffer("update_reset"), padding=self.padding) + constant[:, : 2 * size]
-        update, reset = torch.split(torch.sigmoid(gates), size, 1)
-        proposal = F.conv2d(torch.cat([reset * hidden, motion], 1), self.get_buffer("proposal"), padding=self.padding)
-        return hidden + update * (torch.tanh(proposal + constant[:, 2 * size :]) - hidden)
+        return F.conv2d(both, self.get_buffer(f"{name}_recurrent"), padding=self.padding)
 
 
 class RgbGraph(nn.Module):
     """The rgb stream of I3D behind its scaling."""
 
-    def __init__(self, network: I3D) -> None:
+    def __init__(self, network: I3D, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.dtype = in_type(network, dtype), dtype
 
     def forward(self, frames: Tensor) -> Tensor:
         """Map stacks of crops [B, F, 3, S, S], 0 to 255, to features [B, 1024]."""
-        features: Tensor = self.network(2 * frames.transpose(1, 2) / 255 - 1)
-        return features
+        features: Tensor = self.network((2 * frames.transpose(1, 2) / 255 - 1).to(self.dtype))
+        return features.float()
 
 
 class FlowFeaturesGraph(RgbGraph):
@@ -116,24 +136,31 @@ class FlowFeaturesGraph(RgbGraph):
 class SoundGraph(nn.Module):
     """VGGish over log-mel examples without a channel axis."""
 
-    def __init__(self, network: Vggish) -> None:
+    def __init__(self, network: Vggish, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.dtype = in_type(network, dtype), dtype
 
     def forward(self, examples: Tensor) -> Tensor:
         """Map log-mel examples [B, 96, 64] to features [B, 128]."""
-        features: Tensor = self.network(examples[:, None])
-        return features
+        features: Tensor = self.network(examples[:, None].to(self.dtype))
+        return features.float()
 
 
-def without_norms(module: nn.Module) -> nn.Module:
+def in_type(network: Network, dtype: torch.dtype) -> Network:
+    """Return the network with weights of a type; for half precision a copy, its batch norms folded before rounding."""
+    return network if dtype == torch.float32 else without_norms(network).to(dtype)
+
+
+def without_norms(module: Network) -> Network:
     """Return a copy whose batch norms are part of the convolutions before them: the same function, sooner traced."""
     module = copy.deepcopy(module)
     for part in module.modules():
         for layer, norm in _NORMS:
             after = getattr(part, norm, None)
-            if isinstance(after, (nn.BatchNorm2d, nn.BatchNorm3d)):
-                setattr(part, layer, fuse_conv_bn_eval(cast(nn.Conv2d | nn.Conv3d, part.get_submodule(layer)), after))
+            if isinstance(after, nn.BatchNorm2d | nn.BatchNorm3d):
+                before = part.get_submodule(layer)
+                assert isinstance(before, nn.Conv2d | nn.Conv3d)
+                setattr(part, layer, fuse_conv_bn_eval(before, after))
                 setattr(part, norm, nn.Identity())
     return module
 

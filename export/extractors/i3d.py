@@ -73,7 +73,7 @@ class I3D(nn.Module):
             if name in _POOL_BEFORE:
                 x = max_pool(x, *_POOL_BEFORE[name])
             x = cast(Tensor, self.get_submodule(name)(x))
-        x = x.mean((3, 4))
+        x = x.float().mean((3, 4))
         return (x[:, :, :-1] + x[:, :, 1:]) / 2
 
 

@@ -43,7 +43,7 @@ class RAFT(nn.Module):
         super().__init__()
         self.width = width
         self.hidden = self._scaled(128)
-        self.fnet = Encoder(width, nn.InstanceNorm2d, self._scaled(256))
+        self.fnet = Encoder(width, FullInstanceNorm, self._scaled(256))
         self.cnet = Encoder(width, nn.BatchNorm2d, 2 * self.hidden)
         self.update_block = UpdateBlock(width, self.hidden)
 
@@ -58,13 +58,13 @@ class RAFT(nn.Module):
 
     def features(self, pictures: Tensor) -> Tensor:
         """Map pictures [B, 3, H, W], 0 to 255, to features [B, D, h, w]."""
-        features: Tensor = self.fnet(2 * (pictures / 255) - 1)
-        return features
+        features: Tensor = self.fnet(self._scale(pictures))
+        return features.float()
 
     def context(self, pictures: Tensor) -> Tensor:
         """Map pictures [B, 3, H, W] to the first hidden state and the context, concatenated [B, D, h, w]."""
-        hidden, context = torch.split(self.cnet(2 * (pictures / 255) - 1), self.hidden, 1)
-        return torch.cat([torch.tanh(hidden), torch.relu(context)], 1)
+        hidden, context = torch.split(self.cnet(self._scale(pictures)), self.hidden, 1)
+        return torch.cat([torch.tanh(hidden), torch.relu(context)], 1).float()
 
     def flow(self, features: Tensor, following: Tensor, context: Tensor, iterations: int = ITERATIONS) -> Tensor:
         """Map the encodings of two pictures [B, D, h, w] to the flow [B, 2, H, W]; `context`: of the first one."""
@@ -85,8 +85,19 @@ class RAFT(nn.Module):
             flow = flow + step
         return flow, hidden
 
+    def _scale(self, pictures: Tensor) -> Tensor:
+        """Map 0 to 255 to -1 to 1, in the type of the weights."""
+        return (2 * (pictures / 255) - 1).to(self.fnet.conv1.weight.dtype)
+
     def _scaled(self, count: int) -> int:
         return max(1, round(count * self.width))
+
+
+class FullInstanceNorm(nn.InstanceNorm2d):
+    """Instance norm whose statistics are float32 in half precision too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
 
 
 class Encoder(nn.Module):
@@ -216,7 +227,7 @@ def _length(maps: Tensor, axis: int) -> Tensor:
 def look_up(pyramid: Pyramid, points: Tensor) -> Tensor:
     """Sample the correlation around points [B, 2, h, w] (x, y, in cells of the finest level) -> [B, 324, h, w].
 
-    Bilinear, zero outside. Channel: level * 81 + (x offset + 4) * 9 + (y offset + 4).
+    Bilinear, zero outside, in the type of the correlation. Channel: level * 81 + (x offset + 4) * 9 + (y offset + 4).
     """
     batch, _, height, width = points.shape
     scale = torch.tensor([[0.5**level] for level in range(LEVELS)], dtype=points.dtype, device=points.device)
@@ -225,12 +236,12 @@ def look_up(pyramid: Pyramid, points: Tensor) -> Tensor:
     base = torch.floor(flat)
     tap = base[:, :, :, None] + taps  # [B, 2, 4, 10, hw]
     held = torch.minimum(torch.relu(tap), pyramid.last)
-    inside = (held == tap).to(points.dtype)
+    inside = (held == tap).to(pyramid.values.dtype)
     cells = held[:, 1, :, None] * pyramid.columns + pyramid.starts
     index = (cells + held[:, 0, :, :, None]).to(torch.int64)  # [B, 4, 10 along x, 10 along y, hw]
     gathered = torch.gather(pyramid.values, 1, index.flatten(1, 3))
     values = gathered.reshape(batch, LEVELS, _TAPS, _TAPS, height * width)
-    share = (flat - base)[:, :, :, None]  # [B, 2, 4, 1, hw]
+    share = (flat - base)[:, :, :, None].to(pyramid.values.dtype)  # [B, 2, 4, 1, hw]
     values = values * inside[:, 1, :, None]
     values = values[:, :, :, :-1] + share[:, 1, :, None] * (values[:, :, :, 1:] - values[:, :, :, :-1])
     values = values * inside[:, 0, :, :, None]

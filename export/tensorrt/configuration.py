@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def configure(
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         # the library takes `current` only alone
         _set_targets(trt, config, (CURRENT,) if options.compute_capabilities == (CURRENT,) else targets)
-    _add_profile(builder, network, config, log, options.profile)
+    _add_profile(builder, network, config, log, options)
     return config
 
 
@@ -61,27 +62,43 @@ def _set_targets(trt: Any, config: Any, capabilities: tuple[str, ...]) -> None:
                               f"{capability}; it can for: {have}")  # fmt: skip
 
 
-def _add_profile(builder: Any, network: Any, config: Any, log: LibraryLog, batches: tuple[int, ...]) -> None:
-    profile = builder.create_optimization_profile()
+def _add_profile(builder: Any, network: Any, config: Any, log: LibraryLog, options: EngineOptions) -> None:
+    profile, batches = builder.create_optimization_profile(), options.profile
     dynamic = 0
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         batch, *rest = tuple(tensor.shape)
-        if any(extent < 0 for extent in rest):
-            raise ExportError(f"input '{tensor.name}' has shape {(batch, *rest)}; only its first axis may be dynamic")
         if batch >= 0 and batches != (batch, batch, batch):
             raise ExportError(
                 f"input '{tensor.name}' has a fixed batch of {batch}, the profile asks for {batches}; export the "
                 f"graph with a dynamic batch, or ask for ({batch}, {batch}, {batch})"
             )
-        if batch < 0:
-            profile.set_shape(tensor.name, *[(size, *rest) for size in batches])
+        extents = [_extent(tensor, axis, size, options.extents) for axis, size in enumerate(rest, 1)]
+        if any(extent < 0 for extent in (batch, *rest)):
+            sizes = batches if batch < 0 else (batch,) * 3
+            profile.set_shape(tensor.name, *[(size, *[e[i] for e in extents]) for i, size in enumerate(sizes)])
             dynamic += 1
     if dynamic:
         with log.collect() as messages:
             accepted = config.add_optimization_profile(profile)
         if accepted < 0:
-            raise ExportError(f"the library refused the profile {batches}:\n{messages.errors()}")
+            raise ExportError(
+                f"the library refused the profile {batches} {options.extents or ''}:\n{messages.errors()}"
+            )
+
+
+def _extent(tensor: Any, axis: int, size: int, extents: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Return (min, opt, max) of one extent of an input. Raises ExportError for a dynamic one that has no range."""
+    if size >= 0:
+        return (size,) * 3
+    named = str(tensor.get_dimension_name(axis))
+    factor, _, name = named.rpartition("*")
+    if name not in extents:
+        raise ExportError(
+            f"input '{tensor.name}' has the shape {tuple(tensor.shape)}; of its axes only the first and those named "
+            f"{', '.join(extents) or '(none)'} may be dynamic, got '{named}' at {axis}"
+        )
+    return tuple(int(factor or 1) * value for value in extents[name])
 
 
 def open_timing_cache(config: Any, path: Path | None) -> Any:

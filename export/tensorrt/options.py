@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ class EngineOptions:
     """Must be that of the graph's own types; `tf32` is an fp32 graph with TF32 matmuls allowed."""
     profile: tuple[int, ...] = (1, 1, 1)
     """Batch sizes (min, opt, max) for the dynamic first axis of the inputs."""
+    extents: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """(min, opt, max) of every further dynamic extent, under its name in the graph; that of `8*rows` is `rows`."""
     compute_capabilities: tuple[str, ...] = ()
     """RTX only: for example ("8.9", "12.0"), or ("current",); () builds a portable engine."""
     workspace_bytes: int | None = None
@@ -52,11 +55,11 @@ class EngineOptions:
     """Full TensorRT only: a file on this machine that makes later builds quicker; only ever a hint."""
 
     def __post_init__(self) -> None:
-        ascending = len(self.profile) == 3 and 1 <= self.profile[0] <= self.profile[1] <= self.profile[2]
         checks = (
             ("format", self.format in get_args(TensorRTFormat), f"one of {get_args(TensorRTFormat)}"),
             ("precision", self.precision in get_args(EnginePrecision), f"one of {get_args(EnginePrecision)}"),
-            ("profile", ascending, "batch sizes 1 <= min <= opt <= max"),
+            ("profile", _ascending(self.profile), "batch sizes 1 <= min <= opt <= max"),
+            ("extents", all(map(_ascending, self.extents.values())), "1 <= min <= opt <= max for each"),
             ("workspace_bytes", self.workspace_bytes is None or self.workspace_bytes > 0, "a number of bytes above 0"),
             ("copies", self.copies in get_args(Copies), f"one of {get_args(Copies)}"),
             ("tiling", self.tiling in get_args(Tiling), f"one of {get_args(Tiling)}"),
@@ -70,12 +73,13 @@ class EngineOptions:
         """Return the options for the manifest: all but the timing cache, which is a file of this machine."""
         values = dataclasses.asdict(self)
         del values["timing_cache"]
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return dict(json.loads(json.dumps(values)))
 
     @property
     def given(self) -> tuple[str, ...]:
         """Names of the options that are not at their defaults."""
-        return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
+        defaults = type(self)()
+        return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(defaults, f.name))
 
     @property
     def needs_gpu(self) -> bool:
@@ -104,6 +108,10 @@ class EngineOptions:
                     f"{trt.__name__} {trt.__version__} does not support fp8 on compute capability {capability}, which "
                     "begins with 8.9; use --precision fp16"
                 )
+
+
+def _ascending(sizes: tuple[int, ...]) -> bool:
+    return len(sizes) == 3 and 1 <= sizes[0] <= sizes[1] <= sizes[2]
 
 
 def _numbers(capability: str) -> tuple[int, ...]:

@@ -75,7 +75,10 @@ def open_graph(
             if len(requests) >= _COMPILED_SHAPES:
                 requests.pop(next(iter(requests)))
             model.reshape({tensor: list(array.shape) for tensor, array in inputs.items()})
-            requests[shapes] = core.compile_model(model, "CPU", settings).create_infer_request()
+            compiled = core.compile_model(model, "CPU", settings)
+            delivered = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+            _check_delivered(precision, delivered, _matmul_precisions(compiled))
+            requests[shapes] = compiled.create_infer_request()
         found = requests[shapes].infer(dict(inputs), share_inputs=True)
         return {tensor: found[tensor] for tensor in tensors.outputs}
 

@@ -1,6 +1,6 @@
 """The registry of backends: the one table of what can run a bundle, and what each backend runs.
 
-A backend is a module with three functions, and an entry here; those of ONNX files have a fourth, `open_graph`:
+A backend is a module with four functions, and an entry here:
 
     check_engine(name, model_file, precision)                        raise unless this machine can run it; reads no file
     open_engine(name, path, model_file, spec, precision, threads)    load it, return a `Backend`

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from runtime.backends.graphs import GraphRunner
-from runtime.backends.registry import REGISTRY, runs_on_gpu
+from runtime.backends.registry import PRECISIONS, REGISTRY, runs_on_gpu
 from runtime.backends.select import open_engine
 from runtime.bundle import Engine
-from runtime.errors import BackendUnavailable
-from runtime.video.extractor import GRAPHS, Extractor, GraphName
+from runtime.video.extractor import GRAPHS, Extractor, GraphName, graph_of
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,16 @@ class Engines:
 def open_engines(
     extractor: Extractor, backend: str = "auto", *, precision: str | None = None, threads: int | None = None
 ) -> Engines:
-    """Check the files of an extractor and load an engine for each graph; raises as `select.open_engine`."""
+    """Check the files of an extractor and load an engine for each graph; raises as `select.open_engine`.
+
+    Without `precision`, of the most exact one that each graph has: features of another one are for who asks for them.
+    """
     runners: dict[GraphName, GraphRunner] = {}
     chosen: dict[GraphName, Engine] = {}
     try:
         for graph in GRAPHS:
-            opened = open_engine(
-                extractor.of_graph(graph), backend, precision=precision, threads=threads, load=load_graph
-            )
+            wanted = precision or _most_exact(extractor.engines(graph), backend)
+            opened = open_engine(extractor.of_graph(graph), backend, precision=wanted, threads=threads, load=load_graph)
             runners[graph], chosen[graph] = opened.backend, opened.engine
     except BaseException:
         Engines(runners, chosen).close()
@@ -59,18 +60,19 @@ def open_engines(
     return Engines(runners, chosen)
 
 
+def _most_exact(engines: Sequence[Engine], backend: str) -> str | None:
+    """Return the most exact precision among a graph's engines of a backend, or of all with `auto`; None without any."""
+    held = {e.precision for e in engines if backend in ("auto", e.backend) and e.status != "failed"}
+    return next((precision for precision in PRECISIONS if precision in held), None)
+
+
 def load_graph(extractor: Extractor, engine: Engine, *, threads: int | None = None) -> GraphRunner:
     """Check the files of one engine and load it, verified or not; raises as `select.load_engine`."""
     model_file = extractor.model_file(engine.model_file)
     registration = REGISTRY[engine.backend]
-    if registration.format != "onnx":
-        raise BackendUnavailable(
-            f"engine '{engine.name}': extractors run from ONNX files, not as {registration.format}"
-        )
     module = registration.load()
     module.check_engine(engine.backend, model_file, engine.precision)
-    graph = next(graph for graph in GRAPHS if engine.name.startswith(f"{graph}-"))
-    tensors = extractor.spec.tensors(graph)
+    tensors = extractor.spec.tensors(graph_of(engine.name))
     with extractor.checked(model_file) as path:
         runner: GraphRunner = module.open_graph(engine.backend, path, model_file, tensors, engine.precision, threads)
     return runner

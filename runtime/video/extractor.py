@@ -10,12 +10,14 @@ Shapes: B rows of a batch   H, W sides of a padded frame, multiples of 8   h, w 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from runtime.bundle import Contents, Engine, ModelFolder, read_manifest
-from runtime.schema import require
+from runtime.errors import BundleError
+from runtime.schema import quote, require
 from runtime.spec import FeatureLayout, GraphTensors, TimeBase
 from runtime.video.logmel import BANDS, EXAMPLE
 
@@ -25,6 +27,9 @@ MANIFEST = "extractor.json"
 GraphName = Literal["encode", "flow", "i3d_rgb", "i3d_flow", "vggish"]
 GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
 """`encode`: once a frame; `flow`: once a pair of frames; the others: once a step."""
+
+BATCHES: Mapping[GraphName, int] = {"encode": 8, "flow": 8, "i3d_rgb": 1, "i3d_flow": 1, "vggish": 8}
+"""Largest batch that a graph is given; a pair of frames of 16:9 needs 18 MB of correlation."""
 
 SMALLEST_SIDE = 128
 """Of a padded frame; below it the coarsest correlation level has no neighbours to sample between."""
@@ -66,6 +71,10 @@ class ExtractorSpec:
         """Frames between two steps."""
         return int(self.time_base.stride_frames)
 
+    def cells(self, longer: float) -> int:
+        """Return h or w of the longer side of a frame, `longer` times as long as the shorter one."""
+        return -(-int(self.side * longer) // 8)
+
     def tensors(self, graph: GraphName) -> GraphTensors:
         """Return the inputs and outputs of a graph. Free: `batch`, and `rows`, `columns` = h, w."""
         encoding = ("batch", self.encoding_dim, "rows", "columns")
@@ -105,7 +114,7 @@ class Extractor(ModelFolder[ExtractorManifest]):
 
     def engines(self, graph: GraphName) -> tuple[Engine, ...]:
         """Return the ways to run a graph, verified ones first."""
-        return tuple(engine for engine in self.manifest.engines if engine.name.startswith(f"{graph}-"))
+        return tuple(engine for engine in self.manifest.engines if graph_of(engine.name) == graph)
 
     def of_graph(self, graph: GraphName) -> Extractor:
         """Return the extractor with the engines of one graph alone, to choose among them."""
@@ -115,6 +124,19 @@ class Extractor(ModelFolder[ExtractorManifest]):
         """Return what decides about the features, weights and sizes, as the manifest's JSON has it."""
         manifest = self.manifest.to_json()
         return {key: manifest[key] for key in ("weights", "spec")}
+
+
+def graph_of(name: str) -> GraphName:
+    """Return the graph of an engine or model file of this name. Raises BundleError where it names none."""
+    for graph in GRAPHS:
+        if name.startswith(f"{graph}-"):
+            return graph
+    raise BundleError(f"'{quote(name, 60)}' does not begin with a graph of an extractor: {', '.join(GRAPHS)}")
+
+
+def is_extractor(folder: str | Path) -> bool:
+    """Return whether a folder has the manifest of an extractor."""
+    return (Path(folder) / MANIFEST).is_file()
 
 
 def read_extractor(folder: str | Path) -> Extractor:

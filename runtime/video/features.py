@@ -24,16 +24,13 @@ from runtime.errors import VideoError
 from runtime.video.ahead import Ahead
 from runtime.video.container import ReadOptions, ReadReport
 from runtime.video.engines import Engines, open_engines
-from runtime.video.extractor import Extractor, ExtractorSpec, read_extractor
+from runtime.video.extractor import BATCHES, Extractor, ExtractorSpec, read_extractor
 from runtime.video.frames import UInt8, centre_crop, padded, read_frames
 from runtime.video.logmel import stream_examples
 from runtime.video.sound import RATE, read_sound
 
 Float32 = npt.NDArray[np.float32]
 
-_GPU_PAIRS, _CPU_PAIRS = 8, 1
-"""Pairs of an engine call; a CPU is busy with one, and each needs 18 MB of correlation."""
-_EXAMPLES = 8
 _DECODED_STEPS = 2
 """Steps whose frames are decoded while the networks are busy with those before."""
 
@@ -207,7 +204,8 @@ class FeatureExtractor:
         found: list[Float32] = []
         for examples in timer.timed("log_mel", stream_examples(blocks)):
             with timer("vggish"):
-                parts = (examples[start : start + _EXAMPLES] for start in range(0, len(examples), _EXAMPLES))
+                most = BATCHES["vggish"]
+                parts = (examples[start : start + most] for start in range(0, len(examples), most))
                 found.extend(self.engines.runners["vggish"].run(part)[0] for part in parts)
         report.facts.setdefault("seconds", 0.0)
         return np.concatenate(found) if found else np.zeros((0, self.spec.audio_dim), np.float32)
@@ -244,7 +242,7 @@ class Schedule:
         self._newest: tuple[UInt8, Encoding] | None = None
         self._pair: tuple[Encoding, Encoding] | None = None
         self._still: Float32 | None = None
-        self._pairs = _GPU_PAIRS if self.engines.on_gpu else _CPU_PAIRS
+        self._pairs = BATCHES["flow"] if self.engines.on_gpu else 1  # one keeps a CPU busy
 
     def push(self, picture: UInt8) -> None:
         """Take the next frame, resized uint8 [h, w, 3]; the same array again where a frame is shown again."""

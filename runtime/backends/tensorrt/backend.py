@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.backends.base import BaseBackend, Float32, Int32, Outputs, check_graph
-from runtime.backends.tensorrt import cuda
+from runtime.backends.graphs import GraphRunner
+from runtime.backends.tensorrt import cuda, graph
 from runtime.backends.tensorrt import engine as loaded
 from runtime.backends.tensorrt.context import Copies, ExecutionContext, RunOptions
 from runtime.backends.tensorrt.engine import LoadedEngine
@@ -23,7 +24,7 @@ from runtime.backends.tensorrt.library import load_library
 from runtime.bundle import ModelFile
 from runtime.errors import BackendUnavailable, BundleError, EngineError, EngineMismatch
 from runtime.files import user_cache_folder
-from runtime.spec import AUDIO, LENGTHS, LOGITS, OFFSETS, VISUAL, ModelSpec
+from runtime.spec import AUDIO, LENGTHS, LOGITS, OFFSETS, VISUAL, GraphTensors, ModelSpec
 
 
 def check_engine(name: str, model_file: ModelFile, precision: str) -> None:
@@ -36,6 +37,13 @@ def open_engine(
 ) -> TensorRTBackend:
     """Load an engine of a bundle; see `TensorRTBackend.open`."""
     return TensorRTBackend.open(path, model_file, spec)
+
+
+def open_graph(
+    name: str, path: Path, model_file: ModelFile, tensors: GraphTensors, precision: str, threads: int | None
+) -> GraphRunner:
+    """Load an engine of other tensors; see `graph.open_graph`."""
+    return graph.open_graph(path, model_file, tensors)
 
 
 def probe(name: str) -> str:
