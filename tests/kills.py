@@ -118,14 +118,14 @@ def prepare(case: Case, folder: Path) -> None:
 def find_points(case: Case, folder: Path) -> list[tuple[str, int]]:
     """Run a case to its end, and return the calls at which it can be killed."""
     log = folder.parent / "calls"
-    trace = ["-e", f"trace={','.join(f'?{call}' for call in CALLS)}", "-o", str(log), *_everywhere(case)]
-    if status := run_child(case.act, folder, trace, late=case.everywhere):
+    trace = ["-e", f"trace={','.join(f'?{call}' for call in CALLS)}", "-o", str(log), *_threads(case)]
+    if status := run_child(case.act, folder, trace, late=case.late):
         raise RuntimeError(f"{case.name}: ends with {status} when it is left alone")
     return changing_calls(log.read_text(errors="replace"))
 
 
-def _everywhere(case: Case) -> list[str]:
-    return ["-f"] if case.everywhere else []
+def _threads(case: Case) -> list[str]:
+    return ["-f"] if case.threads else []
 
 
 def result(case: Case, folder: Path) -> dict[str, bytes]:
@@ -138,8 +138,8 @@ def kill_at(case: Case, before: Path, whole: Path, folder: Path, point: tuple[st
     """Kill a case at one call; return what is wrong afterwards, or None. `whole`: where nobody killed it."""
     shutil.copytree(before, folder, symlinks=True)
     call, number = point
-    trace = ["-o", os.devnull, "-e", f"inject={call}:signal=KILL:when={number}", *_everywhere(case)]
-    status = run_child(case.act, folder, trace, late=case.everywhere)
+    trace = ["-o", os.devnull, "-e", f"inject={call}:signal=KILL:when={number}", *_threads(case)]
+    status = run_child(case.act, folder, trace, late=case.late)
     if status and not os.WIFSIGNALED(status):
         return f"not killed: {(folder.parent / f'{folder.name}.log').read_text()[-300:]}"
     try:

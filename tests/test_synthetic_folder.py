@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from ccnet.synthetic.annotations import demo_annotations
 from ccnet.synthetic.features import SynthesisSettings
 from ccnet.synthetic.folder import synthesize_folder
 from runtime.annotations import Annotations, read_annotations
-from runtime.errors import ConfigError, FeatureError
+from runtime.errors import CCNetError, ConfigError, FeatureError
 from runtime.features import read_video
 from runtime.spec import FeatureLayout
 
@@ -205,6 +206,20 @@ def test_the_published_annotations_fit_the_preset(annotations_file: Path, tmp_pa
     visual, audio = read_video(tmp_path, video.video_id, Config().layout, 2048, 128)
     assert visual.shape[1] == 2048
     assert audio.shape[1] == 128
+
+
+def test_processes_without_shared_memory(
+    annotations: Annotations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("ccnet.synthetic.folder.ProcessPoolExecutor", refuse)
+    videos = list(annotations.videos.values())[:2]
+    with pytest.raises(CCNetError, match=r"Read-only file system: /dev/shm\); use --workers 1"):
+        synthesize(annotations, tmp_path / "two", videos, workers=2)
+    synthesize(annotations, tmp_path / "one", videos, workers=1)
+    assert list((tmp_path / "one").glob("*.npy"))
 
 
 def test_sigterm_to_all_processes_ends_quietly_and_is_continued(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from ccnet.synthetic.folder import synthesize_folder
 from ccnet.training.dataset import TrainingVideos
 from ccnet.training.journal import EPOCH_COLUMNS, LOSS_COLUMNS, STEP_COLUMNS
 from ccnet.training.learner import Learner, choose_device
+from ccnet.training.loader import check_shared_memory
 from ccnet.training.loop import TrainingResult, train
 from ccnet.training.optimizer import AveragedWeights, learning_rate, make_optimizer
 from ccnet.training.state import save_state
@@ -388,6 +389,13 @@ def test_little_shared_memory_is_named_at_the_start(
     with pytest.raises(TrainingError, match=r"shared memory.*train\.workers 0"):
         data.train(tmp_path / "run", changed(workers=1))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux alone")
+def test_shared_memory_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"can't be written to.*train\.workers 0"):
+        check_shared_memory(changed(workers=1), str(tmp_path / "absent"))
+    check_shared_memory(changed(workers=0), str(tmp_path / "absent"))
 
 
 def test_a_bad_validation_video_does_not_cost_the_epoch(data: Data, tmp_path: Path) -> None:

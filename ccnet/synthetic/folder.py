@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ccnet.config import Config
 from ccnet.synthetic.features import FeatureSynthesizer, SynthesisSettings
 from runtime.annotations import Annotations, VideoAnnotation
-from runtime.errors import ConfigError, FeatureError, Interrupted
+from runtime.errors import CCNetError, ConfigError, FeatureError, Interrupted
 from runtime.features import feature_header
 from runtime.files import atomic_file, sha256_file, write_json
 from runtime.progress import Progress
@@ -62,7 +62,7 @@ def synthesize_folder(
     Args:
         config: its feature widths, file suffixes, time base and number of classes are used.
         dtype: of the files; float16 halves them.
-        workers: processes that make features; 0 makes them in this one.
+        workers: processes that make features; up to 1 makes them in this one.
         quiet: show no progress.
 
     Raises ConfigError when a feature width can't be split over the modality's files or the number of classes differs,
@@ -177,21 +177,34 @@ def _claim(folder: Path, annotations: Annotations, config: Config, settings: Syn
 
 def _run(job: _Job, videos: Sequence[VideoAnnotation], kept: int, workers: int, quiet: bool) -> None:
     with Progress("synthesize", total=kept + len(videos), initial=kept, quiet=quiet) as progress:
-        if workers == 0 or len(videos) <= 1:
-            for video in videos:
-                job(video)
-                progress.advance()
+        if workers <= 1 or len(videos) <= 1:
+            with StopRequest() as stop:
+                for video in videos:
+                    _check(stop)
+                    job(video)
+                    progress.advance()
             return
-        with (
-            StopRequest() as stop,
-            ProcessPoolExecutor(min(workers, len(videos)), initializer=_start_worker, initargs=(job,)) as pool,
-        ):
+        with StopRequest() as stop, _make_pool(min(workers, len(videos)), job) as pool:
             for done in as_completed([pool.submit(_work, video) for video in videos]):
                 if stop.requested:
                     pool.shutdown(cancel_futures=True)  # the videos under way are finished
-                    raise Interrupted("interrupted; the same command continues the folder", stop.signal_number)
+                _check(stop)
                 done.result()
                 progress.advance()
+
+
+def _check(stop: StopRequest) -> None:
+    if stop.requested:
+        raise Interrupted("interrupted; the same command continues the folder", stop.signal_number)
+
+
+def _make_pool(workers: int, job: _Job) -> ProcessPoolExecutor:
+    try:
+        return ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(job,))
+    except OSError as error:  # its locks are in /dev/shm, which may be full or closed
+        raise CCNetError(
+            f"{workers} processes can't share memory here ({error.strerror or error}: /dev/shm); use --workers 1"
+        ) from None
 
 
 _worker_job: _Job | None = None

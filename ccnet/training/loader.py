@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -118,8 +119,12 @@ def _own_child_signals() -> Iterator[None]:
 def check_shared_memory(config: Config, folder: str = "/dev/shm") -> None:
     """Raise TrainingError where the batches under way between processes would not fit the shared memory."""
     model, train = config.model, config.train
-    if train.workers == 0 or not os.path.isdir(folder):
+    if train.workers == 0 or not sys.platform.startswith("linux"):
         return
+    if not os.access(folder, os.W_OK):
+        raise TrainingError(
+            f"{folder}: can't be written to, and loading processes hand their batches over there; use train.workers 0"
+        )
     features = model.length * (model.visual_dim + model.audio_dim)
     targets = point_grid(model.length, model.levels).num_points * model.num_classes * 3
     needed = 4 * train.batch_size * (features + targets) * (2 * train.workers + 1)  # two ahead, and one in use
