@@ -159,10 +159,10 @@ class ExtractorTolerance:
 #                       fp32      fp16      bf16
 #   features, largest   4e-5      0.013     0.11
 #   features, mean      4e-6      0.003     0.022
-#   flow, mean          2e-5      0.010     0.11
+#   flow, mean          2e-5      0.032     0.11
 #
 # A rounded level flips by one where the flow lies at a half; networks whose flow strays do it by more.
-_HALF_EXTRACTOR = ExtractorTolerance(largest=0.03, mean=6e-3), ExtractorTolerance(largest=2.0, mean=0.04)
+_HALF_EXTRACTOR = ExtractorTolerance(largest=0.03, mean=6e-3), ExtractorTolerance(largest=2.0, mean=0.1)
 _EXTRACTOR: dict[str, tuple[ExtractorTolerance, ExtractorTolerance]] = {
     "fp32": (ExtractorTolerance(largest=1e-4, mean=1e-5), ExtractorTolerance(largest=1.0, mean=1e-3)),
     "tf32": _HALF_EXTRACTOR,
