@@ -269,8 +269,11 @@ def test_a_pipe_gets_every_line(bundle: Path, features: Path, tmp_path: Path) ->
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True) as reader:
-        assert predict(bundle, features, pipe) == 0
-        found = reader.communicate(timeout=30)[0]
+        try:
+            assert predict(bundle, features, pipe) == 0
+            found = reader.communicate(timeout=30)[0]
+        finally:
+            reader.kill()  # else it waits for a writer for ever where there was none
     assert [json.loads(line)["video_id"] for line in found.splitlines()] == [f"v{i}" for i in range(6)]
     assert not pipe.is_file()
 
