@@ -50,7 +50,7 @@ from runtime.video.container import ReadOptions, ReadReport
 from runtime.video.engines import load_graph, open_engines
 from runtime.video.extractor import GRAPHS, Extractor, ExtractorSpec, read_extractor
 from runtime.video.features import FeatureExtractor, Schedule, Timer
-from runtime.video.files import find_video_files, localize_video
+from runtime.video.files import VideoPath, find_video_files, is_done, localize_video
 from runtime.video.frames import centre_crop, padded, read_frames
 
 LAYOUT = FeatureLayout()
@@ -215,6 +215,9 @@ def test_features_are_written_as_unav_names_them(
         assert part in captured.err
     assert find_videos(out, LAYOUT) == ["a b"]
     assert (out / "a b_rgb.npy").stat().st_mtime_ns == before
+    video, exact = VideoPath("a b", str(videos / "a b.mp4")), dict.fromkeys(GRAPHS, "fp32")
+    assert is_done(video, out, extractor, ReadOptions(), exact)
+    assert not is_done(video, out, extractor, ReadOptions(), {**exact, "flow": "fp16"})
 
     words = [videos / "silent.mkv", "--extractor", extractor.folder, "--out", out]
     assert extract(*words, "--on-error", "stop") == 1

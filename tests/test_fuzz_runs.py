@@ -238,12 +238,13 @@ def test_records_of_extraction(attack: Attack, tmp_path: Path) -> None:
         "duration": 9.5,
         "extractor": json.loads(json.dumps(extractor.identity())),
         "options": {"missing_audio": options.missing_audio, "timestamps": options.timestamps},
+        "precisions": {"flow": "fp32"},
     }
     write_json(tmp_path / "v.json", good)
-    assert is_done(video, tmp_path, extractor, options)
+    assert is_done(video, tmp_path, extractor, options, {"flow": "fp32"})
 
     def read(path: Path) -> None:
-        if is_done(video, tmp_path, extractor, options):
+        if is_done(video, tmp_path, extractor, options, {"flow": "fp32"}):
             assert recorded_duration(tmp_path, "v") > 0
 
     attack(read, tmp_path / "v.json", lambda rng: mutated_json(good, rng))

@@ -166,7 +166,7 @@ def summary(out: str, outcome: Outcome) -> str:
 
 
 def _done(is_done: Any, video: VideoPath, out: str, extractor: FeatureExtractor) -> bool:
-    done: bool = is_done(video, out, extractor.extractor, extractor.options)
+    done: bool = is_done(video, out, extractor.extractor, extractor.options, extractor.engines.precisions)
     return done
 
 

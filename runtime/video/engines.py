@@ -26,6 +26,11 @@ class Engines:
         """Whether the flow network, nine tenths of the work, runs on a GPU."""
         return runs_on_gpu(self.chosen["flow"].backend)
 
+    @property
+    def precisions(self) -> dict[GraphName, str]:
+        """The precision of each graph's engine."""
+        return {graph: engine.precision for graph, engine in self.chosen.items()}
+
     def describe(self) -> dict[str, Any]:
         """Return each graph's engine, its status and library."""
         return {

@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from fractions import Fraction
@@ -39,7 +39,7 @@ from runtime.video.container import (
     picture_stream,
     stated_seconds,
 )
-from runtime.video.extractor import Extractor, ExtractorSpec
+from runtime.video.extractor import Extractor, ExtractorSpec, GraphName
 from runtime.video.features import FeatureExtractor, Features
 from runtime.video.frames import read_frames
 
@@ -134,7 +134,7 @@ def extract_videos(
             if stop.requested:
                 text = f"interrupted; {index} of {len(videos)} videos are dealt with, the same command does the others"
                 raise Interrupted(text, stop.signal_number)
-            if is_done(video, out, extractor.extractor, extractor.options):
+            if is_done(video, out, extractor.extractor, extractor.options, extractor.engines.precisions):
                 outcome.kept.append(video.video_id)
             else:
                 _extract(video, out, extractor, outcome, stop_at_error=stop_at_error)
@@ -178,6 +178,7 @@ def write_features(video: VideoPath, features: Features, out: Path, extractor: F
         "warnings": list(features.warnings),
         "extractor": extractor.extractor.identity(),
         "engines": extractor.describe(),
+        "precisions": extractor.engines.precisions,
         "options": _choices(extractor.options),
         "versions": library_versions(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -185,8 +186,13 @@ def write_features(video: VideoPath, features: Features, out: Path, extractor: F
     write_json(_record_path(out, video.video_id), record)
 
 
-def is_done(video: VideoPath, out: str | Path, extractor: Extractor, options: ReadOptions) -> bool:
-    """Return whether `out` holds this video's features, of this file as it is, by this extractor and these choices."""
+def is_done(
+    video: VideoPath, out: str | Path, extractor: Extractor, options: ReadOptions, precisions: Mapping[GraphName, str]
+) -> bool:
+    """Return whether `out` holds this video's features, of this file as it is, by this extractor and these choices.
+
+    `precisions`: of the engine of each graph. Which library runs it does not matter.
+    """
     out = Path(out)
     try:
         record = read_json(_record_path(out, video.video_id))
@@ -199,6 +205,7 @@ def is_done(video: VideoPath, out: str | Path, extractor: Extractor, options: Re
             and {key: record["video"][key] for key in ("size", "modified")} == _fingerprint(video.path)
             and record["extractor"] == extractor.identity()
             and record["options"] == _choices(options)
+            and record["precisions"] == precisions
         )
         return same and all((out / name).is_file() for name in names)
     except (BadRecord, OSError, KeyError, TypeError, AttributeError):
