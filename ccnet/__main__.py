@@ -9,6 +9,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ccnet.cli.main import main  # noqa: E402
+from ccnet.cli.start import start  # noqa: E402
 
-sys.exit(main())
+sys.exit(start())

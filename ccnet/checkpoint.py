@@ -133,6 +133,10 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     """
     folder = Path(folder)
     path = folder / MANIFEST
+    if folder.is_file():
+        raise CheckpointError(
+            f"{folder}: got a file, expected a checkpoint folder; 'ccnet import-weights' makes one of a .pth.tar"
+        )
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder; 'ccnet train' or 'ccnet import-weights' makes one")
     if not path.is_file():

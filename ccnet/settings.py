@@ -17,6 +17,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import textwrap
 from collections import Counter
@@ -45,7 +46,7 @@ class SettingsFile:
 
     path: Path
     run: Mapping[str, str]
-    """Of `RUN_KEYS`. Paths are relative to the working folder, as on the command line."""
+    """Of `RUN_KEYS`. Paths are relative to the working folder, as on the command line; a `~` is the home folder."""
     overrides: Mapping[str, Any]
     """By `section.field`."""
 
@@ -89,7 +90,7 @@ def read_settings(path: str | Path) -> SettingsFile:
         if key in RUN_KEYS:
             if not isinstance(value, str) or not value:
                 raise ConfigError(f"{path}: {key}: got {show(value)}, expected text")
-            run[key] = value
+            run[key] = os.path.expanduser(value)  # no shell has done it
         else:
             overrides[key] = value
     return SettingsFile(path, run, overrides)

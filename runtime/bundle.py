@@ -218,11 +218,15 @@ def read_manifest(folder: str | Path, contents: type[AnyContents], kind: str, co
     folder = Path(folder)
     path = folder / contents.FILE
     article = "an" if kind[0] in "aeiou" else "a"
+    if folder.is_file():
+        raise BundleError(f"{folder}: got a file, expected the folder of {article} {kind}, which has a {contents.FILE}")
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such {kind} folder; '{command} {folder}' makes one")
     if not path.is_file():
+        below = sorted(str(inner.parent) for inner in folder.glob(f"*/{contents.FILE}"))
         raise BundleError(
             f"{folder}: has no {contents.FILE}, so it is not {article} {kind}, or its copy was not finished"
+            + (f"; it holds {', '.join(below[:3])}" if below else "")
         )
     try:
         data = read_json(path, limit=_LARGEST_MANIFEST)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,18 @@ def test_a_bundle_can_be_copied_elsewhere(bundle: Bundle, tmp_path: Path) -> Non
     read_bundle(tmp_path / "copy").verify()
 
 
-def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_bundle(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=rf"has no bundle\.json.*; it holds {re.escape(str(bundle.folder))}"):
+        read_bundle(bundle.folder.parent)
     with pytest.raises(BundleError, match=r"absent: no such bundle folder; 'ccnet export"):
         read_bundle(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BundleError, match="has no bundle.json"):
         read_bundle(tmp_path / "empty")
     (tmp_path / "file").touch()
-    with pytest.raises(BundleError, match="no such bundle folder"):
+    with pytest.raises(
+        BundleError, match=r"file: got a file, expected the folder of a bundle, which has a bundle\.json"
+    ):
         read_bundle(tmp_path / "file")
 
 

@@ -82,6 +82,8 @@ def test_no_checkpoint_there(folder: Path, tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match=r"has no checkpoint\.json.*it holds .*best"):
         load_checkpoint(folder.parent)
+    with pytest.raises(CheckpointError, match="got a file, expected a checkpoint folder; 'ccnet import-weights'"):
+        load_checkpoint(folder / "checkpoint.json")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import logging
@@ -15,7 +16,8 @@ from builders import LABELS, engine, features_with, make_bundle, write_features
 
 import ccnet
 from ccnet.cli.logs import reporting
-from ccnet.cli.main import main
+from ccnet.cli.main import COMMANDS, main, make_parser
+from ccnet.cli.start import start
 from runtime.files import write_json
 
 pytest.importorskip("onnx")
@@ -49,6 +51,33 @@ def test_the_shell_completes_commands_options_and_choices(tmp_path: Path) -> Non
     assert completions("ccnet ins", tmp_path) == ["inspect"]
     assert "--long-videos" in completions("ccnet predict --l", tmp_path)
     assert completions("ccnet predict --backend openv", tmp_path) == ["openvino"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_option_and_its_default(name: str) -> None:
+    parser = make_parser()[1][name.replace("_", "-")]
+    assert parser.description
+    for action in parser._actions:
+        words = action.help or ""
+        assert words, action.option_strings or action.dest
+        if action.option_strings and action.default not in (None, False, [], argparse.SUPPRESS):
+            assert "default" in words, action.option_strings
+
+
+def test_ctrl_c_while_the_command_line_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting:
+        """A finder of modules at which Ctrl-C comes."""
+
+        def find_spec(self, name: str, path: object, target: object = None) -> None:
+            if name == "ccnet.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "ccnet.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    assert start() == 130
+    assert capsys.readouterr().err == "ccnet: interrupted\n"
 
 
 def test_completion_does_not_cost_a_command_that_nobody_completes() -> None:

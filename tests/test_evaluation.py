@@ -164,7 +164,7 @@ def test_command_errors(small: tuple[str, str], tmp_path: Path, capsys: pytest.C
         ([events, "--annotations", str(tmp_path / "absent.json")], "no such annotation file"),
         ([events, "--annotations", truth, "--subset", "validation"], "no video of subset 'validation'"),
         ([events, "--annotations", truth, "--features", str(tmp_path)], "is not a bundle folder"),
-        ([str(tmp_path), "--annotations", truth], "--features is missing"),
+        ([str(tmp_path), "--annotations", truth], "has no bundle.json"),
         ([str(tmp_path), "--annotations", truth, "--features", str(tmp_path)], "has no bundle.json"),
     ):
         assert main(["evaluate", *arguments]) == 2

@@ -370,13 +370,16 @@ def test_options_that_can_not_apply_are_refused(
     annotated = ["export", str(checkpoint), "--out", str(tmp_path / "b"), "--annotations", "a.json"]
     level = ["export", str(checkpoint), "--out", str(tmp_path / "b"), "--optimization-level", "3"]
     lowest = ["export", str(checkpoint), "--out", str(tmp_path / "b"), "--optimization-level", "0"]
+    tuned = ["export", str(checkpoint), "--out", str(tmp_path / "b"), "--opt-batch", "4"]
     beyond = ["export", str(checkpoint), "--out", str(tmp_path / "b"), "--optimization-level", "9"]
     videos = ["verify", str(bundle), "--backend", "onnxruntime", "--reference", str(reference), "--videos", "3"]
     for command, message in (
         (annotated, "annotations: got a.json without a feature folder"),
         (level, "optimization_level: for engines only"),
         (lowest, "optimization_level: for engines only"),
+        (tuned, "opt_batch: for engines only"),
         (beyond, "optimization_level: got 9, expected 0 to 5"),
+        ([*videos[:-2], "--polygraphy", str(tmp_path)], "--backend: --polygraphy asks a tool of its own"),
         (videos, "--videos: a reference file already holds its videos"),
     ):
         assert main(command) == 2

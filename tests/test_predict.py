@@ -166,7 +166,10 @@ def test_parquet(bundle: Path, features: Path, tmp_path: Path) -> None:
     [
         (["--backend", "tensorrt"], "has no engine for tensorrt"),
         (["--batch", "99"], "batch_size: got 99, expected 1 to 4"),
-        (["--window-overlap", "1"], "window_overlap"),
+        (["--long-videos", "windows", "--window-overlap", "1"], "window_overlap"),
+        (["--window-overlap", "0.2"], "--window-overlap: only with --long-videos windows"),
+        (["--missing-audio", "silence", "--remote"], "--missing-audio --remote: only with --videos"),
+        (["--extractor", "e"], "--extractor: only with --videos"),
     ],
 )
 def test_what_can_not_be_done_is_said_before_anything_is_written(

@@ -10,7 +10,7 @@ import pytest
 
 FILES = sorted(Path(__file__).parent.glob("*.py"))
 OURS = {"runtime", "ccnet", "export", "benchmarks"}
-THEIRS = {"_exit", "_forward_hooks"}
+THEIRS = {"_actions", "_exit", "_forward_hooks"}
 """Names of the standard library and of torch that look private and for which there is no other way."""
 
 

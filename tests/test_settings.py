@@ -135,6 +135,16 @@ def test_commands_take_what_the_file_says(tmp_path: Path, capsys: pytest.Capture
     assert "--annotations is missing" in capsys.readouterr().err
 
 
+def test_home_folders_that_no_shell_filled_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = written(tmp_path, "s.toml", 'preset = "demo"\nannotations = "~/mine.json"\nfeatures = "f"\n')
+    assert read_settings(path).run["annotations"] == f"{tmp_path}/mine.json"
+    assert main(["check-data", f"--config={path}", "--annotations=~/absent.json"]) == 2
+    assert f"{tmp_path}/absent.json: no such annotation file" in capsys.readouterr().err
+
+
 def test_options_may_have_underscores(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["check-data", "--per_class", "--help"])

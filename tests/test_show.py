@@ -272,6 +272,8 @@ def test_a_picture_of_one_video(corpus: Path) -> None:
     [
         (["events.jsonl", "--out", "x.png"], "a picture shows one source and one video; name it with --video"),
         (["events.jsonl", "events.jsonl", "events.jsonl", "--out", "x.html"], "got 3 sources, expected one or two"),
+        (["events.jsonl", "--video", "v1", "--title", "x", "--out", "x.png"], "--title: only for a page; x.png is a"),
+        (["events.jsonl", "--video", "v1", "--videos", "3", "--out", "x.html"], "give one of the two"),
         (["events.jsonl", "--names", "a", "b", "--out", "x.html"], "--names: got 2 for 1 sources"),
         (["events.jsonl", "--video", "zz", "--out", "x.html"], "annotations.json does not have the video 'zz'"),
         (["events.jsonl", "--features", "features", "--out", "x.html"], "--features: there is no bundle"),

@@ -211,6 +211,8 @@ def test_the_command(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--out", out], "BUNDLE is missing"),
         ([str(bundle), "--out", out, "--tensorrt", "10"], "--tensorrt: said of the container, for --check"),
+        ([str(bundle), "--out", out, "--backends", "python"], "--backends: said of the container, for --check"),
+        (["--out", out, "--check", "--device", "cpu"], "--device: only where a repository is written"),
         (["--out", out, "--check", "--tensorrt", "ten"], "version: got 'ten'"),
     ):
         assert main(["triton", *arguments]) == 2

@@ -29,16 +29,38 @@ log = logging.getLogger(__name__)
 
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        "bench", help="measure latency, throughput, cold start and memory of a bundle's engines on this machine"
+        "bench",
+        help="measure latency, throughput, cold start and memory of a bundle's engines on this machine",
+        description="Measure every engine of a bundle that runs here, by turns, at several batch sizes: latency, "
+        "throughput, cold start and memory, and what reading and post-processing cost.",
     )
     parser.add_argument("bundle", help="bundle folder")
     parser.add_argument("--backend", nargs="+", default=[], choices=BACKENDS, help="only these (default: all)")
-    parser.add_argument("--batches", nargs="+", type=positive, default=[1, 2, 4, 8], metavar="N")
-    parser.add_argument("--checkpoint", help="also measure eager PyTorch and torch.compile, from this checkpoint")
     parser.add_argument(
-        "--seconds", type=seconds, default=2.0, help="measured time per candidate and batch size, at least"
+        "--batches",
+        nargs="+",
+        type=positive,
+        default=[1, 2, 4, 8],
+        metavar="N",
+        help="batch sizes (default: 1 2 4 8)",
     )
-    parser.add_argument("--calls", type=positive, default=10, help="measured videos per candidate and batch, at least")
+    parser.add_argument(
+        "--checkpoint", metavar="C", help="also measure eager PyTorch and torch.compile, from this checkpoint"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=seconds,
+        default=2.0,
+        metavar="S",
+        help="measured time per candidate and batch size, at least (default: 2)",
+    )
+    parser.add_argument(
+        "--calls",
+        type=positive,
+        default=10,
+        metavar="N",
+        help="measured videos per candidate and batch size, at least (default: 10)",
+    )
     parser.add_argument("--no-compile", action="store_true", help="with --checkpoint: leave torch.compile out")
     add_json_output(parser)
     parser.add_argument(

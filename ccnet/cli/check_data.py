@@ -27,7 +27,8 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "check-data",
         help="look at annotations and features before training",
-        usage="ccnet check-data [--config FILE] --preset P --annotations F --features DIR [--section.field value ...]",
+        usage="ccnet check-data [--config FILE] --preset P --annotations F --features DIR [--classes C] [--quick] "
+        "[--per-class] [--quiet] [--json] [--section.field value ...]",
         description="Check annotations and feature files against a preset and settings: lengths against durations, the "
         "time base, values that are not finite, identical files, events that are never seen, classes without examples. "
         "Exit status 1 when something would stop training or make its result meaningless.",

@@ -16,8 +16,13 @@ from runtime.packages import missing
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("doctor", help="show which engines this machine can use, and what others lack")
-    parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser = subparsers.add_parser(
+        "doctor",
+        help="show which engines this machine can use, and what others lack",
+        description="Show this machine, which backends it can use, and what each of the others lacks. Exit status 1 "
+        "when none can be used.",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:

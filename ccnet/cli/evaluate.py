@@ -33,7 +33,13 @@ log = logging.getLogger(__name__)
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("evaluate", help="mAP of predicted events, or of a bundle, on an annotated subset")
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="mAP of predicted events, or of a bundle, on an annotated subset",
+        description="Print the mAP at each tIoU threshold and its average, as the paper does, and the share of events "
+        "found by their duration. Exit status 1 when some videos failed; they count as videos in which nothing was "
+        "found.",
+    )
     parser.add_argument(
         "bundle",
         metavar="BUNDLE|EVENTS",
@@ -68,11 +74,12 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _score_bundle(arguments: argparse.Namespace) -> Evaluation:
+    bundle = read_bundle(arguments.bundle)
     if arguments.classes is not None:
         raise ConfigError(f"--classes: {arguments.bundle} is a bundle, which has its own class list")
     if arguments.features is None:
         raise ConfigError(f"--features is missing: {arguments.bundle} is a bundle, which needs videos to run on")
-    annotations = read_annotations(arguments.annotations, labels=read_bundle(arguments.bundle).spec.labels)
+    annotations = read_annotations(arguments.annotations, labels=bundle.spec.labels)
     with open_localizer(arguments) as localizer:
         evaluation = evaluate_localizer(
             localizer,

@@ -39,9 +39,13 @@ def register(subparsers: Any) -> None:
         help="bundle folder; an earlier bundle is replaced",
     )
     add_format_arguments(parser, "fp32, tf32, fp16, bf16, int8, fp8; or auto: all but fp8")
-    parser.add_argument("--opset", type=int, default=20, help="ONNX opset, 17 to 23 (17 for TensorRT 8.6)")
-    parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="largest batch")
-    parser.add_argument("--opt-batch", type=int, default=1, metavar="N", help="batch that engines are tuned for")
+    parser.add_argument(
+        "--opset", type=int, default=20, metavar="N", help="ONNX opset, 17 to 23, 17 for TensorRT 8.6 (default: 20)"
+    )
+    parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="largest batch (default: 32)")
+    parser.add_argument(
+        "--opt-batch", type=int, default=1, metavar="N", help="batch that TensorRT engines are tuned for (default: 1)"
+    )
     parser.add_argument(
         "--graph",
         choices=["fused", "reference"],
@@ -65,13 +69,19 @@ def register(subparsers: Any) -> None:
 
 def add_format_arguments(parser: argparse.ArgumentParser, precisions: str) -> None:
     """Declare formats and precisions; shared with `ccnet import-extractor`."""
-    parser.add_argument("--format", nargs="+", default=["onnx"], choices=["onnx", "tensorrt", "tensorrt-rtx"])
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        default=["onnx"],
+        choices=["onnx", "tensorrt", "tensorrt-rtx"],
+        help="which engines to build beside the ONNX files, which are always written (default: onnx)",
+    )
     parser.add_argument(
         "--precision",
         nargs="+",
         default=["fp32"],
         metavar="P",
-        help=f"{precisions} that this machine can run, those that pass the parity check are kept",
+        help=f"{precisions} that this machine can run, those that pass the parity check are kept (default: fp32)",
     )
 
 
@@ -82,7 +92,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     engine.add_argument("--workspace-mib", type=positive, metavar="N", help="limit of scratch memory while building")
     engine.add_argument("--optimization-level", type=int, metavar="0..5", help="effort of the builder")
     engine.add_argument(
-        "--tiling", default="none", choices=["none", "fast", "moderate", "full"], help="kernels that stay in the cache"
+        "--tiling",
+        default="none",
+        choices=["none", "fast", "moderate", "full"],
+        help="kernels that stay in the cache (default: none)",
     )
     engine.add_argument(
         "--timing-cache", type=Path, metavar="FILE", help="timings of earlier builds, kept beside the bundle"

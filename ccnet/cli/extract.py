@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ccnet.cli.logs import video_list
-from ccnet.cli.options import add_json_argument, output_folder, positive, print_result, seconds
+from ccnet.cli.options import add_json_argument, options_given, output_folder, positive, print_result, seconds
 from runtime.backends.registry import BACKENDS
 from runtime.errors import VideoFailed
 from runtime.progress import Progress
@@ -30,7 +31,8 @@ def register(subparsers: Any) -> None:
         "extract",
         help="turn video files into features",
         description="Writes <id>_rgb.npy, <id>_flow.npy and <id>_vggish.npy of every video, and <id>.json, which says "
-        "how they were made. Videos that are done are kept, so the same command goes on where it was interrupted.",
+        "how they were made. Videos that are done are kept, so the same command goes on where it was interrupted. "
+        "Exit status 1 when some could not be used; the others are written.",
     )
     parser.add_argument(
         "videos", nargs="+", metavar="VIDEO", help="files, folders, patterns in quotes, or .txt lists of paths"
@@ -44,7 +46,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--backend", default="auto", choices=("auto", *BACKENDS), help="default: the first verified one"
     )
-    parser.add_argument("--precision", help="only this precision (fp32)")
+    parser.add_argument("--precision", metavar="P", help="only this precision (fp32)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the engines")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_json_argument(parser)
@@ -72,6 +74,11 @@ def add_extractor_arguments(parser: argparse.ArgumentParser, *, required: bool, 
     group.add_argument("--decode-threads", type=positive, metavar="N", help="threads that decode (default: the cores)")
     if remote:
         group.add_argument("--remote", action="store_true", help="open http and https URLs too")
+
+
+def video_options_given(arguments: argparse.Namespace) -> list[str]:
+    """Return those of the options of `add_extractor_arguments` that are not at their defaults."""
+    return options_given(arguments, partial(add_extractor_arguments, required=False))
 
 
 def read_options(arguments: argparse.Namespace) -> ReadOptions:

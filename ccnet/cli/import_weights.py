@@ -29,9 +29,9 @@ def register(subparsers: Any) -> None:
         "--section.field value.",
     )
     parser.add_argument("file", type=Path, help="the released .pth.tar, or a saved state dict")
-    parser.add_argument("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
-    parser.add_argument("--out", required=True, type=replaced_folder, help="checkpoint folder to write")
-    parser.add_argument("--annotations", type=Path, help="annotation file that gives the class names")
+    parser.add_argument("--preset", required=True, metavar="P", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("--out", required=True, type=replaced_folder, metavar="DIR", help="checkpoint folder to write")
+    parser.add_argument("--annotations", type=Path, metavar="F", help="annotation file that gives the class names")
     add_json_argument(parser)
 
 

@@ -16,7 +16,12 @@ from runtime.video.extractor import Extractor, is_extractor, read_extractor
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("inspect", help="show what a bundle or extractor holds and check its files")
+    parser = subparsers.add_parser(
+        "inspect",
+        help="show what a bundle or extractor holds and check its files",
+        description="Show the networks, the engines with the verdict of their parity check, and how the folder was "
+        "made. Compare every file with its hash. Exit status 2 when a file is missing or altered.",
+    )
     parser.add_argument("bundle", help="bundle or extractor folder")
     parser.add_argument("--json", action="store_true", help="print the manifest, and what is wrong with files, as JSON")
 

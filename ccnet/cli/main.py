@@ -82,7 +82,10 @@ def _main(argv: list[str] | None) -> int:
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Return the parser of the command line, and that of each subcommand by its name."""
     parser = argparse.ArgumentParser(
-        prog="ccnet", description="Train, export, verify and run CCNet, the dense audio-visual event localizer."
+        prog="ccnet",
+        description="Train, export, verify and run CCNet, the dense audio-visual event localizer.",
+        epilog="Exit status: 0 done; 1 some videos failed, or a check found something; 2 it could not be done; 3 an "
+        "engine failed the parity check; 130 or 143 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"ccnet {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -92,9 +95,14 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
 
 
 def _hyphenated(word: str) -> str:
-    """Return an option with hyphens where it was typed with underscores; settings (`--section.field`) stay."""
+    """Return an option with hyphens where it was typed with underscores; settings (`--section.field`) stay.
+
+    The home folder of `--option=~/path`, which the shell leaves to the program, is filled in.
+    """
     name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") and "." not in name else word
+    if not name.startswith("--") or "." in name:
+        return word
+    return name.replace("_", "-") + equals + os.path.expanduser(value)
 
 
 def _complete(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -145,7 +145,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="TOML or YAML file with any of these options, and settings; options go first"
     )
-    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)}; 'ccnet presets' explains them")
+    parser.add_argument("--preset", metavar="P", help=f"one of {', '.join(PRESETS)}; 'ccnet presets' explains them")
     parser.add_argument("--annotations", metavar="F", help="annotation file")
     parser.add_argument("--classes", metavar="C", help=CLASSES_HELP)
     parser.add_argument("--features", metavar="DIR", help="folder of .npy feature files")
@@ -173,7 +173,7 @@ def read_config(arguments: argparse.Namespace, overrides: list[str]) -> Config:
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that choose an engine and say how to run it; `open_localizer` takes them."""
     parser.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help="default: the fastest verified")
-    parser.add_argument("--precision", help="only this precision (fp32, tf32, bf16, fp16, int8, fp8)")
+    parser.add_argument("--precision", metavar="P", help="only this precision (fp32, tf32, bf16, fp16, int8, fp8)")
     parser.add_argument("--batch", type=positive, metavar="N", help="videos per engine call")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the engine")
     parser.add_argument(
@@ -192,20 +192,33 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-mismatch",
         choices=get_args(OnMismatch),
         default="error",
-        help="an engine made for another library version or GPU: fail ('ccnet rebuild' helps), or run the ONNX file",
+        help="an engine made for another library version or GPU: fail (default; 'ccnet rebuild' helps), or run the "
+        "ONNX file",
     )
 
 
-def engine_options_given(arguments: argparse.Namespace) -> list[str]:
-    """Return those of the options of `add_engine_arguments` that are not at their defaults."""
+def check_windows(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError where windows are described and none are asked for."""
+    if arguments.long_videos != "windows" and "--window-overlap" in engine_options_given(arguments):
+        raise ConfigError("--window-overlap: only with --long-videos windows; without, there are none")
+
+
+def options_given(arguments: argparse.Namespace, declare: Callable[[argparse.ArgumentParser], None]) -> list[str]:
+    """Return those of the options that `declare` adds to a parser that are not at their defaults."""
     parser = argparse.ArgumentParser()
-    add_engine_arguments(parser)
+    declare(parser)
     defaults = vars(parser.parse_args([]))
     return [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(arguments, name) != value]
 
 
+def engine_options_given(arguments: argparse.Namespace) -> list[str]:
+    """Return those of the options of `add_engine_arguments` that are not at their defaults."""
+    return options_given(arguments, add_engine_arguments)
+
+
 def open_localizer(arguments: argparse.Namespace, bundle: str | Path | None = None) -> Localizer:
     """Load a bundle, by default `arguments.bundle`, as the engine options of the command line say."""
+    check_windows(arguments)
     return Localizer.load(
         bundle or arguments.bundle,
         arguments.backend,

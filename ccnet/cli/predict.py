@@ -17,11 +17,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from ccnet.cli.extract import add_extractor_arguments, extract, read_options, summary
+from ccnet.cli.extract import add_extractor_arguments, extract, read_options, summary, video_options_given
 from ccnet.cli.logs import video_list
 from ccnet.cli.options import (
     add_engine_arguments,
     add_json_argument,
+    check_windows,
     open_localizer,
     output_file,
     positive,
@@ -58,7 +59,8 @@ def register(subparsers: Any) -> None:
         "predict",
         help="find the events of videos from their feature files, or from the videos themselves",
         description="Finds the events of videos. Interrupted, or killed, it goes on where it was when the same command "
-        "is run again. docs/corpora.md explains runs over many videos and on several machines.",
+        "is run again. Exit status 1 when some videos failed; the others are written. docs/corpora.md explains runs "
+        "over many videos and on several machines.",
     )
     parser.add_argument("bundle", help="bundle folder")
     parser.add_argument(
@@ -79,7 +81,9 @@ def register(subparsers: Any) -> None:
         "extension); path or URL",
     )
     parser.add_argument("--annotations", metavar="F", help="take video ids and durations from this annotation file")
-    parser.add_argument("--subset", help="only this subset of the annotation file (train, validation, test)")
+    parser.add_argument(
+        "--subset", metavar="S", help="only this subset of the annotation file (train, validation, test)"
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument(
         "--on-error", choices=("skip", "stop"), default="skip", help="after a bad video: go on, or stop (default: skip)"
@@ -99,6 +103,7 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     bundle = read_bundle(arguments.bundle)
     spec = bundle.spec
+    check_windows(arguments)
     if arguments.annotations is None and arguments.subset is not None:
         raise ConfigError("--subset needs --annotations, which says what the subsets are")
     form: Format = arguments.format or ("parquet" if arguments.out.lower().endswith(".parquet") else "jsonl")
@@ -132,8 +137,8 @@ def _extracted(arguments: argparse.Namespace, spec: ModelSpec) -> tuple[dict[str
     if arguments.videos is None:
         if arguments.features is None:
             raise ConfigError("nothing to predict on; expected --features DIR, or --videos VIDEO... --extractor E")
-        if arguments.extractor is not None:
-            raise ConfigError("--extractor goes with --videos")
+        if given := video_options_given(arguments):
+            raise ConfigError(f"{' '.join(given)}: only with --videos; features are taken as they are")
         return None, 0
     if arguments.extractor is None:
         raise ConfigError("--videos needs --extractor E; 'ccnet import-extractor' makes one")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from ccnet.cli.extract import add_extractor_arguments, read_options
-from ccnet.cli.options import add_engine_arguments, open_localizer, positive, seconds
+from ccnet.cli.options import add_engine_arguments, open_localizer, options_given, positive, seconds
 from runtime.backends.base import BaseBackend
 from runtime.errors import ConfigError
 from runtime.files import open_input
@@ -26,7 +26,13 @@ TOKEN_VARIABLE = "CCNET_TOKEN"
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("serve", help="answer requests over HTTP, with a page for people")
+    parser = subparsers.add_parser(
+        "serve",
+        help="answer requests over HTTP, with a page for people",
+        description="Answer requests by the Open Inference Protocol, uploads of feature files and, with --extractor, "
+        "of videos, and show a page for people. Prints the address once it is ready. SIGTERM or Ctrl-C ends it with "
+        "exit status 0 when every accepted request has its answer.",
+    )
     parser.add_argument("bundle", help="bundle folder")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only can reach it)"
@@ -139,11 +145,8 @@ def _options(arguments: argparse.Namespace) -> ServerOptions:
 def _extractor(arguments: argparse.Namespace) -> ExtractorOptions | None:
     """Return what videos need; None without an extractor. Raises ConfigError for options that need one."""
     if arguments.extractor is None:
-        parser = argparse.ArgumentParser()
-        _add_video_arguments(parser)
-        for name, default in vars(parser.parse_args([])).items():
-            if getattr(arguments, name) != default:
-                raise ConfigError(f"--{name.replace('_', '-')} goes with --extractor")
+        if given := options_given(arguments, _add_video_arguments):
+            raise ConfigError(f"{', '.join(given)} goes with --extractor")
         return None
     return ExtractorOptions(
         folder=arguments.extractor,

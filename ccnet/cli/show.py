@@ -61,9 +61,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call the sources")
     parser.add_argument("--title", help="of the page")
     parser.add_argument("--video", nargs="+", metavar="ID", help="these videos")
-    parser.add_argument(
-        "--videos", type=positive, default=SHOWN, metavar="N", help="the N with most errors (default: %(default)s)"
-    )
+    parser.add_argument("--videos", type=positive, metavar="N", help=f"the N with most errors (default: {SHOWN})")
     parser.add_argument("--media", metavar="DIR", help="folder of the videos themselves, named after their ids")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_json_argument(parser)
@@ -80,6 +78,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     picture = Path(arguments.out).suffix.lower() in (".png", ".svg")
     if picture and (len(arguments.sources) != 1 or len(arguments.video or ()) != 1):
         raise ConfigError(f"{arguments.out}: a picture shows one source and one video; name it with --video")
+    unused = [f"--{name}" for name in ("names", "title", "videos", "media") if picture and getattr(arguments, name)]
+    if unused:
+        raise ConfigError(f"{' '.join(unused)}: only for a page; {arguments.out} is a picture")
+    if arguments.video and arguments.videos:
+        raise ConfigError("--video names the videos, --videos counts them; give one of the two")
     sources = [_Source(path, arguments, number) for number, path in enumerate(arguments.sources)]
     if not any(source.bundle for source in sources):
         given = (["--features"] if arguments.features else []) + engine_options_given(arguments)
@@ -165,7 +168,7 @@ def _write_page(
     analyses = [
         analyse(source.name, found, annotations, subset) for source, found in zip(sources, predictions, strict=True)
     ]
-    shown = arguments.video or choose_videos(analyses, annotations, subset, arguments.videos)
+    shown = arguments.video or choose_videos(analyses, annotations, subset, arguments.videos or SHOWN)
     models = [
         Model(analysis, source.path, source.gates(shown)) for analysis, source in zip(analyses, sources, strict=True)
     ]

@@ -21,10 +21,11 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train a network from features and annotations",
-        usage="ccnet train [--config FILE] --preset P --annotations F --features DIR --out DIR [--resume] "
-        "[--section.field value ...]",
+        usage="ccnet train [--config FILE] --preset P --annotations F --features DIR --out DIR [--classes C] "
+        "[--resume] [--quiet] [--json] [--section.field value ...]",
         description="Train on the subset 'train', validate on 'validation'. OUT gets best/ and last/ checkpoints, "
-        "metrics.csv, steps.csv and TensorBoard events. Ctrl-C leaves a state that --resume continues exactly.",
+        "metrics.csv, steps.csv and TensorBoard events. What --config gives need not be repeated. Ctrl-C leaves a "
+        "state that --resume continues exactly.",
         epilog="Any setting of the preset can be changed as --section.field value, for example --train.epochs 20 "
         "--train.precision bf16 --model.cmi off, or in a file; 'ccnet presets' explains each. A resumed run needs the "
         "same preset and settings (only train.device and train.workers may differ).",

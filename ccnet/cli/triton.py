@@ -10,12 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ccnet.cli.options import (
-    add_json_argument,
-    positive,
-    print_result,
-    quoted_path,
-)
+from ccnet.cli.options import add_json_argument, options_given, positive, print_result, quoted_path
 from runtime.bundle import read_bundle
 from runtime.errors import ConfigError
 from runtime.folders import check_output_folder
@@ -35,8 +30,19 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("bundle", nargs="?", help="bundle folder; without it, --check looks at --out")
     parser.add_argument("--out", required=True, metavar="REPOSITORY", help="folder of the repository")
+    _add_writing_arguments(parser)
+    parser.add_argument("--check", action="store_true", help="check the repository")
+    parser.add_argument("--onnxruntime", metavar="V", help="ONNX Runtime of the container, for the check")
+    parser.add_argument("--tensorrt", metavar="V", help="TensorRT of the container, for the check, such as 10.9.0")
+    parser.add_argument(
+        "--backends", nargs="+", metavar="B", help=f"of the container, for the check (default: {' '.join(BACKENDS)})"
+    )
+    add_json_argument(parser)
+
+
+def _add_writing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("onnx", "tensorrt"), default="onnx", help="of the network (default: onnx)")
-    parser.add_argument("--precision", default="fp32", help="of the network's file (default: fp32)")
+    parser.add_argument("--precision", default="fp32", metavar="P", help="of the network's file (default: fp32)")
     parser.add_argument(
         "--name", default="ccnet", help="of the ensemble, and the beginning of the others (default: ccnet)"
     )
@@ -45,25 +51,21 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--queue-delay", type=int, default=2000, metavar="US", help="longest wait for a batch, in us (default: 2000)"
     )
-    parser.add_argument("--check", action="store_true", help="check the repository")
-    parser.add_argument("--onnxruntime", metavar="V", help="ONNX Runtime of the container, for the check")
-    parser.add_argument("--tensorrt", metavar="V", help="TensorRT of the container, for the check, such as 10.9.0")
-    parser.add_argument(
-        "--backends", nargs="+", default=BACKENDS, help=f"of the container (default: {' '.join(BACKENDS)})"
-    )
-    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.bundle is None and not arguments.check:
         raise ConfigError("BUNDLE is missing: give one to write, or --check to look at the repository --out")
-    stated = [f"--{name}" for name in ("onnxruntime", "tensorrt") if getattr(arguments, name) is not None]
+    writing = options_given(arguments, _add_writing_arguments)
+    if arguments.bundle is None and writing:
+        raise ConfigError(f"{' '.join(writing)}: only where a repository is written; BUNDLE is missing")
+    stated = [f"--{name}" for name in ("onnxruntime", "tensorrt", "backends") if getattr(arguments, name) is not None]
     if stated and not arguments.check:
         raise ConfigError(f"{', '.join(stated)}: said of the container, for --check")
     container = Container(
         onnxruntime=parse_version(arguments.onnxruntime) if arguments.onnxruntime else None,
         tensorrt=parse_version(arguments.tensorrt) if arguments.tensorrt else None,
-        backends=tuple(arguments.backends),
+        backends=tuple(arguments.backends or BACKENDS),
     )
     record: dict[str, Any] = {"repository": str(arguments.out)}
     lines: list[str] = []

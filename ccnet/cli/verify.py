@@ -37,7 +37,7 @@ def register(subparsers: Any) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--reference", metavar="FILE", help="what 'ccnet reference' recorded")
     source.add_argument("--checkpoint", metavar="C", help="checkpoint folder; needs torch")
-    parser.add_argument("--backend", help="verify this backend, whether the bundle lists it or not")
+    parser.add_argument("--backend", metavar="B", help="verify this backend, whether the bundle lists it or not")
     parser.add_argument("--precision", metavar="P", help="only engines of this precision")
     parser.add_argument(
         "--polygraphy",
@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.polygraphy:
         if arguments.json:
             raise ConfigError("--json: what --polygraphy does is not a result to be parsed")
+        if arguments.backend:
+            raise ConfigError("--backend: --polygraphy asks a tool of its own; it says which backend that runs")
         return _polygraphy(arguments, bundle)
     if not (arguments.reference or arguments.checkpoint):
         raise ConfigError("--reference, --checkpoint: a bundle needs one of them; 'ccnet reference' makes one")

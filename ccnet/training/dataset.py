@@ -93,7 +93,11 @@ def check_folder(folder: str | os.PathLike[str], videos: Sequence[VideoAnnotatio
         parts = [_listed(kind, names) for kind, names in (("missing", missing), ("unusable", damaged)) if names]
         raise FeatureError(
             f"{folder}: of the files that {len(videos)} videos need, {'; '.join(parts)}. "
-            "Add or replace them, or take their videos out of the annotation file"
+            + (
+                "Is it the right folder, and do layout.visual and layout.audio end the files' names?"
+                if len(missing) == len(videos)
+                else "Add or replace them, or take their videos out of the annotation file"
+            )
         )
     wrong = common_gaps(gaps, len(videos), config.time_base, cropped=False)
     if wrong:

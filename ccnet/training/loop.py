@@ -367,7 +367,8 @@ class _Run:
         log.info(f"device: {describe_device(self.device)} (train.device: {settings.device})")
         log.info(
             f"network: {parameters / 1e6:.1f} M parameters, {settings.precision}, T = {model.length}, "
-            f"{model.num_classes} classes; {len(self.loader.videos)} training videos, {len(self.loader)} steps an epoch"
+            f"{model.num_classes} classes; {len(self.loader.videos)} training videos, {len(self.loader)} steps an "
+            f"epoch, {settings.warmup_epochs} + {settings.epochs} epochs (train.warmup_epochs + train.epochs)"
         )
         if self.steps_done:
             rest = "nothing left to do" if self.position.epoch == self.total_epochs else "continuing"
