@@ -52,6 +52,8 @@ class SettingsFile:
 
     def config(self, preset_name: str, overrides: Mapping[str, str]) -> Config:
         """Return a preset with the settings of the file, then those of the command line. Raises ConfigError."""
+        if preset_name != self.run.get("preset"):
+            preset(preset_name)  # a bad one is no mistake of the file
         try:
             config = with_overrides(preset(preset_name), self.overrides)
         except ConfigError as error:

@@ -208,7 +208,7 @@ def replace_by_pipe(path: Path) -> None:
         (write_npz, "not a .npy file"),
         (cut_header, "not a .npy file, or one cut inside its header"),
         (lambda path: path.write_bytes(b"PK\3\4" + bytes(200)), "not a .npy file"),
-        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "not a .npy file"),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "a Git LFS pointer"),
         (lambda path: np.save(path, np.zeros((0, 3), np.float32)), "there is no content"),
         (lambda path: np.save(path, np.zeros((20, 3), np.longdouble)), "got dtype float128"),
         (replace_by_pipe, "not a regular file"),

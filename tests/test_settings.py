@@ -131,6 +131,8 @@ def test_commands_take_what_the_file_says(tmp_path: Path, capsys: pytest.Capture
     assert f"--features is missing: give it here or as 'features' in {path}" in capsys.readouterr().err
     assert main(["train", "--config", path, "--features", "f", "--out", str(tmp_path / "run")]) == 2
     assert "mine.json: no such annotation file" in capsys.readouterr().err
+    assert main(["train", "--config", path, "--preset", "dmo", "--features", "f", "--out", "r"]) == 2
+    assert "error: preset: got 'dmo'" in capsys.readouterr().err
     assert main(["train", "--preset", "demo"]) == 2
     assert "--annotations is missing" in capsys.readouterr().err
 
