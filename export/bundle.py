@@ -60,7 +60,7 @@ class ExportOptions(EngineRequest):
         if "int8" in self.precisions and set(self.formats) != {"onnx"}:
             raise ConfigError(f"precision: got int8 with format {' '.join(self.formats)}; int8 is for the onnx format")
         if self.opt_batch != 1 and set(self.formats) == {"onnx"}:
-            raise ConfigError("opt_batch: for engines only; got format onnx, expected tensorrt or tensorrt-rtx with it")
+            raise ConfigError("opt-batch: for engines only; got format onnx, expected tensorrt or tensorrt-rtx with it")
         if not 1 <= self.opt_batch <= self.max_batch:
             raise ConfigError(f"opt-batch: got {self.opt_batch}, expected 1 to max-batch ({self.max_batch})")
         if self.graph == "reference" and set(self.precisions) - {"fp32", "tf32", AUTO}:

@@ -377,7 +377,7 @@ def test_options_that_can_not_apply_are_refused(
         (annotated, "annotations: got a.json without a feature folder"),
         (level, "optimization_level: for engines only"),
         (lowest, "optimization_level: for engines only"),
-        (tuned, "opt_batch: for engines only"),
+        (tuned, "opt-batch: for engines only"),
         (beyond, "optimization_level: got 9, expected 0 to 5"),
         ([*videos[:-2], "--polygraphy", str(tmp_path)], "--backend: --polygraphy asks a tool of its own"),
         (videos, "--videos: a reference file already holds its videos"),
