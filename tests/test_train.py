@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -337,12 +338,20 @@ def test_a_signal_to_all_processes(data: Data, tmp_path: Path, number: signal.Si
     command = [sys.executable, "-m", "ccnet", "train", "--preset", "demo", "--annotations", str(data.annotations)]
     command += ["--features", str(data.features), "--out", str(out)]
     command += [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    # Where the tests run under nohup, a child would ignore SIGHUP from the start.
+    before = signal.signal(number, signal.SIG_DFL)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not (out / "last").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=120)
+    signal.signal(number, before)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "last").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors
     assert "\r" not in errors  # no bar into a log

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import os
@@ -17,12 +18,12 @@ import orjson
 
 from runtime import errors
 from runtime.bundle import read_bundle
-from runtime.corpus.plan import Plan, done_file, pin_engine, pinned_engine, read_plan, suspect_file
+from runtime.corpus.plan import PLAN, Plan, done_file, pin_engine, pinned_engine, read_plan, suspect_file
 from runtime.corpus.schedule import Task
 from runtime.corpus.sources import SourceOptions, open_source
 from runtime.corpus.store import open_store
 from runtime.detections import Record, event_line, write_parquet_to
-from runtime.errors import CCNetError, ConfigError, EngineError, VideoFailed, WorkerDied, printable
+from runtime.errors import CCNetError, EngineError, VideoFailed, WorkerDied, printable
 from runtime.localizer import Localizer
 from runtime.pipeline import Item, Localized
 from runtime.records import BadRecord, parse_json
@@ -111,13 +112,14 @@ class ShardWorker:
     def __init__(self, job: Job) -> None:
         """Open the bundle, with the engine that the run has, or else the one that then becomes the run's.
 
-        Raises what `Localizer.load` raises, and ConfigError where this machine's engine is another one than the run's.
+        Raises what `Localizer.load` raises, ConfigError where this machine's engine is another one than the run's, and
+        FileNotFoundError where the run is gone: another process may have finished it.
         """
         self._job = job
         self._store = open_store(job.out)
         plan = read_plan(self._store)
         if plan is None:
-            raise ConfigError(f"{job.out}: there is no plan; the folder was deleted")
+            raise FileNotFoundError(errno.ENOENT, "there is no plan; the folder was deleted", f"{job.out}/{PLAN}")
         self._plan: Plan = plan
         options = job.engine
         backend, precision = options.backend, options.precision
