@@ -274,7 +274,8 @@ def _attack(
     row: Row, read: Callable[[Path], object], path: Path, mutate: Mutate, count: int, limits: Limits
 ) -> tuple[Row, dict[str, str]]:
     found = dict[str, str]()
-    # What was freed before would hide what is taken: large allocations come from the system, and go back to it.
+    # What was freed before would hide what is taken: large allocations come from the system, and go back to it, unless
+    # the heap has a gap of their size.
     _of_glibc("mallopt", _MMAP_THRESHOLD, _MMAPPED_FROM)
     for seed in range(FIRST, FIRST + min(count, WARM_UP)):
         path.write_bytes(mutate(np.random.default_rng(seed)))
