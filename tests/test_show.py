@@ -192,8 +192,13 @@ def test_a_click_on_an_event_moves_the_player(page: Any) -> None:
     start = float(text.split(", ")[1].split(" to ")[0])
     assert page.evaluate("document.querySelector('video').currentTime") == pytest.approx(start, abs=0.01)
     assert page.locator("#timeline .playhead").get_attribute("visibility") == "visible"
+    page.evaluate("window.former = document.querySelector('video')")
     page.locator("#videolist button[data-id='clip 3']").click()
+    page.evaluate(
+        "['timeupdate', 'error'].forEach((name) => former.dispatchEvent(new Event(name)))"
+    )  # on its way still
     assert page.locator("video").count() == 0
+    assert page.locator("p.soft", has_text="can't be played").count() == 0
     assert page.locator("input[type=file]").count() == 1
 
 

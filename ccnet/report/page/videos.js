@@ -51,8 +51,10 @@ function showVideos() {
       openPlayer(url);
     } });
     if (address) {
-      element = h("video", { class: "player", src: address, controls: true, preload: "metadata", ontimeupdate: () => current && current.playhead(100 * element.currentTime) });
-      element.addEventListener("error", () => player.append(h("p", { class: "soft" }, `The file ${address} can't be played here.`)));
+      // A player that was taken out of the page may still have events under way.
+      const own = h("video", { class: "player", src: address, controls: true, preload: "metadata", ontimeupdate: () => own === element && current && current.playhead(100 * own.currentTime) });
+      own.addEventListener("error", () => own === element && player.append(h("p", { class: "soft" }, `The file ${address} can't be played here.`)));
+      element = own;
     }
     player.replaceChildren(...(element ? [element] : [h("label", { class: "screen soft file" }, "Video file of this clip, to play beside the timeline: ", choose)]));
   }
