@@ -79,7 +79,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _extractor(arguments: argparse.Namespace) -> int:
     """Verify an extractor against the outputs that it holds."""
-    from export.extractors.check import engines_to_verify, verify_extractor
+    from export.extractors.check import verify_extractor
+    from export.parity.check import engines_to_verify
     from runtime.video.extractor import read_extractor
 
     options = ("reference", "checkpoint", "polygraphy", "features", "annotations", "videos", "device")

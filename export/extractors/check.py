@@ -16,11 +16,11 @@ import numpy as np
 
 from export.bundle_writer import changed_folder
 from export.extractors.reference import Float32, Outputs, example_inputs, read_reference
+from export.parity.check import run_checks
 from export.parity.tolerances import extractor_tolerance
 from runtime.backends.graphs import GraphRunner
-from runtime.backends.select import matching_engines
 from runtime.bundle import Engine
-from runtime.errors import BackendUnavailable, EngineError, EngineMismatch, ParityError
+from runtime.errors import BackendUnavailable, ParityError
 from runtime.video.engines import load_graph
 from runtime.video.extractor import Extractor, GraphName, graph_of, read_extractor
 
@@ -69,16 +69,6 @@ def failing(engine: Engine, report: Mapping[str, Any]) -> str:
     return f"{engine.name} does not compute what the network computes: {'; '.join(checks)}"
 
 
-def engines_to_verify(extractor: Extractor, backend: str | None, precision: str | None) -> list[Engine]:
-    """Return the unverified engines, or all that fit the given backend and precision, failed ones too.
-
-    Raises BackendUnavailable when none fits what was asked for.
-    """
-    if backend is None and precision is None:
-        return [engine for engine in extractor.manifest.engines if engine.status == "unverified"]
-    return matching_engines(extractor, backend or "auto", precision=precision, failed=True)
-
-
 def verify_extractor(folder: str | Path, engines: Sequence[Engine], *, all_must_run: bool = True) -> list[str]:
     """Run the parity check on `engines`, write every verdict into the extractor, and return the verified names.
 
@@ -86,16 +76,13 @@ def verify_extractor(folder: str | Path, engines: Sequence[Engine], *, all_must_
     """
     extractor = read_extractor(folder)
     reference = read_reference(extractor)
-    reports: dict[str, dict[str, Any]] = {}
-    unavailable: list[str] = []
-    for engine in engines:
-        log.info("comparing %s with its network", engine.name)
-        try:
-            reports[engine.name] = check_engine(extractor, engine, reference)
-        except (BackendUnavailable, EngineMismatch, EngineError) as error:
-            log.info("  can't run here: %s", error)
-            if all_must_run or extractor.model_file(engine.model_file).format != "onnx":
-                unavailable.append(f"{engine.name}: {error}")
+    reports, unavailable = run_checks(
+        extractor,
+        engines,
+        lambda engine: check_engine(extractor, engine, reference),
+        against="its network",
+        all_must_run=all_must_run,
+    )
     judged = [engine for engine in engines if engine.name in reports]
     if judged:
         with changed_folder(folder, read_extractor) as draft:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from export.bundle_writer import changed_bundle
 from export.parity.compare import ParityReport, compare
@@ -17,7 +17,7 @@ from export.parity.tolerances import tolerance
 from runtime.backends.registry import runs_on_gpu
 from runtime.backends.select import load_engine, matching_engines
 from runtime.batches import pack
-from runtime.bundle import Bundle, Engine, read_bundle
+from runtime.bundle import Bundle, Engine, ModelFolder, read_bundle
 from runtime.errors import BackendUnavailable, BundleError, EngineError, EngineMismatch, ParityError
 from runtime.machine import machine_class
 from runtime.profiling.timing import Rules, measure_interleaved
@@ -29,6 +29,8 @@ SPEED_RULES = Rules(warmup_seconds=0.2, warmup_calls=2, seconds=1.0, calls=7)
 
 log = logging.getLogger(__name__)
 
+Report = TypeVar("Report")
+
 
 def check_fits(bundle: Bundle, spec: ModelSpec, checkpoint_sha256: str) -> None:
     """Raise BundleError when a reference or checkpoint is not of the network that the bundle holds."""
@@ -39,14 +41,40 @@ def check_fits(bundle: Bundle, spec: ModelSpec, checkpoint_sha256: str) -> None:
         )
 
 
-def engines_to_verify(bundle: Bundle, backend: str | None, precision: str | None) -> list[Engine]:
+def engines_to_verify(folder: ModelFolder[Any], backend: str | None, precision: str | None) -> list[Engine]:
     """Return the unverified engines, or all that fit the given backend and precision, failed ones too.
 
     Raises BackendUnavailable when none fits what was asked for.
     """
     if backend is None and precision is None:
-        return [engine for engine in bundle.manifest.engines if engine.status == "unverified"]
-    return matching_engines(bundle, backend or "auto", precision=precision, failed=True)
+        return [engine for engine in folder.manifest.engines if engine.status == "unverified"]
+    return matching_engines(folder, backend or "auto", precision=precision, failed=True)
+
+
+def run_checks(
+    folder: ModelFolder[Any],
+    engines: Sequence[Engine],
+    check: Callable[[Engine], Report],
+    *,
+    against: str,
+    all_must_run: bool,
+) -> tuple[dict[str, Report], list[str]]:
+    """Return the report of every engine that runs here, by name, and which ones do not, and why.
+
+    `against`: what engines are compared with, for the log. Without `all_must_run`, ONNX files whose backend is absent
+    are passed over.
+    """
+    reports: dict[str, Report] = {}
+    unavailable: list[str] = []
+    for engine in engines:
+        log.info("comparing %s with %s", engine.name, against)
+        try:
+            reports[engine.name] = check(engine)
+        except (BackendUnavailable, EngineMismatch, EngineError) as error:
+            log.info("  can't run here: %s", error)
+            if all_must_run or folder.model_file(engine.model_file).format != "onnx":
+                unavailable.append(f"{engine.name}: {error}")
+    return reports, unavailable
 
 
 def verify(
@@ -58,18 +86,13 @@ def verify(
     off, ONNX files are passed over where their backend is absent. What the others gave is written all the same.
     """
     bundle = read_bundle(folder)
-    reports: dict[str, ParityReport] = {}
-    unavailable: list[str] = []
-    for engine in engines:
-        log.info("comparing %s with the eager network", engine.name)
-        try:
-            reports[engine.name] = check_parity(bundle, engine, reference)
-        except (BackendUnavailable, EngineMismatch, EngineError) as error:
-            log.info("  can't run here: %s", error)
-            if all_must_run or bundle.model_file(engine.model_file).format != "onnx":
-                unavailable.append(f"{engine.name}: {error}")
-        else:
-            log.info("%s", reports[engine.name].text())
+
+    def check(engine: Engine) -> ParityReport:
+        report = check_parity(bundle, engine, reference)
+        log.info("%s", report.text())
+        return report
+
+    reports, unavailable = run_checks(bundle, engines, check, against="the eager network", all_must_run=all_must_run)
     if reports:
         with changed_bundle(folder) as draft:
             for engine in engines:
